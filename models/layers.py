@@ -1,0 +1,87 @@
+"""What every architecture is made of: linear products, norms, rotary positions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pjengine.models.config import RopeConfig, rope_frequencies
+
+
+def linear(
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."],
+    bias: Float[Array, "..."] | None = None,
+    *,
+    contract: int = 1,
+    out_dtype: DTypeLike | None = None,
+) -> Float[Array, "..."]:
+    """Contracts the last `contract` axes of `x` with the first of `weight`, then adds `bias`.
+
+    The only place where a weight meets an activation. Sums in float32; float32 inputs keep full
+    precision on GPUs that would otherwise round them to tf32.
+    """
+    axes = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    out = lax.dot_general(x, weight, (axes, ((), ())), precision=precision, preferred_element_type=out_dtype)
+    if bias is None:
+        return out
+    return out + lax.broadcast_in_dim(bias, out.shape, range(out.ndim - bias.ndim, out.ndim))
+
+
+def unembed(x: Float[Array, "*t d"], table: Float[Array, "v d"]) -> Float[Array, "*t v"]:
+    """Hidden states to float32 logits."""
+    rows = x.reshape(-1, x.shape[-1])
+    # XLA computes one row with a float32 result as a float32 product, and converts the whole table for it.
+    padded = jnp.pad(rows, ((0, 8 - len(rows)), (0, 0))) if len(rows) == 1 else rows
+    logits = linear(padded, table.T, out_dtype=jnp.float32)[: len(rows)]
+    return logits.reshape(*x.shape[:-1], len(table))
+
+
+def rms_norm(x: Float[Array, "*t d"], weight: Float[Array, " d"], *, eps: float) -> Float[Array, "*t d"]:
+    """Divides each row by its root mean square, then scales it by `weight`. Sums in float32."""
+    wide = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
+
+
+def rotary_table(
+    rope: RopeConfig, positions: Int[Array, "*t"], rope_lens: Int[Array, "*t"]
+) -> tuple[Float[Array, "*t r"], Float[Array, "*t r"]]:
+    """The cosines and sines that rotate each token's queries and keys, in float32.
+
+    Float32 because bfloat16 rounds position 257 to 256, whose sine is another number altogether.
+    `rope_lens` is the sequence length that dynamic scaling sees at each token: the prompt's length
+    within the prompt, position + 1 after it; so a token's rotation never depends on the schedule.
+    """
+    if rope.kind == "dynamic":
+        length = jnp.maximum(rope_lens, rope.original_max_position_embeddings).astype(jnp.float32)
+        stretch = rope.factor * length / rope.original_max_position_embeddings - (rope.factor - 1)
+        base = rope.theta * stretch ** (rope.rotary_dim / (rope.rotary_dim - 2))
+        exponent = jnp.arange(0, rope.rotary_dim, 2, dtype=jnp.float32) / rope.rotary_dim
+        inv_freq = 1.0 / base[..., None] ** exponent.reshape((1,) * base.ndim + exponent.shape)
+        amplitude = 1.0
+    else:
+        table, amplitude = rope_frequencies(rope)
+        inv_freq = jnp.asarray(table, jnp.float32).reshape((1,) * positions.ndim + table.shape)
+    angle = positions[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angle) * np.float32(amplitude), jnp.sin(angle) * np.float32(amplitude)
+
+
+def rotate(
+    x: Float[Array, "*t h d"], cos: Float[Array, "*t r"], sin: Float[Array, "*t r"]
+) -> Float[Array, "*t h d"]:
+    """Rotates the first 2r of d dimensions, dimension i paired with i + r (GPT-NeoX order)."""
+    half = cos.shape[-1]
+    wide = x[..., : 2 * half].astype(jnp.float32)
+    first, second = wide[..., :half], wide[..., half:]
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., 2 * half :]], axis=-1)
+
+
+def swiglu(gate_up: Float[Array, "*t 2 i"]) -> Float[Array, "*t i"]:
+    """silu(gate) * up, where gate and up lie side by side."""
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]

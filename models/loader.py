@@ -1,0 +1,349 @@
+"""Checkpoint tensors into the parameters of a model, by a table: nothing missing, nothing left over."""
+
+import fnmatch
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array, Float, UInt32
+
+from pjengine.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One tensor of the checkpoint and how it is turned: first reshaped, then transposed."""
+
+    name: str  # as in the checkpoint; "{layer}" stands for the layer's number
+    reshape: tuple[int, ...] | None = None  # splits axes; merges none, so that a transposed tensor is noticed
+    transpose: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One parameter: its sources, concatenated along `concat_axis`.
+
+    Where the names hold "{layer}" the parameter is stacked on a leading layer axis, which `concat_axis` and
+    the sources' own axes do not count.
+    """
+
+    sources: tuple[Source, ...]
+    concat_axis: int = 0
+
+    @property
+    def is_stacked(self) -> bool:
+        return any("{layer}" in source.name for source in self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightTable:
+    """How an architecture's checkpoints map to its parameters."""
+
+    leaves: Mapping[str, Leaf]  # by path, as in "layers/qkv"
+    ignored: tuple[str, ...] = ()  # fnmatch patterns of names that carry nothing we need
+    # What a checkpoint's names may have in front where the table's do not, or lack where they do: ("model.",)
+    # lets "layers.0.x" stand for "model.layers.0.x". The table's own spelling is tried first.
+    prefixes: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """A parameter to fill: its leaf in the table, and what the model wants it to be."""
+
+    path: str
+    leaf: Leaf
+    shape: tuple[int, ...]  # without the layer axis
+    dtype: Any
+    sharding: Sharding  # without the layer axis
+    stacked_sharding: Sharding | None
+
+    def names(self, names_of: "_Names", layer: int) -> list[str]:
+        return [names_of(source.name, layer) for source in self.leaf.sources]
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    table: WeightTable,
+    abstract: Mapping[str, Any],
+    *,
+    num_layers: int,
+    sharding: Sharding | None = None,
+) -> dict[str, Any]:
+    """Fills the parameters described by `abstract` from a checkpoint, casting to their dtypes.
+
+    The tensors travel to the devices in the checkpoint's own layout, each device reading its part of the
+    memory-mapped file, and are turned, concatenated and cast there: the host copies nothing. Stacked
+    parameters are allocated once and filled in place, two layers at most under way.
+
+    Args:
+      abstract: nested dicts of jax.ShapeDtypeStruct; a struct's own sharding, if any, goes before `sharding`.
+      sharding: of the other parameters; None: the default device. The layer axis cannot be sharded.
+
+    Raises:
+      ValueError: tensors are missing, left over, of the wrong shape or not floating point; the text lists all
+        of them. Nothing has been read by then but names, shapes and dtypes.
+    """
+    structs = _flatten(abstract)
+    if set(structs) != set(table.leaves):
+        raise RuntimeError(f"the table and the model differ in {sorted(set(structs) ^ set(table.leaves))}")
+    targets = [_target(path, table.leaves[path], structs[path], num_layers, sharding) for path in structs]
+    names_of = _Names(checkpoint, table.prefixes)
+    _check(checkpoint, table, targets, names_of, num_layers)
+
+    def fetch(target: _Target, layer: int) -> tuple[Array, ...]:
+        names = target.names(names_of, layer)
+        pairs = zip(names, target.leaf.sources, strict=True)
+        return tuple(_put(checkpoint.tensor(name), source, target) for name, source in pairs)
+
+    params = {t.path: _assemble(fetch(t, 0), target=t) for t in targets if not t.leaf.is_stacked}
+    stacked = [t for t in targets if t.leaf.is_stacked]
+    if stacked:
+        stack_shardings = {t.path: t.stacked_sharding for t in stacked}
+        shapes = {t.path: ((num_layers, *t.shape), t.dtype) for t in stacked}
+        stacks = jax.jit(
+            lambda: {path: jnp.zeros(*shape) for path, shape in shapes.items()}, out_shardings=stack_shardings
+        )()
+        fill = jax.jit(partial(_fill, targets=stacked), donate_argnums=0, out_shardings=stack_shardings)
+        for layer in range(num_layers):
+            parts = {t.path: fetch(t, layer) for t in stacked}
+            jax.block_until_ready(stacks)  # or the host would run ahead and fill the device with parts
+            stacks = fill(stacks, parts, np.int32(layer))
+        params |= stacks
+    return _unflatten(abstract, params)
+
+
+def dummy_params(abstract: Mapping[str, Any], seed: int, sharding: Sharding | None = None) -> dict[str, Any]:
+    """Makes random parameters on the devices: close to normal(0, 0.02), norm weights 1.
+
+    Each element is a hash of the seed, its parameter's path and its own index: one fused pass without
+    temporaries, and the same numbers under every sharding and on every device.
+    """
+    structs = _flatten(abstract)
+    shardings = {path: _given_sharding(struct, sharding) for path, struct in structs.items()}
+
+    def make(seed: UInt32[Array, ""]) -> dict[str, Array]:
+        return {path: _dummy(path, struct, seed) for path, struct in structs.items()}
+
+    params = jax.jit(make, out_shardings=shardings)(np.uint32(seed % 2**32))
+    return _unflatten(abstract, params)
+
+
+def _dummy(path: str, struct: Any, seed: UInt32[Array, ""]) -> Array:
+    if path.endswith("norm"):
+        return jnp.ones(struct.shape, struct.dtype)
+
+    def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+        """Every input bit flips every output bit with probability near 1/2. Source: Wellons, lowbias32."""
+        x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+        x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+        return x ^ (x >> np.uint32(16))
+
+    state = jnp.broadcast_to(mix(seed ^ np.uint32(zlib.crc32(path.encode()))), struct.shape)
+    for axis in range(len(struct.shape)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, struct.shape, axis)
+        state = mix(state + (index + np.uint32(1)) * np.uint32(0x9E3779B9))
+    # The sum of four bytes: mean 510, variance 4 × (256² − 1) / 12, and exact, so the same on every device.
+    total = sum((state >> np.uint32(shift)) & np.uint32(255) for shift in (0, 8, 16, 24))
+    scale = np.float32(0.02 / math.sqrt((256**2 - 1) / 3))
+    return ((total.astype(jnp.float32) - np.float32(510)) * scale).astype(struct.dtype)
+
+
+class _Names:
+    """Resolves the table's names to the checkpoint's, with or without a prefix."""
+
+    def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> None:
+        self._known = set(checkpoint.names)
+        self._prefixes = prefixes
+
+    def __call__(self, name: str, layer: int) -> str:
+        """Returns the checkpoint's spelling of a name, or the table's own where the checkpoint has none."""
+        name = name.replace("{layer}", str(layer))
+        for prefix in self._prefixes:
+            for spelling in (name, prefix + name, name.removeprefix(prefix)):
+                if spelling in self._known:
+                    return spelling
+        return name
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
+
+def _check(
+    checkpoint: Checkpoint, table: WeightTable, targets: list[_Target], names_of: _Names, num_layers: int
+) -> None:
+    """Compares all names and shapes, and reports everything that is wrong at once."""
+    missing: list[str] = []
+    misshapen: list[str] = []
+    used: set[str] = set()
+    for target in targets:
+        for layer in range(num_layers if target.leaf.is_stacked else 1):
+            names = target.names(names_of, layer)
+            used.update(names)
+            absent = [name for name in names if name not in names_of]
+            missing += [f"{name} (for {target.path} {target.shape})" for name in absent]
+            if not absent:
+                misshapen += _shape_faults(checkpoint, target, names)
+    unexpected = [
+        f"{name} {checkpoint.shape(name)}"
+        for name in checkpoint.names
+        if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored)
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of the wrong shape or dtype": misshapen}
+    if any(faults.values()):
+        lists = "".join(
+            f"\n{len(lines)} {fault}:" + "".join(f"\n  {line}" for line in lines)
+            for fault, lines in faults.items()
+            if lines
+        )
+        raise ValueError(
+            f"{checkpoint.folder}: the tensors do not fit the model that config.json describes "
+            f"({num_layers} layers); is the config of another model?{lists}"
+        )
+
+
+def _shape_faults(checkpoint: Checkpoint, target: _Target, names: list[str]) -> Iterator[str]:
+    axis, is_joined = target.leaf.concat_axis, len(names) > 1
+    views = []
+    for name, source in zip(names, target.leaf.sources, strict=True):
+        shape = checkpoint.shape(name)
+        if not jnp.issubdtype(checkpoint.dtype(name), jnp.floating) or checkpoint.dtype(name).itemsize < 2:
+            yield f"{name}: wanted float64, float32, float16 or bfloat16, got {checkpoint.dtype(name)}"
+        if source.reshape is not None:
+            if not _splits(shape, source.reshape):
+                yield f"{name}: wanted a shape that splits into {source.reshape}, got {shape}"
+                return
+            shape = source.reshape
+        order = source.transpose or tuple(range(len(target.shape)))
+        wanted = [0] * len(order)
+        for to, come_from in enumerate(order):
+            wanted[come_from] = target.shape[to]
+        free = order[axis] if is_joined else None  # this axis is checked by the sum below
+        if len(shape) != len(wanted) or any(
+            got != want for i, (got, want) in enumerate(zip(shape, wanted, strict=True)) if i != free
+        ):
+            text = ", ".join("any" if i == free else str(want) for i, want in enumerate(wanted))
+            yield f"{name}: wanted ({text}), got {shape}"
+            return
+        views.append(tuple(shape[i] for i in order))
+    if is_joined and sum(view[axis] for view in views) != target.shape[axis]:
+        yield (
+            f"{' + '.join(names)}: wanted {target.shape} once joined along axis {axis}, "
+            f"got {' + '.join(str(checkpoint.shape(name)) for name in names)}"
+        )
+
+
+def _splits(shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
+    """Whether `into` only splits axes of `shape`: every boundary of `shape` is one of `into` too."""
+    inner = {math.prod(into[:i]) for i in range(len(into) + 1)}
+    outer = {math.prod(shape[:i]) for i in range(len(shape) + 1)}
+    return math.prod(shape) == math.prod(into) and outer <= inner
+
+
+def _target(path: str, leaf: Leaf, struct: Any, num_layers: int, sharding: Sharding | None) -> _Target:
+    given = _given_sharding(struct, sharding)
+    if not leaf.is_stacked:
+        return _Target(
+            path=path,
+            leaf=leaf,
+            shape=struct.shape,
+            dtype=struct.dtype,
+            sharding=given,
+            stacked_sharding=None,
+        )
+    if struct.shape[0] != num_layers:
+        raise ValueError(f"{path} must have {num_layers} layers in front, got shape {struct.shape}")
+    if isinstance(given, NamedSharding):
+        if given.spec and given.spec[0] is not None:
+            raise NotImplementedError(f"{path}: the layer axis cannot be sharded, got {given.spec}")
+        inner: Sharding = NamedSharding(given.mesh, PartitionSpec(*given.spec[1:]))
+    elif isinstance(given, SingleDeviceSharding):
+        inner = given
+    else:
+        raise NotImplementedError(f"{path}: wanted a NamedSharding or SingleDeviceSharding, got {given}")
+    return _Target(
+        path=path,
+        leaf=leaf,
+        shape=struct.shape[1:],
+        dtype=struct.dtype,
+        sharding=inner,
+        stacked_sharding=given,
+    )
+
+
+def _given_sharding(struct: Any, sharding: Sharding | None) -> Sharding:
+    return struct.sharding or sharding or jnp.zeros(()).sharding  # the last: the default device's
+
+
+def _put(tensor: np.ndarray, source: Source, target: _Target) -> Array:
+    """Sends a tensor to the devices, reshaped but not yet transposed."""
+    view = tensor if source.reshape is None else tensor.reshape(source.reshape)
+    sharding = target.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, _source_spec(sharding.spec, source, target))
+    # XLA on a CPU would use the mapped pages in place, and crash when somebody rewrites the file.
+    must_copy = next(iter(sharding.device_set)).platform == "cpu"
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        part = view[index]
+        if part.dtype == np.float64:  # JAX would round it to float32 first
+            return part.astype(target.dtype)
+        return part.copy() if must_copy else part
+
+    return jax.make_array_from_callback(view.shape, sharding, read)
+
+
+def _source_spec(spec: PartitionSpec, source: Source, target: _Target) -> PartitionSpec:
+    """The target's partition seen from before the transpose: each device reads just what it will keep.
+
+    Along the axis of a concatenation the parts' borders are not the shards', so there every device reads all.
+    """
+    rank = len(target.shape)
+    axes = [*spec, *[None] * (rank - len(spec))]
+    if len(target.leaf.sources) > 1:
+        axes[target.leaf.concat_axis] = None
+    order = source.transpose or range(rank)
+    before: list[Any] = [None] * rank
+    for to, come_from in enumerate(order):
+        before[come_from] = axes[to]
+    return PartitionSpec(*before)
+
+
+def _turned(parts: tuple[Array, ...], target: _Target) -> Float[Array, "..."]:
+    turned = [
+        (part if source.transpose is None else part.transpose(source.transpose)).astype(target.dtype)
+        for part, source in zip(parts, target.leaf.sources, strict=True)
+    ]
+    return jnp.concatenate(turned, axis=target.leaf.concat_axis) if len(turned) > 1 else turned[0]
+
+
+def _assemble(parts: tuple[Array, ...], *, target: _Target) -> Array:
+    is_ready = len(parts) == 1 and target.leaf.sources[0].transpose is None and parts[0].dtype == target.dtype
+    if is_ready:
+        return parts[0]
+    return jax.jit(partial(_turned, target=target), out_shardings=target.sharding)(parts)
+
+
+def _fill(
+    stacks: dict[str, Array], parts: dict[str, tuple[Array, ...]], layer: Array, *, targets: list[_Target]
+) -> dict[str, Array]:
+    """Writes one layer of every stacked parameter, in place."""
+    return {
+        t.path: jax.lax.dynamic_update_index_in_dim(stacks[t.path], _turned(parts[t.path], t), layer, axis=0)
+        for t in targets
+    }
+
+
+def _flatten(abstract: Mapping[str, Any]) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _unflatten(abstract: Mapping[str, Any], params: Mapping[str, Array]) -> dict[str, Any]:
+    return jax.tree.unflatten(jax.tree.structure(abstract), [params[path] for path in _flatten(abstract)])

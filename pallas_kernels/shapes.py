@@ -1,0 +1,28 @@
+"""Head shapes of real models: tests, benchmarks and tuning all go through this list."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadShape:
+    """What the attention kernels see of a model."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int = 16
+
+
+SHAPES: Mapping[str, HeadShape] = {
+    "llama-8b": HeadShape(num_heads=32, num_kv_heads=8, head_dim=128),
+    "llama2-13b": HeadShape(num_heads=40, num_kv_heads=40, head_dim=128),
+    "falcon-7b": HeadShape(num_heads=71, num_kv_heads=1, head_dim=64),
+    "opt-125m": HeadShape(num_heads=12, num_kv_heads=12, head_dim=64),
+    "gptj-6b": HeadShape(num_heads=16, num_kv_heads=16, head_dim=256),
+    "gpt-neox-20b": HeadShape(num_heads=64, num_kv_heads=64, head_dim=96),
+    "open-llama-3b": HeadShape(num_heads=32, num_kv_heads=32, head_dim=100),
+    "bloom-3b": HeadShape(num_heads=32, num_kv_heads=32, head_dim=80),
+    "demo": HeadShape(num_heads=8, num_kv_heads=4, head_dim=32),
+    "llama-8b-page64": HeadShape(num_heads=32, num_kv_heads=8, head_dim=128, page_size=64),
+}

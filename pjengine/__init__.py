@@ -1,0 +1,38 @@
+"""pjengine: LLM inference and serving in JAX, for NVIDIA GPUs."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pjengine.config import EngineConfig as EngineConfig
+    from pjengine.engine import LLMEngine as LLMEngine
+    from pjengine.llm import LLM as LLM
+    from pjengine.llm import CompletionChunk as CompletionChunk
+    from pjengine.request import CompletionOutput as CompletionOutput
+    from pjengine.request import RequestOutput as RequestOutput
+    from pjengine.request import SamplingParams as SamplingParams
+
+# Loaded when first used, so that `import pjengine` and the command line's --help are quick.
+_HOMES = {
+    "EngineConfig": "pjengine.config",
+    "LLMEngine": "pjengine.engine",
+    "LLM": "pjengine.llm",
+    "CompletionChunk": "pjengine.llm",
+    "CompletionOutput": "pjengine.request",
+    "RequestOutput": "pjengine.request",
+    "SamplingParams": "pjengine.request",
+}
+__all__ = ["LLM", "CompletionChunk", "CompletionOutput", "EngineConfig", "LLMEngine", "RequestOutput", "SamplingParams"]
+
+try:
+    __version__ = version("pjengine")
+except PackageNotFoundError:  # a bare checkout on the path
+    __version__ = "0+checkout"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pjengine' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,182 @@
+"""A schedule -> one int32 vector -> the Batch and the row updates of one step.
+
+`Layout` names the parts of the vector; the host packs by it, the device unpacks by it, so that a
+step costs a single upload.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pjengine.models.state import Batch
+from pjengine.scheduler import Chunk, Schedule
+
+# What a row is told about its request when it is admitted.
+ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", "temperature", "top_p", "min_p")
+FROM_DEVICE = -1  # in place of a token id: the row's last token, known to the device only
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """What the device knows of each running request, by row; donated through every step."""
+
+    last_token: Int[Array, " rows"]  # the token to compute next, while decoding
+    position: Int[Array, " rows"]  # its position
+    prompt_len: Int[Array, " rows"]
+    seed_high: Int[Array, " rows"]
+    seed_low: Int[Array, " rows"]
+    top_k: Int[Array, " rows"]  # vocabulary size: keep all
+    temperature: Float[Array, " rows"]  # 0: greedy
+    top_p: Float[Array, " rows"]
+    min_p: Float[Array, " rows"]
+    page_table: Int[Array, "rows pages_per_seq"]
+
+    @classmethod
+    def empty(cls, num_rows: int, pages_per_seq: int) -> "Rows":
+        ints = [jnp.zeros(num_rows, jnp.int32) for _ in range(6)]
+        floats = [jnp.zeros(num_rows, jnp.float32) for _ in range(3)]
+        return cls(*ints, *floats, jnp.zeros((num_rows, pages_per_seq), jnp.int32))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of one program's vector. Rows that stand for nothing are `num_rows`, out of range."""
+
+    num_tokens: int  # the program's bucket
+    num_rows: int
+    page_size: int
+    is_decode: bool
+
+    @property
+    def num_seqs(self) -> int:
+        return min(self.num_tokens, self.num_rows)
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        seqs = (self.num_seqs,)
+        if self.is_decode:
+            return {"rows": seqs, "page_updates": (3, self.num_seqs)}
+        return {
+            "tokens": (self.num_tokens,),
+            "rows": seqs,
+            "starts": seqs,  # position of each sequence's first token
+            "cu_q_lens": (self.num_seqs + 1,),
+            "sampled_rows": seqs,  # the row where the sampled token goes
+            "admitted": (1 + len(ROW_FIELDS), self.num_seqs),  # row, then its fields
+            # A chunk of n tokens opens at most n / page_size + 1 pages.
+            "page_updates": (3, self.num_tokens // self.page_size + self.num_seqs),  # row, column, page
+        }
+
+    @cached_property
+    def size(self) -> int:
+        return sum(int(np.prod(shape)) for shape in self.parts.values())
+
+    def empty(self) -> tuple[Int[np.ndarray, " size"], dict[str, np.ndarray]]:
+        """A fresh vector, filled with out-of-range rows, and views of its parts.
+
+        Fresh every step: an earlier step may still be reading the last one.
+        """
+        blob = np.full(self.size, self.num_rows, np.int32)
+        return blob, self.split(blob)
+
+    def split[T: (np.ndarray, Array)](self, blob: T) -> dict[str, T]:
+        """Views of the parts."""
+        views, offset = {}, 0
+        for name, shape in self.parts.items():
+            length = int(np.prod(shape))
+            views[name] = blob[offset : offset + length].reshape(shape)
+            offset += length
+        return views
+
+
+def pack(schedule: Schedule, layout: Layout, vocab_size: int) -> Int[np.ndarray, " size"]:
+    """Writes a schedule into a fresh vector."""
+    blob, parts = layout.empty()
+    chunks = schedule.chunks
+    parts["rows"][: len(chunks)] = [chunk.row for chunk in chunks]
+    updates = [(chunk.row, column, page) for chunk in chunks for column, page in chunk.new_pages]
+    if updates:
+        parts["page_updates"][:, : len(updates)] = np.array(updates, np.int32).T
+    if layout.is_decode:
+        return blob
+
+    lengths = [chunk.length for chunk in chunks]
+    cu_q_lens = parts["cu_q_lens"]
+    cu_q_lens[0] = 0
+    np.cumsum(lengths, out=cu_q_lens[1 : len(chunks) + 1])
+    cu_q_lens[len(chunks) + 1 :] = cu_q_lens[len(chunks)]
+    parts["starts"][: len(chunks)] = [chunk.start for chunk in chunks]
+    tokens = parts["tokens"]
+    tokens[:] = 0
+    for chunk, start in zip(chunks, cu_q_lens, strict=False):
+        tokens[start : start + chunk.length] = (
+            FROM_DEVICE if chunk.is_decode else chunk.request.known_tokens(chunk.start, chunk.start + chunk.length)
+        )
+    sampled = [chunk.row if chunk.is_sampled else layout.num_rows for chunk in chunks]
+    parts["sampled_rows"][: len(chunks)] = sampled
+    admitted = [_row_record(chunk, vocab_size) for chunk in chunks if chunk.is_admitted]
+    if admitted:
+        parts["admitted"][:, : len(admitted)] = np.stack(admitted, axis=1)
+    return blob
+
+
+def _row_record(chunk: Chunk, vocab_size: int) -> Int[np.ndarray, " fields"]:
+    """What a new row is told about its request; floats travel as their bits."""
+    request, params = chunk.request, chunk.request.params
+    top_k = vocab_size if params.top_k <= 0 else min(params.top_k, vocab_size)
+    seed_low, seed_high = np.array([request.seed], np.uint64).view(np.int32)  # little-endian
+    floats = np.array([params.effective_temperature, params.top_p, params.min_p], np.float32).view(np.int32)
+    return np.array([chunk.row, len(request.prompt_token_ids), seed_high, seed_low, top_k, *floats], np.int32)
+
+
+def update_rows(rows: Rows, parts: dict[str, Array], layout: Layout) -> Rows:
+    """Sets the parameters of admitted rows and the new entries of the page table. On the device."""
+    fields = dict(vars(rows))
+    if not layout.is_decode:
+        row, *values = parts["admitted"]
+        for name, value in zip(ROW_FIELDS, values, strict=True):
+            value = jax.lax.bitcast_convert_type(value, fields[name].dtype)
+            fields[name] = fields[name].at[row].set(value, mode="drop")
+    row, column, page = parts["page_updates"]
+    fields["page_table"] = rows.page_table.at[row, column].set(page, mode="drop")
+    return Rows(**fields)
+
+
+def unpack(rows: Rows, parts: dict[str, Array], layout: Layout) -> Batch:
+    """The tokens of the step, from the vector and the rows. On the device."""
+    row = parts["rows"]
+    is_real = row < layout.num_rows
+    page_table = rows.page_table.at[row].get(mode="fill", fill_value=0)
+    if layout.is_decode:
+        positions = rows.position.at[row].get(mode="fill", fill_value=0)
+        tokens = rows.last_token.at[row].get(mode="fill", fill_value=0)
+        seq, is_token, cu_q_lens = jnp.arange(layout.num_seqs, dtype=jnp.int32), is_real, None
+        kv_lens = jnp.where(is_real, positions + 1, 0)
+    else:
+        cu_q_lens = parts["cu_q_lens"]
+        token = jnp.arange(layout.num_tokens, dtype=jnp.int32)
+        # Not the default method: its loop would be driven by the host.
+        seq = jnp.searchsorted(cu_q_lens[1:], token, side="right", method="compare_all").astype(jnp.int32)
+        is_token = token < cu_q_lens[-1]
+        seq = jnp.minimum(seq, layout.num_seqs - 1)
+        positions = jnp.where(is_token, parts["starts"][seq] + token - cu_q_lens[seq], 0)
+        last = rows.last_token.at[row].get(mode="fill", fill_value=0)
+        tokens = jnp.where(parts["tokens"] == FROM_DEVICE, last[seq], parts["tokens"])
+        kv_lens = jnp.where(is_real, parts["starts"] + jnp.diff(cu_q_lens), 0)
+    page = page_table[seq, positions // layout.page_size]
+    slots = jnp.where(is_token, page * layout.page_size + positions % layout.page_size, -1)
+    prompt_len = rows.prompt_len.at[row].get(mode="fill", fill_value=0)
+    return Batch(
+        tokens=tokens,
+        positions=positions,
+        rope_lens=jnp.maximum(positions + 1, prompt_len[seq]),
+        slots=slots,
+        page_table=page_table,
+        kv_lens=kv_lens,
+        cu_q_lens=cu_q_lens,
+    )

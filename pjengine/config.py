@@ -1,0 +1,103 @@
+"""Every setting, checked once and then frozen. The only module that touches the environment."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat = Literal["auto", "safetensors", "bin", "dummy"]
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What a caller can choose, by vLLM's names. None means: decided from the model and the device.
+
+    Raises:
+      ValueError: a value is out of its range; the text names it.
+    """
+
+    model: str
+    tokenizer: str | None = None  # None: the model's own
+    skip_tokenizer_init: bool = False  # then prompts must be token ids
+    chat_template: str | None = None  # Jinja text; None: the tokenizer's own
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    download_dir: str | None = None
+    hf_token: str | None = field(default=None, repr=False)
+    hf_overrides: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json
+    dtype: DType = "auto"
+    load_format: LoadFormat = "auto"
+    seed: int = 0
+    gpu_memory_utilization: float = 0.92  # of the device's memory, for weights, KV pages and activations
+    kv_cache_memory_bytes: int | None = None  # overrides what gpu_memory_utilization leaves for KV pages
+    max_model_len: int | None = None  # prompt and output together, in tokens
+    max_num_seqs: int | None = None  # requests that run at once
+    max_num_batched_tokens: int | None = None  # tokens computed in one step
+    page_size: int = 16  # tokens per page
+    kernel_backend: str | None = None  # None: the best that this device and these shapes allow
+    warm_up: bool = True  # compile every program before the first request
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        for name, choices in (("dtype", get_args(DType)), ("load_format", get_args(LoadFormat))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
+        if self.page_size < 16 or self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size must be a power of two and at least 16, got {self.page_size!r}")
+        for name in ("kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """The sizes that the compiled programs are made for."""
+
+    num_pages: int
+    page_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kernel_backend: str | None = None
+
+    @property
+    def pages_per_seq(self) -> int:
+        return -(-self.max_model_len // self.page_size)
+
+    @cached_property
+    def decode_buckets(self) -> tuple[int, ...]:
+        """Numbers of sequences that decode programs are compiled for."""
+        return buckets(1, self.max_num_seqs)
+
+    @cached_property
+    def mixed_buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens that mixed programs are compiled for."""
+        return buckets(min(32, self.max_num_batched_tokens), self.max_num_batched_tokens)
+
+
+def buckets(smallest: int, largest: int) -> tuple[int, ...]:
+    """Powers of two from `smallest`, and `largest` itself."""
+    sizes = []
+    while smallest < largest:
+        sizes.append(smallest)
+        smallest *= 2
+    return (*sizes, largest)
+
+
+def reserve_device_memory(fraction: float) -> None:
+    """Lets JAX take `fraction` of a GPU's memory; without effect once JAX has started its backend.
+
+    A fraction that the user's environment sets already stays.
+    """
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(fraction))
+
+

@@ -1,0 +1,83 @@
+"""The text side of one request: tokens in, text out, stop strings found, nothing shown too early."""
+
+from dataclasses import dataclass, field
+
+from pjengine.request import CompletionOutput, Request, RequestOutput
+from pjengine.tokenizer import IncrementalDetokenizer
+
+
+@dataclass
+class Generation:
+    """What has been generated for a request so far; its consumer takes new text whenever it likes."""
+
+    request: Request
+    detokenizer: IncrementalDetokenizer | None  # None: token ids only
+    text: str = ""
+    _num_taken_chars: int = 0
+    _num_taken_tokens: int = 0
+    _hold_back: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # The end of the text may be the start of a stop string; it is shown once it is clear that it is not.
+        self._hold_back = max((len(stop) for stop in self.request.params.stop_strings), default=1) - 1
+
+    def push(self, token: int) -> None:
+        """Takes a sampled token; may finish the request."""
+        request = self.request
+        request.append(token)
+        if self.detokenizer is None:
+            return
+        # The text ends before the token that stopped it.
+        is_shown = request.finish_reason != "stop"
+        searched = len(self.text)
+        self.text += self.detokenizer.push([token]) if is_shown else ""
+        if request.is_finished:
+            self.text += self.detokenizer.finish()
+        self._find_stop_string(searched)
+
+    def _find_stop_string(self, searched: int) -> None:
+        """Cuts the text at the first stop string that ends after its first `searched` characters."""
+        start = max(0, searched - self._hold_back)
+        found = [(self.text.find(stop, start), stop) for stop in self.request.params.stop_strings]
+        found = [(index, stop) for index, stop in found if index >= 0]
+        if found:
+            index, stop = min(found)
+            self.text = self.text[:index]
+            self.request.finish("stop", stop)
+
+    def abort(self) -> None:
+        """Ends the request where it stands."""
+        self.request.finish("abort")
+        if self.detokenizer is not None:
+            self.text += self.detokenizer.finish()
+
+    @property
+    def is_finished(self) -> bool:
+        return self.request.is_finished
+
+    def take(self) -> tuple[str, list[int]]:
+        """The text and the tokens since the last call."""
+        end = len(self.text) if self.is_finished else max(len(self.text) - self._hold_back, self._num_taken_chars)
+        text = self.text[self._num_taken_chars : end]
+        tokens = self.request.output_token_ids[self._num_taken_tokens :]
+        self._num_taken_chars, self._num_taken_tokens = end, self._num_taken_tokens + len(tokens)
+        return text, tokens
+
+    def output(self) -> RequestOutput:
+        """All that there is so far."""
+        request = self.request
+        completion = CompletionOutput(
+            index=0,
+            text=self.text,
+            token_ids=list(request.output_token_ids),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[completion],
+            finished=request.is_finished,
+            metrics=request.metrics,
+        )

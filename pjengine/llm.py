@@ -1,0 +1,224 @@
+"""LLM: prompts in, text out, in the caller's own process."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from pjengine.config import EngineConfig
+from pjengine.engine import LLMEngine, Prompt
+from pjengine.generation import Generation
+from pjengine.request import RequestOutput, SamplingParams
+
+type Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionChunk:
+    """What one prompt's completion has grown by."""
+
+    index: int  # of the prompt
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class LLM:
+    """A model, loaded and ready.
+
+    Args:
+      model: a folder in the Hugging Face format, a Hub id, or "demo" for the packaged model.
+      **settings: the fields of `EngineConfig`, under vLLM's names.
+
+    Raises:
+      TypeError: no such setting.
+      ValueError, OSError: the model or a setting is not possible; the text says what to change.
+
+    Use it as a context manager, or call `close()`: the device memory then returns at once.
+    """
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self._engine: LLMEngine | None = LLMEngine(EngineConfig(model=str(model), **settings))
+
+    @property
+    def engine(self) -> LLMEngine:
+        """The engine underneath.
+
+        Raises:
+          RuntimeError: this LLM was closed.
+        """
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed; create another")
+        return self._engine
+
+    @property
+    def params(self) -> Any:
+        """The model's parameters, a plain pytree of arrays."""
+        return self.engine.runner.params
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[RequestOutput]:
+        """Completes each prompt; returns the outputs in the order of the prompts.
+
+        Args:
+          prompts: a text, a list of token ids, a dict with "prompt" or "prompt_token_ids", or a
+            list of such, mixed as you like.
+          sampling_params: one for all, or one for each.
+          use_tqdm: show a progress bar; or what makes one, such as `partial(tqdm, leave=False)`.
+
+        Raises:
+          ValueError: a prompt or parameter is not possible. Nothing has been run then.
+        """
+        generations = self._submit(as_prompts(prompts), sampling_params)
+        bar = _progress_bar(use_tqdm, len(generations))
+        try:
+            self._run(generations, bar)
+        finally:
+            self._abort(generations)
+            bar.close()
+        return [generation.output() for generation in generations]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[CompletionChunk]:
+        """Yields text as it is generated; never half a character, never the start of a stop string.
+
+        Takes what `generate` takes, and checks it when called. Leaving the loop early ends the requests.
+        """
+        return self._chunks(self._submit(as_prompts(prompts), sampling_params))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or each of a list of them.
+
+        Raises:
+          ValueError: no chat template, or a message that the template does not take.
+        """
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise ValueError("chat needs a tokenizer, and skip_tokenizer_init=True")
+        if len(messages) == 0:
+            raise ValueError("messages is empty: at least one message is needed")
+        is_single = isinstance(messages[0], Mapping)
+        prompts = [
+            tokenizer.encode_chat(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template=chat_template,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in ([messages] if is_single else messages)
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _submit(
+        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Generation]:
+        """Checks all requests, then queues them all: one bad one leaves nothing behind."""
+        engine = self.engine
+        each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"sampling_params must be one, or one for each of the {len(prompts)} prompts, got {len(each)}")
+        generations = [engine.prepare(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        for generation in generations:
+            engine.submit(generation)
+        return generations
+
+    def _run(self, generations: list[Generation], bar: Any) -> None:
+        num_prompt_tokens = num_output_tokens = 0
+        unfinished = generations
+        while unfinished:
+            self.engine.advance()
+            ended = [generation.request for generation in unfinished if generation.is_finished]
+            if not ended:
+                continue
+            unfinished = [generation for generation in unfinished if not generation.is_finished]
+            num_prompt_tokens += sum(len(request.prompt_token_ids) for request in ended)
+            num_output_tokens += sum(len(request.output_token_ids) for request in ended)
+            elapsed = max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(
+                f"est. speed input: {num_prompt_tokens / elapsed:.2f} toks/s, "
+                f"output: {num_output_tokens / elapsed:.2f} toks/s",
+                refresh=False,
+            )
+            bar.update(len(ended))
+
+    def _chunks(self, generations: list[Generation]) -> Iterator[CompletionChunk]:
+        open_ones = dict(enumerate(generations))
+        try:
+            while open_ones:
+                for index, generation in list(open_ones.items()):
+                    text, token_ids = generation.take()
+                    request = generation.request
+                    if generation.is_finished:
+                        del open_ones[index]
+                    if text or generation.is_finished:
+                        yield CompletionChunk(
+                            index=index,
+                            text=text,
+                            token_ids=token_ids,
+                            finish_reason=request.finish_reason,
+                            stop_reason=request.stop_reason,
+                        )
+                if open_ones:
+                    self.engine.advance()
+        finally:
+            self._abort(generations)
+
+    def _abort(self, generations: list[Generation]) -> None:
+        if self._engine is not None:
+            for generation in generations:
+                self._engine.abort_request(generation.request.request_id)
+
+    def close(self) -> None:
+        """Frees the device memory. Safe to call twice."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many -> a list of prompts. A list of whole numbers is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise TypeError(f"prompts must be a str, token ids, a dict or a list of them, got {type(prompts).__name__}")
+    is_one = len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+    return [prompts] if is_one else list(prompts)  # type: ignore[list-item]
+
+
+def _progress_bar(use_tqdm: bool | Callable[..., Any], total: int) -> Any:
+    make = tqdm if isinstance(use_tqdm, bool) else use_tqdm
+    hidden = {"disable": True} if use_tqdm is False else {}
+    return make(total=total, desc="Processed prompts", dynamic_ncols=True, **hidden)

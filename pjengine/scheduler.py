@@ -1,0 +1,222 @@
+"""Which tokens run in the next step. Plain Python: it decides, the device computes.
+
+A step is either all decodes (one token of every running request) or mixed: the decodes first,
+then chunks of prompts up to `max_num_batched_tokens`, so that a long prompt never stalls the others.
+"""
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pjengine.page_pool import PagePool
+from pjengine.request import Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens start to start + length of one request, to be computed in one step."""
+
+    request: Request
+    epoch: int  # the request's when scheduled
+    row: int
+    start: int
+    length: int
+    is_decode: bool  # its one token is known to the device only
+    is_sampled: bool  # it reaches the end of the request's tokens, so the next one is sampled
+    is_admitted: bool  # the row is new to the request: its parameters must be set
+    new_pages: tuple[tuple[int, int], ...]  # (column of the page table, page)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The chunks of one step, decodes first."""
+
+    chunks: list[Chunk]
+    num_preempted: int = 0
+
+    @property
+    def is_decode(self) -> bool:
+        return all(chunk.is_decode for chunk in self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+
+@dataclass
+class Scheduler:
+    """Owns the queues, the rows and the page pool.
+
+    Invariants, recounted by `check_integrity`: a running request owns one row and exactly the pages
+    that its computed tokens need; a waiting or finished one owns neither.
+    """
+
+    pool: PagePool
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[Request] = field(default_factory=list)  # in order of admission
+    _free_rows: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._free_rows = list(range(self.max_num_seqs))  # a heap: low rows first
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises as `check_fits` does."""
+        self.check_fits(request)
+        self.waiting.append(request)
+
+    def check_fits(self, request: Request) -> None:
+        """Makes sure that the request can run when it has the pool for itself.
+
+        Raises:
+          ValueError: it cannot; the text says by how much.
+        """
+        needed = self._pages_for(request.max_total_tokens - 1)  # the last token is never computed
+        if needed > self.pool.num_usable:
+            raise ValueError(
+                f"request {request.request_id} may grow to {request.max_total_tokens} tokens, which need {needed} pages "
+                f"of {self.page_size}; the KV cache has {self.pool.num_usable}. Lower max_tokens, shorten the prompt "
+                f"({len(request.prompt_token_ids)} tokens) or give the cache more memory"
+            )
+
+    def schedule(self) -> Schedule:
+        """The next step's chunks; empty when nothing can run until a result is read."""
+        chunks: list[Chunk] = []
+        budget = self.max_num_batched_tokens
+        num_preempted = 0
+        # Decodes first, then unfinished prompts, each in order of admission.
+        ready = [request for request in self.running if request.num_to_compute > 0 and not request.is_at_limit]
+        for request in sorted(ready, key=lambda request: not request.is_decoding):
+            if request.status is not RequestStatus.RUNNING or budget == 0:
+                continue  # preempted by one before it
+            length = min(request.num_to_compute, budget)
+            if self._shortfall(request, length) > 0:
+                num_preempted += self._make_room(request, length, chunks)
+            if request.status is RequestStatus.RUNNING:
+                chunks.append(self._take(request, length, is_admitted=False))
+                budget -= length
+        if num_preempted == 0:
+            self._admit(chunks, budget)
+        return Schedule(chunks, num_preempted)
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+        """Starts waiting requests while there are rows, tokens and pages for their whole prompts."""
+        promised = sum(self._pages_for(other.num_tokens) - len(other.pages) for other in self.running)
+        while self.waiting and budget and self._free_rows:
+            request = self.waiting[0]
+            promised += self._pages_for(request.num_tokens)
+            if promised > self.pool.num_free:
+                return
+            self.waiting.popleft()
+            request.status = RequestStatus.RUNNING
+            request.row = heapq.heappop(self._free_rows)
+            request.metrics.scheduled_s = request.metrics.scheduled_s or time.perf_counter()
+            self.running.append(request)
+            length = min(request.num_to_compute, budget)
+            chunks.append(self._take(request, length, is_admitted=True))
+            promised -= len(request.pages)
+            budget -= length
+
+    def _take(self, request: Request, length: int, *, is_admitted: bool) -> Chunk:
+        """Books `length` tokens of a running request: pages, counters, and the chunk that says so."""
+        start = request.num_computed
+        held = len(request.pages)
+        request.pages += self.pool.allocate(self._pages_for(start + length) - held)
+        is_sampled = start + length == request.num_tokens
+        chunk = Chunk(
+            request=request,
+            epoch=request.epoch,
+            row=request.row,
+            start=start,
+            length=length,
+            is_decode=request.is_decoding,
+            is_sampled=is_sampled,
+            is_admitted=is_admitted,
+            new_pages=tuple(enumerate(request.pages[held:], held)),
+        )
+        request.num_computed += length
+        if is_sampled:
+            request.num_pending += 1
+            request.is_decoding = True
+        return chunk
+
+    def _shortfall(self, request: Request, length: int) -> int:
+        """Pages that must be freed before `length` more tokens of `request` fit."""
+        return self._pages_for(request.num_computed + length) - len(request.pages) - self.pool.num_free
+
+    def _make_room(self, request: Request, length: int, chunks: list[Chunk]) -> int:
+        """Preempts the latest requests until `length` more tokens of `request` fit; returns how many.
+
+        Spares those that have a chunk in this step already and those that are about to finish; when
+        only `request` itself is left, gives it up.
+        """
+        spared = {chunk.request.request_id for chunk in chunks}
+        num_preempted = 0
+        while request.status is RequestStatus.RUNNING and self._shortfall(request, length) > 0:
+            victim = next(
+                other
+                for other in reversed(self.running)
+                if other.request_id not in spared and (other is request or not other.is_at_limit)
+            )
+            self._preempt(victim)
+            num_preempted += 1
+        return num_preempted
+
+    def _preempt(self, request: Request) -> None:
+        """Takes a request's row and pages; it will recompute its tokens, and sample the same ones."""
+        self._free(request)
+        self.running.remove(request)
+        request.status = RequestStatus.WAITING
+        request.epoch += 1
+        request.num_computed = request.num_pending = 0
+        request.is_decoding = False
+        request.metrics.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def finish(self, requests: Iterable[Request]) -> None:
+        """Frees what finished or aborted requests hold, wherever they are."""
+        ended = {request.request_id for request in requests}
+        for request in self.running:
+            if request.request_id in ended:
+                self._free(request)
+        self.running = [request for request in self.running if request.request_id not in ended]
+        if any(request.request_id in ended for request in self.waiting):
+            self.waiting = deque(request for request in self.waiting if request.request_id not in ended)
+
+    def _free(self, request: Request) -> None:
+        self.pool.release(request.pages)
+        request.pages = []
+        heapq.heappush(self._free_rows, request.row)
+        request.row = -1
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def check_integrity(self) -> None:
+        """Recounts pages and rows.
+
+        Raises:
+          RuntimeError: an invariant of this class or of the pool is broken.
+        """
+        self.pool.check_integrity(request.pages for request in self.running)
+        rows = [request.row for request in self.running]
+        if sorted(rows + self._free_rows) != list(range(self.max_num_seqs)):
+            raise RuntimeError(f"rows are lost or shared: running {rows}, free {self._free_rows}")
+        for request in self.running:
+            if request.status is not RequestStatus.RUNNING:
+                raise RuntimeError(f"{request.request_id} is {request.status} and runs")
+            if len(request.pages) != self._pages_for(request.num_computed):
+                raise RuntimeError(
+                    f"{request.request_id} holds {len(request.pages)} pages for {request.num_computed} tokens"
+                )
+        for request in self.waiting:
+            if request.pages or request.row >= 0 or request.status is not RequestStatus.WAITING:
+                raise RuntimeError(f"{request.request_id} waits but is {request.status}, holds {request.pages}")

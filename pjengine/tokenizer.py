@@ -1,0 +1,263 @@
+"""Text to token ids and back: encoding, chat templates, and decoding one token at a time."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+_REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no UTF-8, incomplete characters among them
+
+
+class _Kind(Enum):
+    """How a token id takes part in decoding."""
+
+    TEXT = 0
+    BYTE = 1  # one byte of a character that the vocabulary lacks: <0x00> ... <0xFF>
+    SPECIAL = 2
+    UNKNOWN = 3  # beyond the vocabulary, as in models whose embedding is padded: decodes to nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A Hugging Face tokenizer; decoding never tidies spaces up, which would damage code."""
+
+    hf: Any
+    chat_template: str | None = None  # Jinja text; None: the tokenizer's own
+    # SentencePiece vocabularies spell rare characters as byte tokens and judge a whole run of them at once:
+    # valid UTF-8 or all replaced. Byte-level ones, without such tokens, judge byte by byte.
+    has_byte_tokens: bool
+    _kinds: dict[int, _Kind] = field(default_factory=dict, repr=False)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.hf.eos_token_id
+
+    def __len__(self) -> int:
+        return len(self.hf)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that `skip_special_tokens` hides."""
+        if not hasattr(self.hf, "backend_tokenizer"):
+            return frozenset(self.hf.all_special_ids)
+        return frozenset(i for i, token in self.hf.added_tokens_decoder.items() if token.special)
+
+    @cached_property
+    def anchor(self) -> tuple[int | None, str]:
+        """A token that decodes to plain letters wherever it stands, and these letters.
+
+        Decoders treat the first token of a text differently (a leading space goes). Behind an anchor none is
+        first, so that a few tokens can be decoded without those before them.
+        """
+        for token in range(len(self)):
+            if self.kind(token) is _Kind.TEXT:
+                text = self.decode_all([token])
+                if text.isascii() and text.isalnum() and self.decode_all([token, token]) == text * 2:
+                    return token, text
+        return None, ""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the token ids, with the special tokens (such as BOS) that the tokenizer itself adds."""
+        return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        hidden = (_Kind.SPECIAL, _Kind.UNKNOWN) if skip_special_tokens else (_Kind.UNKNOWN,)
+        return self.decode_all([token for token in token_ids if self.kind(token) not in hidden])
+
+    def decode_all(self, token_ids: list[int]) -> str:
+        """Decodes ids of the vocabulary, special tokens included."""
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is not None:  # a tenth of the cost of the method of `hf`, which does the same
+            return backend.decode(token_ids, skip_special_tokens=False)
+        return self.hf.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **template_kwargs: Any,
+    ) -> str:
+        """Returns the prompt that a chat template makes of a conversation.
+
+        Raises:
+          ValueError: there is no template, or it does not take these messages.
+        """
+        import jinja2
+
+        template = chat_template or self.chat_template
+        if template is None and not self.hf.chat_template:
+            raise ValueError("chat needs a chat template, and this tokenizer has none: pass chat_template")
+        try:
+            return self.hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **template_kwargs,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Returns the ids of `render_chat`'s text, to which the template has added the special tokens."""
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+
+    def kind(self, token_id: int) -> _Kind:
+        known = self._kinds.get(token_id)
+        if known is None:
+            known = self._kinds[token_id] = self._classify(token_id)
+        return known
+
+    def _classify(self, token_id: int) -> _Kind:
+        if token_id in self.special_ids:
+            return _Kind.SPECIAL
+        text = self.hf.convert_ids_to_tokens(token_id) if 0 <= token_id < len(self) else None
+        if text is None:
+            return _Kind.UNKNOWN
+        is_byte = self.has_byte_tokens and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        return _Kind.BYTE if is_byte else _Kind.TEXT
+
+
+def load_tokenizer(folder: str | Path, *, chat_template: str | None = None) -> Tokenizer:
+    """Loads the tokenizer of a model's folder: tokenizer.json, or a SentencePiece model. Runs no remote code.
+
+    Raises:
+      OSError: the folder holds no tokenizer.
+      ValueError: the tokenizer needs code of its own.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in _FILES):
+        raise OSError(f"{folder}: wanted a tokenizer, found none of {', '.join(_FILES)}: pass tokenizer=...")
+    # It advises to install PyTorch, whenever it is imported without.
+    logging.getLogger("transformers").addFilter(_is_no_advice)
+    from transformers import AutoTokenizer
+
+    settings = _read_settings(folder)
+    is_llama = settings.get("tokenizer_class") in (
+        None,
+        "LlamaTokenizer",
+        "LlamaTokenizerFast",
+        "LLaMATokenizer",
+    )
+    if is_llama and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        hf = _load_sentencepiece(folder, settings)
+    else:
+        hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    backend = getattr(hf, "backend_tokenizer", None)
+    # Without a backend it is SentencePiece's own decoder, which has byte tokens too.
+    has_byte_tokens = backend is None or b'"ByteFallback"' in backend.decoder.__getstate__()
+    return Tokenizer(hf=hf, chat_template=chat_template, has_byte_tokens=has_byte_tokens)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: wanted JSON, got something else: {error}") from error
+
+
+def _load_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> Any:
+    """Loads a tokenizer.model as transformers 4 did, and as SentencePiece itself encodes.
+
+    transformers 5 would add no BOS where the config does not ask for it, keep a leading space from being a
+    token of its own, and fail on the empty special tokens of the first Llama conversions.
+    """
+    from tokenizers import normalizers
+    from transformers import LlamaTokenizer
+
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    hf = LlamaTokenizer.from_pretrained(
+        str(folder),
+        add_bos_token=settings.get("add_bos_token", True),
+        add_eos_token=settings.get("add_eos_token", False),
+        **{key: name for key, name in names.items() if settings.get(key, name) == ""},
+    )
+    backend = getattr(hf, "backend_tokenizer", None)
+    if backend is not None and settings.get("legacy", True) and settings.get("add_prefix_space", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+    return hf
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "PyTorch was not found" not in record.getMessage()
+
+
+class IncrementalDetokenizer:
+    """Turns one request's tokens into text as they come.
+
+    What `push` and `finish` return, put together, is `tokenizer.decode` of all the tokens. Nothing is
+    returned before it is settled: no half characters, and no run of byte tokens while it may still grow.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ) -> None:
+        """`prompt_ids`: what the text continues; without, a leading space goes, as in `decode`."""
+        self._tokenizer = tokenizer
+        self._hidden = (_Kind.SPECIAL, _Kind.UNKNOWN) if skip_special_tokens else (_Kind.UNKNOWN,)
+        self._anchor, self._anchor_text = tokenizer.anchor
+        self._is_at_start = not tokenizer.decode(prompt_ids, skip_special_tokens=skip_special_tokens)
+        self._pending: list[int] = []  # tokens whose text has not been returned
+        self._retry_at = 0  # decode again once so many are pending
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Takes the next tokens and returns the text that they settle, perhaps none."""
+        kind = self._tokenizer.kind
+        num_old, pending = len(self._pending), self._pending
+        pending += [token for token in token_ids if kind(token) not in self._hidden]
+        if self._tokenizer.has_byte_tokens:
+            cut = len(pending)
+            while cut > num_old and kind(pending[cut - 1]) is _Kind.BYTE:
+                cut -= 1
+            if cut == num_old:  # what was pending still is: a run of byte tokens, or what has no text
+                return ""
+            text = self._decode(cut)
+            self._drop(cut, text)
+            return text
+        if len(pending) < self._retry_at:
+            return ""
+        # An incomplete character has at most three bytes, so at most three tokens.
+        for cut in range(len(pending), max(len(pending) - 4, 0), -1):
+            text = self._decode(cut)
+            if not text.endswith(_REPLACEMENT):
+                self._drop(cut, text)
+                return text
+        # A long run of bytes that are no text: look again when it has doubled, so that n tokens cost O(n).
+        self._retry_at = len(pending) + 1 if len(pending) < 8 else 2 * len(pending)
+        return ""
+
+    def finish(self) -> str:
+        """Returns the rest of the text, whatever it is."""
+        text = self._decode(len(self._pending))
+        self._pending = []
+        return text
+
+    def _decode(self, count: int) -> str:
+        """Decodes the first pending tokens as a continuation of what has been returned."""
+        if not count:
+            return ""
+        ids = self._pending[:count]
+        if self._is_at_start or self._anchor is None:
+            return self._tokenizer.decode_all(ids)
+        return self._tokenizer.decode_all([self._anchor, *ids])[len(self._anchor_text) :]
+
+    def _drop(self, count: int, text: str) -> None:
+        """Forgets tokens whose text is being returned."""
+        if text:
+            self._is_at_start = False
+        if text or not self._is_at_start:
+            del self._pending[:count]
+        self._retry_at = 0

@@ -1,0 +1,27 @@
+"""Strict JAX for every test. pjengine is imported inside fixtures and tests only, so that the
+`--jaxtyping-packages` hook is in place before any of its modules is loaded."""
+
+import os
+
+import pytest
+
+# Four CPU devices for the sharding tests; it must be set before JAX starts its backend.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def has_gpu() -> bool:
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Runs `gpu` tests only where a GPU answers; says so otherwise."""
+    if any(item.get_closest_marker("gpu") for item in items) and not has_gpu():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)

@@ -1,0 +1,105 @@
+"""Golden files: tiny Hugging Face models, their weights remade from a seed, and what they answered.
+
+numpy only; `make_golden.py` (which needs torch) wrote the files, and fills its models with the same `make_weights`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+LLAMA_CASES = (
+    "mha gqa mqa tied attention_bias mlp_bias head_dim linear dynamic dynamic_growing llama3 yarn"
+).split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """One case: the model and what Hugging Face computed from it, in float32 on a CPU."""
+
+    name: str
+    config: dict[str, Any]  # config.json as transformers 5 writes it
+    config_v4: dict[str, Any]  # the same as transformers 4 wrote it
+    shapes: dict[str, tuple[int, ...]]  # by checkpoint name, sorted
+    seed: int
+    prompt: list[int]
+    last_logits: np.ndarray  # float32 [4, vocab]: at the prompt's last four positions
+    tokens: list[int]  # 64 greedy tokens after the prompt, end-of-sequence ignored
+    margin: float  # least distance between the best and the second logit over those 64 steps
+    inv_freq: np.ndarray  # float32 [head_dim / 2]: at the model's birth, unscaled for dynamic
+    attention_factor: float
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Returns every tensor of the checkpoint, float32."""
+        return make_weights(self.shapes, self.seed)
+
+
+def load(name: str) -> Golden:
+    with np.load(FOLDER / f"{name}.npz") as file:
+        about = json.loads(str(file["about"]))
+        weight_sum = about.pop("weight_sum")
+        about["shapes"] = {key: tuple(shape) for key, shape in about["shapes"].items()}
+        golden = Golden(name=name, last_logits=file["last_logits"], inv_freq=file["inv_freq"], **about)
+    remade = checksum(golden.weights())
+    if not np.isclose(remade, weight_sum, rtol=1e-9):
+        raise RuntimeError(
+            f"{name}: weights made from the seed sum to {remade}, {weight_sum} when the file was made: "
+            "numpy's generator has changed, run make_golden.py again"
+        )
+    return golden
+
+
+def make_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
+    """Draws every tensor in the order of `shapes`: norms near 1, projections that keep the scale of what they map."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        noise = rng.standard_normal(tuple(shape), dtype=np.float32)
+        if "norm" in name:
+            weights[name] = np.float32(1) + np.float32(0.1) * noise
+        elif name.endswith("bias"):
+            weights[name] = np.float32(0.2) * noise
+        elif "embed" in name:
+            weights[name] = np.float32(0.5) * noise
+        else:
+            weights[name] = np.float32(2 / np.sqrt(shape[-1])) * noise
+    return weights
+
+
+def checksum(weights: Mapping[str, np.ndarray]) -> float:
+    """Weighted by position, so that a changed order shows too."""
+    return float(sum((i + 1) * array.astype(np.float64).sum() for i, array in enumerate(weights.values())))
+
+
+def write_checkpoint(
+    golden: Golden,
+    folder: Path,
+    *,
+    shards: int = 1,
+    dtype: Any = np.float32,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes config.json and safetensors, in one file or in `shards` with an index; returns `folder`."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(config or golden.config)))
+    weights = {name: array.astype(dtype) for name, array in golden.weights().items()}
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+        return folder
+    names = list(weights)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: weights[name] for name in names[i::shards]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    return folder

@@ -1,0 +1,120 @@
+"""Attention cases over a poisoned cache, and what they should give: a dense softmax in numpy."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjengine.pallas_kernels.shapes import HeadShape
+
+BACKENDS = ["reference", "triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+@contextmanager
+def quick_compile() -> Iterator[None]:
+    """Halves the time XLA's CPU compiler takes for an interpreted kernel; no effect on a GPU."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@contextmanager
+def cuda_target() -> Iterator[None]:
+    """Code traced under this is lowered for an H200, on a machine without one too."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Arguments of an attention op for layer 1 of 2; all of layer 0, the null pages and every slot past a
+    sequence's end are NaN."""
+
+    q: np.ndarray  # [t, h, d]
+    k_pages: np.ndarray  # [2 * pages, hk, p, d]
+    v_pages: np.ndarray
+    page_table: np.ndarray  # [s, w]; 0, the null page, past a sequence's end
+    kv_lens: np.ndarray  # [s]
+    cu_q_lens: np.ndarray  # [s + 1]
+    page_offset: int
+    scale: float
+
+    def decode_args(self) -> tuple[jnp.ndarray, ...]:
+        return tuple(map(jnp.asarray, (self.q, self.k_pages, self.v_pages, self.page_table, self.kv_lens)))
+
+    def ragged_args(self) -> tuple[jnp.ndarray, ...]:
+        return (*self.decode_args(), jnp.asarray(self.cu_q_lens))
+
+
+def make_case(
+    heads: HeadShape,
+    *,
+    kv_lens: Sequence[int],
+    q_lens: Sequence[int] | None = None,
+    num_padding_tokens: int = 0,
+    dtype: str = "float32",
+) -> Case:
+    """Makes a case; q_lens None is decode: one token per sequence, also for those of length 0."""
+    rng = np.random.default_rng(0)
+    page_size, head_dim = heads.page_size, heads.head_dim
+    num_seqs, width = len(kv_lens), -(-max(*kv_lens, 1) // page_size) + 1
+    q_lens = [1] * num_seqs if q_lens is None else q_lens
+    num_pages = num_seqs * width + 1
+    ids = rng.permutation(np.arange(1, num_pages)).reshape(num_seqs, width)
+    shape = (2 * num_pages, heads.num_kv_heads, page_size, head_dim)
+    k_pages, v_pages = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+    for row, length in zip(ids, kv_lens, strict=True):
+        slot = np.arange(length)
+        at = (row[slot // page_size] + num_pages, slice(None), slot % page_size)
+        k_pages[at] = rng.standard_normal((length, heads.num_kv_heads, head_dim))
+        v_pages[at] = rng.standard_normal((length, heads.num_kv_heads, head_dim))
+        row[-(-length // page_size) :] = 0
+    q = rng.standard_normal((sum(q_lens) + num_padding_tokens, heads.num_heads, head_dim))
+    return Case(
+        q=q.astype(dtype),
+        k_pages=k_pages.astype(dtype),
+        v_pages=v_pages.astype(dtype),
+        page_table=ids.astype(np.int32),
+        kv_lens=np.asarray(kv_lens, np.int32),
+        cu_q_lens=np.cumsum([0, *q_lens]).astype(np.int32),
+        page_offset=num_pages,
+        scale=head_dim**-0.5,
+    )
+
+
+def expected(case: Case) -> np.ndarray:
+    """Token by token: softmax over the slots it sees, in float32; zeros where it sees none."""
+    out = np.zeros(case.q.shape, np.float32)
+    page_size = case.k_pages.shape[2]
+    group = case.q.shape[1] // case.k_pages.shape[1]
+    for seq, kv_len in enumerate(case.kv_lens):
+        slot = np.arange(kv_len)
+        pages = case.page_table[seq, slot // page_size] + case.page_offset
+        k = np.repeat(case.k_pages[pages, :, slot % page_size].astype(np.float32), group, axis=1)
+        v = np.repeat(case.v_pages[pages, :, slot % page_size].astype(np.float32), group, axis=1)
+        first, end = case.cu_q_lens[seq], case.cu_q_lens[seq + 1]
+        for token in range(first, end):
+            visible = kv_len - (end - 1 - token)
+            if visible > 0:
+                q = case.q[token].astype(np.float32)
+                scores = np.einsum("hd,shd->hs", q, k[:visible]) * case.scale
+                p = np.exp(scores - scores.max(axis=1, keepdims=True))
+                out[token] = np.einsum("hs,shd->hd", p / p.sum(axis=1, keepdims=True), v[:visible])
+    return out
+
+
+def assert_close(actual: jnp.ndarray, wanted: np.ndarray, *, length: int) -> None:
+    """Holds `actual` to its dtype's precision; float32 sums over `length` slots lose the square root of it.
+
+    The two narrow dtypes round twice: the probabilities and the result.
+    """
+    eps = float(jnp.finfo(actual.dtype).eps)
+    tolerance = 4 * eps * max(length, 16) ** 0.5 if actual.dtype == jnp.float32 else 1.5 * eps
+    np.testing.assert_allclose(np.asarray(actual.astype(jnp.float32)), wanted, rtol=tolerance, atol=tolerance)

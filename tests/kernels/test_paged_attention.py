@@ -1,0 +1,158 @@
+"""Decode attention: the reference against a dense softmax, the kernel against both."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton, paged_attention, reference
+from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
+from tests.kernels.cases import (
+    BACKENDS,
+    DTYPES,
+    assert_close,
+    cuda_target,
+    expected,
+    make_case,
+    quick_compile,
+)
+
+SMALL = HeadShape(num_heads=4, num_kv_heads=2, head_dim=32)
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    with quick_compile():
+        yield
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_named_shape_equals_a_dense_softmax(name: str, dtype: str, backend: str) -> None:
+    case = make_case(SHAPES[name], kv_lens=[70, 0, 5], dtype=dtype)
+    out = paged_attention(
+        *case.decode_args(), page_offset=case.page_offset, scale=case.scale, backend=backend
+    )
+    assert out.dtype == dtype
+    assert not out[1].any()
+    assert_close(out, expected(case), length=70)
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("num_splits", [1, 3, 8])
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+def test_lengths_around_pages_tiles_and_splits(page_size: int, num_splits: int, interpret: bool) -> None:
+    lens = [0, 1, page_size - 1, page_size, page_size + 1, 31, 32, 33, 127, 300]
+    case = make_case(replace(SMALL, page_size=page_size), kv_lens=lens)
+    args = (*case.decode_args(), jnp.int32(case.page_offset))
+    tiles = DecodeTiles(block_kv=32, num_splits=num_splits)
+    out = decode_triton(*args, scale=case.scale, tiles=tiles, interpret=interpret)
+    assert_close(out, expected(case), length=300)
+    assert_close(reference(*args, scale=case.scale), expected(case), length=300)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offset_may_be_a_number_or_an_array(backend: str) -> None:
+    case = make_case(SMALL, kv_lens=[20])
+    attend = functools.partial(paged_attention, *case.decode_args(), scale=case.scale, backend=backend)
+    number, array = (
+        attend(page_offset=case.page_offset),
+        jax.jit(lambda offset: attend(page_offset=offset))(jnp.int32(case.page_offset)),
+    )
+    np.testing.assert_array_equal(number, array)
+
+
+def test_heads_that_do_not_divide_raise() -> None:
+    case = make_case(replace(SMALL, num_heads=6, num_kv_heads=4), kv_lens=[1])
+    with pytest.raises(ValueError, match="multiple of KV heads"):
+        paged_attention(*case.decode_args(), page_offset=0, scale=1.0)
+
+
+def test_a_scale_that_is_not_positive_raises() -> None:
+    case = make_case(SMALL, kv_lens=[1])
+    with pytest.raises(ValueError, match="scale must be positive"):
+        paged_attention(*case.decode_args(), page_offset=0, scale=0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        ({"page_size": 8}, "float32", "page_size 8"),
+        ({"head_dim": 512}, "float32", "head_dim 512"),
+        ({"num_heads": 129, "num_kv_heads": 1}, "float32", "129 query heads"),
+        ({}, "float8_e4m3fn", "dtypes float8_e4m3fn"),
+    ],
+)
+def test_the_kernel_refuses_what_it_cannot_do(change: dict[str, int], dtype: str, message: str) -> None:
+    case = make_case(replace(SMALL, **change), kv_lens=[1], dtype=dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        paged_attention(*case.decode_args(), page_offset=0, scale=1.0, backend="triton_interpret")
+
+
+def test_an_unknown_backend_raises() -> None:
+    case = make_case(SMALL, kv_lens=[1])
+    with pytest.raises(ValueError, match="backend must be one of triton, reference, triton_interpret"):
+        paged_attention(*case.decode_args(), page_offset=0, scale=1.0, backend="cuda")
+
+
+def test_the_kernel_refuses_mixed_dtypes() -> None:
+    case = make_case(SMALL, kv_lens=[1])
+    q, *rest = case.decode_args()
+    with pytest.raises(NotImplementedError, match="dtypes bfloat16, float32"):
+        paged_attention(q.astype(jnp.bfloat16), *rest, page_offset=0, scale=1.0, backend="triton_interpret")
+
+
+def test_there_are_never_more_splits_than_tiles() -> None:
+    choose = functools.partial(DecodeTiles.choose, num_kv_heads=8, group=4, head_dim=128, itemsize=2)
+    assert choose(batch=1, max_slots=100).num_splits == 2
+    assert choose(batch=1, max_slots=8192).num_splits == 32
+    assert choose(batch=8, max_slots=8192).num_splits == 8
+    assert choose(batch=256, max_slots=8192).num_splits == 1
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_named_shape_lowers_for_cuda_once_for_all_layers(name: str) -> None:
+    shape = SHAPES[name]
+    pages = jax.ShapeDtypeStruct((256, shape.num_kv_heads, shape.page_size, shape.head_dim), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((1, shape.num_heads, shape.head_dim), jnp.bfloat16)
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+
+    def two_layers(*args: jax.Array) -> jax.Array:
+        attend = functools.partial(paged_attention, *args, scale=1.0)
+        return attend(page_offset=jnp.int32(0)) + attend(page_offset=jnp.int32(128))
+
+    with cuda_target():
+        traced = jax.jit(two_layers).trace(q, pages, pages, ints((1, 64)), ints((1,)))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton(") == 2  # the kernel and the merge of its splits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_large_batches_equal_the_reference(name: str, dtype: str) -> None:
+    lens = np.random.default_rng(1).integers(1, 2048, 32)
+    case = make_case(SHAPES[name], kv_lens=[0, 2048, *lens], dtype=dtype)
+    args, offset = case.decode_args(), case.page_offset
+    out = paged_attention(*args, page_offset=offset, scale=case.scale, backend="triton")
+    wanted = paged_attention(*args, page_offset=offset, scale=case.scale, backend="reference")
+    assert_close(out, np.asarray(wanted.astype(jnp.float32)), length=2048)
+
+
+@pytest.mark.gpu
+def test_a_cache_of_more_than_2_to_the_31_elements_is_read_where_it_should_be() -> None:
+    page, num_pages = (8, 16, 128), 2**17 + 64
+    far = jax.random.normal(jax.random.key(0), (64, *page), jnp.bfloat16)
+    pages = jnp.zeros((num_pages, *page), jnp.bfloat16).at[-64:].set(far)
+    q = jax.random.normal(jax.random.key(1), (1, 32, 128), jnp.bfloat16)
+    table, lens = jnp.arange(64, dtype=jnp.int32)[None], jnp.full((1,), 1000, jnp.int32)
+    out = paged_attention(
+        q, pages, pages, table, lens, page_offset=num_pages - 64, scale=0.1, backend="triton"
+    )
+    wanted = paged_attention(q, far, far, table, lens, page_offset=0, scale=0.1, backend="reference")
+    assert_close(out, np.asarray(wanted.astype(jnp.float32)), length=1000)
