@@ -117,13 +117,14 @@ class Llama:
         for layer in range(self.config.num_layers):
             weights = jax.tree.map(lambda stacked, layer=layer: stacked[layer], params["layers"])
             with jax.named_scope(f"layer_{layer}"):
-                x, cache = block.apply({"params": weights}, x, rotary, cache, attend, layer)
+                output: Any = block.apply({"params": weights}, x, rotary, cache, attend, layer)
+                x, cache = output
         return x, cache
 
     def logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t v"]:
         """Final hidden states to float32 logits."""
         h = rms_norm(hidden, params["final_norm"], eps=self.config.rms_norm_eps)
-        return unembed(h, params.get("head", params["embed"]))
+        return unembed(h, params["embed" if self.config.tie_word_embeddings else "head"])
 
     def dense_logits(self, params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits of whole sequences without a cache: for training and scoring, differentiable."""
@@ -162,10 +163,13 @@ class Llama:
             ignored.append("lm_head.weight")  # some checkpoints store the tied copy too
         else:
             leaves["head"] = _leaf("lm_head.weight")
-        return WeightTable(leaves=leaves, ignored=tuple(ignored))
+        # Checkpoints of the bare model lack the prefix.
+        return WeightTable(leaves=leaves, ignored=tuple(ignored), prefixes=("model.",))
 
 
-def _leaf(name: str, *, reshape: tuple[int, ...] | None = None, transpose: tuple[int, ...] | None = None) -> Leaf:
+def _leaf(
+    name: str, *, reshape: tuple[int, ...] | None = None, transpose: tuple[int, ...] | None = None
+) -> Leaf:
     return Leaf(sources=(Source(name=name, reshape=reshape, transpose=transpose),))
 
 
@@ -195,9 +199,15 @@ def _attention_leaves(c: ModelConfig, prefix: str) -> dict[str, Leaf]:
 
 
 def _mlp_leaves(c: ModelConfig, prefix: str) -> dict[str, Leaf]:
-    def gate_up(kind: str, tail: tuple[int, ...], transpose: tuple[int, ...] | None, concat_axis: int) -> Leaf:
+    def gate_up(
+        kind: str, tail: tuple[int, ...], transpose: tuple[int, ...] | None, concat_axis: int
+    ) -> Leaf:
         sources = tuple(
-            Source(name=f"{prefix}.{name}_proj.{kind}", reshape=(1, c.intermediate_size, *tail), transpose=transpose)
+            Source(
+                name=f"{prefix}.{name}_proj.{kind}",
+                reshape=(1, c.intermediate_size, *tail),
+                transpose=transpose,
+            )
             for name in ("gate", "up")
         )
         return Leaf(sources=sources, concat_axis=concat_axis)

@@ -1,10 +1,8 @@
 """Checkpoint tensors into the parameters of a model, by a table: nothing missing, nothing left over."""
 
-import fnmatch
 import math
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,57 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxtyping import Array, Float, UInt32
 
 from pjengine.models.checkpoint import Checkpoint
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One tensor of the checkpoint and how it is turned: first reshaped, then transposed."""
-
-    name: str  # as in the checkpoint; "{layer}" stands for the layer's number
-    reshape: tuple[int, ...] | None = None  # splits axes; merges none, so that a transposed tensor is noticed
-    transpose: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leaf:
-    """One parameter: its sources, concatenated along `concat_axis`.
-
-    Where the names hold "{layer}" the parameter is stacked on a leading layer axis, which `concat_axis` and
-    the sources' own axes do not count.
-    """
-
-    sources: tuple[Source, ...]
-    concat_axis: int = 0
-
-    @property
-    def is_stacked(self) -> bool:
-        return any("{layer}" in source.name for source in self.sources)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightTable:
-    """How an architecture's checkpoints map to its parameters."""
-
-    leaves: Mapping[str, Leaf]  # by path, as in "layers/qkv"
-    ignored: tuple[str, ...] = ()  # fnmatch patterns of names that carry nothing we need
-    # What a checkpoint's names may have in front where the table's do not, or lack where they do: ("model.",)
-    # lets "layers.0.x" stand for "model.layers.0.x". The table's own spelling is tried first.
-    prefixes: tuple[str, ...] = ("",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Target:
-    """A parameter to fill: its leaf in the table, and what the model wants it to be."""
-
-    path: str
-    leaf: Leaf
-    shape: tuple[int, ...]  # without the layer axis
-    dtype: Any
-    sharding: Sharding  # without the layer axis
-    stacked_sharding: Sharding | None
-
-    def names(self, names_of: "_Names", layer: int) -> list[str]:
-        return [names_of(source.name, layer) for source in self.leaf.sources]
+from pjengine.models.weight_table import Leaf as Leaf
+from pjengine.models.weight_table import Names, Target, check
+from pjengine.models.weight_table import Source as Source
+from pjengine.models.weight_table import WeightTable as WeightTable
 
 
 def load_params(
@@ -94,10 +45,10 @@ def load_params(
     if set(structs) != set(table.leaves):
         raise RuntimeError(f"the table and the model differ in {sorted(set(structs) ^ set(table.leaves))}")
     targets = [_target(path, table.leaves[path], structs[path], num_layers, sharding) for path in structs]
-    names_of = _Names(checkpoint, table.prefixes)
-    _check(checkpoint, table, targets, names_of, num_layers)
+    names_of = Names(checkpoint, table.prefixes)
+    check(checkpoint, table, targets, names_of, num_layers)
 
-    def fetch(target: _Target, layer: int) -> tuple[Array, ...]:
+    def fetch(target: Target, layer: int) -> tuple[Array, ...]:
         names = target.names(names_of, layer)
         pairs = zip(names, target.leaf.sources, strict=True)
         return tuple(_put(checkpoint.tensor(name), source, target) for name, source in pairs)
@@ -150,106 +101,17 @@ def _dummy(path: str, struct: Any, seed: UInt32[Array, ""]) -> Array:
         index = jax.lax.broadcasted_iota(jnp.uint32, struct.shape, axis)
         state = mix(state + (index + np.uint32(1)) * np.uint32(0x9E3779B9))
     # The sum of four bytes: mean 510, variance 4 × (256² − 1) / 12, and exact, so the same on every device.
-    total = sum((state >> np.uint32(shift)) & np.uint32(255) for shift in (0, 8, 16, 24))
+    low, high = state & np.uint32(0x00FF00FF), (state >> np.uint32(8)) & np.uint32(0x00FF00FF)
+    pairs = low + high  # two sums of two bytes, 16 bits apart
+    total = (pairs & np.uint32(0xFFFF)) + (pairs >> np.uint32(16))
     scale = np.float32(0.02 / math.sqrt((256**2 - 1) / 3))
     return ((total.astype(jnp.float32) - np.float32(510)) * scale).astype(struct.dtype)
 
 
-class _Names:
-    """Resolves the table's names to the checkpoint's, with or without a prefix."""
-
-    def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> None:
-        self._known = set(checkpoint.names)
-        self._prefixes = prefixes
-
-    def __call__(self, name: str, layer: int) -> str:
-        """Returns the checkpoint's spelling of a name, or the table's own where the checkpoint has none."""
-        name = name.replace("{layer}", str(layer))
-        for prefix in self._prefixes:
-            for spelling in (name, prefix + name, name.removeprefix(prefix)):
-                if spelling in self._known:
-                    return spelling
-        return name
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._known
-
-
-def _check(
-    checkpoint: Checkpoint, table: WeightTable, targets: list[_Target], names_of: _Names, num_layers: int
-) -> None:
-    """Compares all names and shapes, and reports everything that is wrong at once."""
-    missing: list[str] = []
-    misshapen: list[str] = []
-    used: set[str] = set()
-    for target in targets:
-        for layer in range(num_layers if target.leaf.is_stacked else 1):
-            names = target.names(names_of, layer)
-            used.update(names)
-            absent = [name for name in names if name not in names_of]
-            missing += [f"{name} (for {target.path} {target.shape})" for name in absent]
-            if not absent:
-                misshapen += _shape_faults(checkpoint, target, names)
-    unexpected = [
-        f"{name} {checkpoint.shape(name)}"
-        for name in checkpoint.names
-        if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored)
-    ]
-    faults = {"missing": missing, "unexpected": unexpected, "of the wrong shape or dtype": misshapen}
-    if any(faults.values()):
-        lists = "".join(
-            f"\n{len(lines)} {fault}:" + "".join(f"\n  {line}" for line in lines)
-            for fault, lines in faults.items()
-            if lines
-        )
-        raise ValueError(
-            f"{checkpoint.folder}: the tensors do not fit the model that config.json describes "
-            f"({num_layers} layers); is the config of another model?{lists}"
-        )
-
-
-def _shape_faults(checkpoint: Checkpoint, target: _Target, names: list[str]) -> Iterator[str]:
-    axis, is_joined = target.leaf.concat_axis, len(names) > 1
-    views = []
-    for name, source in zip(names, target.leaf.sources, strict=True):
-        shape = checkpoint.shape(name)
-        if not jnp.issubdtype(checkpoint.dtype(name), jnp.floating) or checkpoint.dtype(name).itemsize < 2:
-            yield f"{name}: wanted float64, float32, float16 or bfloat16, got {checkpoint.dtype(name)}"
-        if source.reshape is not None:
-            if not _splits(shape, source.reshape):
-                yield f"{name}: wanted a shape that splits into {source.reshape}, got {shape}"
-                return
-            shape = source.reshape
-        order = source.transpose or tuple(range(len(target.shape)))
-        wanted = [0] * len(order)
-        for to, come_from in enumerate(order):
-            wanted[come_from] = target.shape[to]
-        free = order[axis] if is_joined else None  # this axis is checked by the sum below
-        if len(shape) != len(wanted) or any(
-            got != want for i, (got, want) in enumerate(zip(shape, wanted, strict=True)) if i != free
-        ):
-            text = ", ".join("any" if i == free else str(want) for i, want in enumerate(wanted))
-            yield f"{name}: wanted ({text}), got {shape}"
-            return
-        views.append(tuple(shape[i] for i in order))
-    if is_joined and sum(view[axis] for view in views) != target.shape[axis]:
-        yield (
-            f"{' + '.join(names)}: wanted {target.shape} once joined along axis {axis}, "
-            f"got {' + '.join(str(checkpoint.shape(name)) for name in names)}"
-        )
-
-
-def _splits(shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
-    """Whether `into` only splits axes of `shape`: every boundary of `shape` is one of `into` too."""
-    inner = {math.prod(into[:i]) for i in range(len(into) + 1)}
-    outer = {math.prod(shape[:i]) for i in range(len(shape) + 1)}
-    return math.prod(shape) == math.prod(into) and outer <= inner
-
-
-def _target(path: str, leaf: Leaf, struct: Any, num_layers: int, sharding: Sharding | None) -> _Target:
+def _target(path: str, leaf: Leaf, struct: Any, num_layers: int, sharding: Sharding | None) -> Target:
     given = _given_sharding(struct, sharding)
     if not leaf.is_stacked:
-        return _Target(
+        return Target(
             path=path,
             leaf=leaf,
             shape=struct.shape,
@@ -267,7 +129,7 @@ def _target(path: str, leaf: Leaf, struct: Any, num_layers: int, sharding: Shard
         inner = given
     else:
         raise NotImplementedError(f"{path}: wanted a NamedSharding or SingleDeviceSharding, got {given}")
-    return _Target(
+    return Target(
         path=path,
         leaf=leaf,
         shape=struct.shape[1:],
@@ -281,17 +143,18 @@ def _given_sharding(struct: Any, sharding: Sharding | None) -> Sharding:
     return struct.sharding or sharding or jnp.zeros(()).sharding  # the last: the default device's
 
 
-def _put(tensor: np.ndarray, source: Source, target: _Target) -> Array:
+def _put(tensor: np.ndarray, source: Source, target: Target) -> Array:
     """Sends a tensor to the devices, reshaped but not yet transposed."""
     view = tensor if source.reshape is None else tensor.reshape(source.reshape)
     sharding = target.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, _source_spec(sharding.spec, source, target))
     # XLA on a CPU would use the mapped pages in place, and crash when somebody rewrites the file.
-    must_copy = next(iter(sharding.device_set)).platform == "cpu"
+    devices: set[Any] = sharding.device_set
+    must_copy = any(device.platform == "cpu" for device in devices)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        part = view[index]
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        part = view if index is None else view[index]
         if part.dtype == np.float64:  # JAX would round it to float32 first
             return part.astype(target.dtype)
         return part.copy() if must_copy else part
@@ -299,7 +162,7 @@ def _put(tensor: np.ndarray, source: Source, target: _Target) -> Array:
     return jax.make_array_from_callback(view.shape, sharding, read)
 
 
-def _source_spec(spec: PartitionSpec, source: Source, target: _Target) -> PartitionSpec:
+def _source_spec(spec: PartitionSpec, source: Source, target: Target) -> PartitionSpec:
     """The target's partition seen from before the transpose: each device reads just what it will keep.
 
     Along the axis of a concatenation the parts' borders are not the shards', so there every device reads all.
@@ -315,7 +178,7 @@ def _source_spec(spec: PartitionSpec, source: Source, target: _Target) -> Partit
     return PartitionSpec(*before)
 
 
-def _turned(parts: tuple[Array, ...], target: _Target) -> Float[Array, "..."]:
+def _turned(parts: tuple[Array, ...], target: Target) -> Float[Array, "..."]:
     turned = [
         (part if source.transpose is None else part.transpose(source.transpose)).astype(target.dtype)
         for part, source in zip(parts, target.leaf.sources, strict=True)
@@ -323,7 +186,7 @@ def _turned(parts: tuple[Array, ...], target: _Target) -> Float[Array, "..."]:
     return jnp.concatenate(turned, axis=target.leaf.concat_axis) if len(turned) > 1 else turned[0]
 
 
-def _assemble(parts: tuple[Array, ...], *, target: _Target) -> Array:
+def _assemble(parts: tuple[Array, ...], *, target: Target) -> Array:
     is_ready = len(parts) == 1 and target.leaf.sources[0].transpose is None and parts[0].dtype == target.dtype
     if is_ready:
         return parts[0]
@@ -331,7 +194,7 @@ def _assemble(parts: tuple[Array, ...], *, target: _Target) -> Array:
 
 
 def _fill(
-    stacks: dict[str, Array], parts: dict[str, tuple[Array, ...]], layer: Array, *, targets: list[_Target]
+    stacks: dict[str, Array], parts: dict[str, tuple[Array, ...]], layer: Array, *, targets: list[Target]
 ) -> dict[str, Array]:
     """Writes one layer of every stacked parameter, in place."""
     return {

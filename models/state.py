@@ -1,17 +1,14 @@
 """The arrays a forward pass takes beside the weights: KV pages and the batch."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pjengine.models.config import ModelConfig
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
+class KVCache(NamedTuple):
     """The KV pages of all layers, donated through every step.
 
     Layer l owns pages l * num_pages to (l + 1) * num_pages. Page 0 of each layer is the null page:
@@ -22,9 +19,7 @@ class KVCache:
     v: Float[Array, "all_pages kv_heads page_size head_dim"]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """The tokens of one step, laid flat, sequence after sequence; padding at the end."""
 
     tokens: Int[Array, " tokens"]

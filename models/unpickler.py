@@ -82,7 +82,8 @@ class _Rebuild(NamedTuple):
     def __call__(self, *args: Any) -> Any:
         if self.name == "_rebuild_parameter":  # (tensor, requires_grad, hooks)
             return args[0]
-        return _Tensor(*args[:4], dtype=args[6] if self.name == "_rebuild_tensor_v3" else None)
+        dtype = args[6] if self.name == "_rebuild_tensor_v3" else None
+        return _Tensor(args[0], args[1], args[2], args[3], dtype)
 
 
 _GLOBALS: dict[tuple[str, str], Any] = {

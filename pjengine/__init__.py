@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from pjengine.engine import LLMEngine as LLMEngine
     from pjengine.llm import LLM as LLM
     from pjengine.llm import CompletionChunk as CompletionChunk
-    from pjengine.request import CompletionOutput as CompletionOutput
-    from pjengine.request import RequestOutput as RequestOutput
-    from pjengine.request import SamplingParams as SamplingParams
+    from pjengine.outputs import CompletionOutput as CompletionOutput
+    from pjengine.outputs import RequestOutput as RequestOutput
+    from pjengine.sampling_params import SamplingParams as SamplingParams
 
 # Loaded when first used, so that `import pjengine` and the command line's --help are quick.
 _HOMES = {
@@ -18,11 +18,19 @@ _HOMES = {
     "LLMEngine": "pjengine.engine",
     "LLM": "pjengine.llm",
     "CompletionChunk": "pjengine.llm",
-    "CompletionOutput": "pjengine.request",
-    "RequestOutput": "pjengine.request",
-    "SamplingParams": "pjengine.request",
+    "CompletionOutput": "pjengine.outputs",
+    "RequestOutput": "pjengine.outputs",
+    "SamplingParams": "pjengine.sampling_params",
 }
-__all__ = ["LLM", "CompletionChunk", "CompletionOutput", "EngineConfig", "LLMEngine", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionChunk",
+    "CompletionOutput",
+    "EngineConfig",
+    "LLMEngine",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 try:
     __version__ = version("pjengine")

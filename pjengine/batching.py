@@ -6,6 +6,7 @@ step costs a single upload.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,11 @@ from pjengine.scheduler import Chunk, Schedule
 
 # What a row is told about its request when it is admitted.
 ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", "temperature", "top_p", "min_p")
+FLOAT_FIELDS = ("temperature", "top_p", "min_p")
 FROM_DEVICE = -1  # in place of a token id: the row's last token, known to the device only
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """What the device knows of each running request, by row; donated through every step."""
 
     last_token: Int[Array, " rows"]  # the token to compute next, while decoding
@@ -38,9 +38,11 @@ class Rows:
 
     @classmethod
     def empty(cls, num_rows: int, pages_per_seq: int) -> "Rows":
-        ints = [jnp.zeros(num_rows, jnp.int32) for _ in range(6)]
-        floats = [jnp.zeros(num_rows, jnp.float32) for _ in range(3)]
-        return cls(*ints, *floats, jnp.zeros((num_rows, pages_per_seq), jnp.int32))
+        arrays = {
+            name: jnp.zeros(num_rows, jnp.float32 if name in FLOAT_FIELDS else jnp.int32)
+            for name in cls._fields
+        }
+        return cls(**{**arrays, "page_table": jnp.zeros((num_rows, pages_per_seq), jnp.int32)})
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ def pack(schedule: Schedule, layout: Layout, vocab_size: int) -> Int[np.ndarray,
     tokens[:] = 0
     for chunk, start in zip(chunks, cu_q_lens, strict=False):
         tokens[start : start + chunk.length] = (
-            FROM_DEVICE if chunk.is_decode else chunk.request.known_tokens(chunk.start, chunk.start + chunk.length)
+            FROM_DEVICE
+            if chunk.is_decode
+            else chunk.request.known_tokens(chunk.start, chunk.start + chunk.length)
         )
     sampled = [chunk.row if chunk.is_sampled else layout.num_rows for chunk in chunks]
     parts["sampled_rows"][: len(chunks)] = sampled
@@ -136,15 +140,16 @@ def _row_record(chunk: Chunk, vocab_size: int) -> Int[np.ndarray, " fields"]:
 
 def update_rows(rows: Rows, parts: dict[str, Array], layout: Layout) -> Rows:
     """Sets the parameters of admitted rows and the new entries of the page table. On the device."""
-    fields = dict(vars(rows))
-    if not layout.is_decode:
-        row, *values = parts["admitted"]
-        for name, value in zip(ROW_FIELDS, values, strict=True):
-            value = jax.lax.bitcast_convert_type(value, fields[name].dtype)
-            fields[name] = fields[name].at[row].set(value, mode="drop")
     row, column, page = parts["page_updates"]
-    fields["page_table"] = rows.page_table.at[row, column].set(page, mode="drop")
-    return Rows(**fields)
+    rows = rows._replace(page_table=rows.page_table.at[row, column].set(page, mode="drop"))
+    if layout.is_decode:
+        return rows
+    row, *values = parts["admitted"]
+    changed = {}
+    for name, value in zip(ROW_FIELDS, values, strict=True):
+        old = getattr(rows, name)
+        changed[name] = old.at[row].set(jax.lax.bitcast_convert_type(value, old.dtype), mode="drop")
+    return rows._replace(**changed)
 
 
 def unpack(rows: Rows, parts: dict[str, Array], layout: Layout) -> Batch:

@@ -1,9 +1,11 @@
-"""Offline benchmarks: throughput, latency, start-up. Workloads and definitions as in README.
+"""Offline benchmarks: throughput, latency, start-up.
 
-Prompts are random token ids, outputs have fixed lengths, nothing is detokenized.
+Prompts are random token ids, outputs have fixed lengths, nothing is detokenized. `pjengine bench` is
+the way in; run as `python -m pjengine.bench`, this module is one engine start of `startup`.
 """
 
 import json
+import os
 import platform
 import random
 import statistics
@@ -11,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
-from pjengine.request import SamplingParams
+from pjengine.sampling_params import SamplingParams
 
 FIRST_TOKEN_ID = 10  # below are the special tokens of most vocabularies
 
@@ -47,51 +50,81 @@ def sharegpt_like(vocab_size: int, num_requests: int = 1000) -> Workload:
         (clip(rng.lognormvariate(4.885672, 1.1)), clip(rng.lognormvariate(4.923151, 0.9)))
         for _ in range(num_requests)
     ]
-    prompts = _random_tokens(vocab_size, [prompt for prompt, _ in lens], seed=17)
+    prompts = random_tokens(vocab_size, [prompt for prompt, _ in lens], seed=17)
     return Workload(prompts, [output for _, output in lens])
 
 
 def random_1024_128(vocab_size: int, num_requests: int = 512) -> Workload:
     """Prompts of 1024 tokens, outputs of 128."""
-    return Workload(_random_tokens(vocab_size, [1024] * num_requests, seed=7936), [128] * num_requests)
+    return Workload(random_tokens(vocab_size, [1024] * num_requests, seed=7936), [128] * num_requests)
 
 
-WORKLOADS: dict[str, Callable[[int, int], Workload]] = {
+WORKLOADS: Mapping[str, Callable[[int, int], Workload]] = {
     "sharegpt-like": sharegpt_like,
     "random-1024-128": random_1024_128,
 }
-DEFAULT_NUM_REQUESTS = {"sharegpt-like": 1000, "random-1024-128": 512}
+DEFAULT_NUM_REQUESTS: Mapping[str, int] = {"sharegpt-like": 1000, "random-1024-128": 512}
 
 
-def _random_tokens(vocab_size: int, lens: list[int], seed: int) -> list[list[int]]:
+def random_tokens(vocab_size: int, lens: list[int], seed: int) -> list[list[int]]:
+    """One list of token ids for each length."""
     rng = random.Random(seed)
     return [rng.choices(range(FIRST_TOKEN_ID, vocab_size), k=length) for length in lens]
 
 
-def throughput(llm: Any, workload: Workload, *, temperature: float = 1.0) -> dict[str, float]:
-    """All requests at once: from the call of `generate` to its return."""
+def check_shape(name: str) -> None:
+    """Raises ValueError unless `name` is one of the named shapes."""
+    from pjengine.models.shapes import SHAPES
+
+    if name not in SHAPES:
+        raise ValueError(f"no shape is named {name!r}; there are {', '.join(SHAPES)}")
+
+
+def throughput(
+    llm: Any, workload: Workload, *, temperature: float = 1.0, repeats: int = 1
+) -> dict[str, float | int]:
+    """All requests at once, from the call of `generate` to its return; medians over `repeats`.
+
+    Raises:
+      ValueError: a request of the workload is longer than `max_model_len`.
+    """
+    for prompt, output_len in zip(workload.prompts, workload.output_lens, strict=True):
+        _check_length(llm, len(prompt), output_len)
     params = [_fixed_length(length, temperature) for length in workload.output_lens]
-    start = time.perf_counter()
-    outputs = llm.generate(workload.prompts, params, use_tqdm=False)
-    elapsed = time.perf_counter() - start
-    got = [len(output.outputs[0].token_ids) for output in outputs]
-    if got != workload.output_lens:
-        raise RuntimeError("a request ended early: the figures would mean nothing")
+    elapsed: list[float] = []
+    num_preemptions = 0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        outputs = llm.generate(workload.prompts, params, use_tqdm=False)
+        elapsed.append(time.perf_counter() - start)
+        if [len(output.outputs[0].token_ids) for output in outputs] != workload.output_lens:
+            raise RuntimeError("a request ended early: the figures would mean nothing")
+        num_preemptions += sum(output.metrics.num_preemptions for output in outputs)
+    median_s = statistics.median(elapsed)
     return {
-        "num_requests": len(got),
-        "elapsed_s": elapsed,
-        "requests_per_s": len(got) / elapsed,
-        "output_tokens_per_s": workload.num_output_tokens / elapsed,
-        "total_tokens_per_s": workload.num_tokens / elapsed,
+        "num_requests": len(params),
+        "temperature": temperature,
+        "repeats": repeats,
+        "elapsed_s": median_s,
+        "elapsed_spread_s": max(elapsed) - min(elapsed),
+        "requests_per_s": len(params) / median_s,
+        "output_tokens_per_s": workload.num_output_tokens / median_s,
+        "total_tokens_per_s": workload.num_tokens / median_s,
+        "num_preemptions": num_preemptions,
+        "recompiles_after_warmup": llm.engine.runner.recompiles_after_warmup,
     }
 
 
 def latency(
     llm: Any, batch_size: int, *, prompt_len: int = 512, output_len: int = 128, repeats: int = 3
-) -> dict[str, float]:
-    """Greedy decoding of one batch. TPOT = (T(all tokens) - T(1 token)) / (tokens - 1), medians."""
-    vocab_size = llm.engine.model_config.vocab_size
-    prompts = _random_tokens(vocab_size, [prompt_len] * batch_size, seed=0)
+) -> dict[str, float | int]:
+    """Greedy decoding of one batch: TPOT = (T(all tokens) - T(1 token)) / (tokens - 1), T being medians.
+
+    Raises:
+      ValueError: the batch does not run at once, or its requests are longer than `max_model_len`.
+    """
+    check_batch(llm, batch_size, prompt_len, output_len)
+    prompts = random_tokens(llm.engine.model_config.vocab_size, [prompt_len] * batch_size, seed=0)
 
     def run(length: int) -> float:
         start = time.perf_counter()
@@ -101,72 +134,115 @@ def latency(
     run(output_len)  # the first pass touches fresh pages and programs
     first = [run(1) for _ in range(repeats)]
     whole = [run(output_len) for _ in range(repeats)]
-    tpot_ms = [1e3 * (all_ - one) / (output_len - 1) for all_, one in zip(sorted(whole), sorted(first), strict=True)]
+    steps = output_len - 1
+    tpot_s = (statistics.median(whole) - statistics.median(first)) / steps
+    range_s = max(whole) - min(whole) + max(first) - min(first)
     return {
         "batch_size": batch_size,
         "prompt_len": prompt_len,
         "output_len": output_len,
+        "repeats": repeats,
         "first_token_ms": 1e3 * statistics.median(first),
-        "tpot_ms": 1e3 * (statistics.median(whole) - statistics.median(first)) / (output_len - 1),
-        "tpot_spread_ms": max(tpot_ms) - min(tpot_ms),
+        "all_tokens_ms": 1e3 * statistics.median(whole),
+        "tpot_ms": 1e3 * tpot_s,
+        "tpot_spread_ms": 1e3 * range_s / steps,  # largest less smallest that these runs could be paired to
+        "output_tokens_per_s": batch_size / tpot_s if tpot_s > 0 else 0.0,
+        "recompiles_after_warmup": llm.engine.runner.recompiles_after_warmup,
     }
 
 
-_STARTUP = """
-import json, sys, time
-start = float(sys.argv[1])
-settings = json.loads(sys.argv[2])
-cache_dir = sys.argv[3]
-import jax
-jax.config.update("jax_compilation_cache_dir", cache_dir)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-from pjengine import LLM, SamplingParams
-import pjengine.engine
-imported = time.time()
-llm = LLM(**settings)
-ready = time.time()
-llm.generate([[11]], SamplingParams(max_tokens=1, temperature=0, detokenize=False), use_tqdm=False)
-first = time.time()
-compile_s = llm.engine.runner.compile_s
-print(json.dumps({
-    "import_s": imported - start,
-    "weights_s": ready - imported - compile_s,
-    "compile_s": compile_s,
-    "first_token_s": first - ready,
-    "total_s": first - start,
-    "num_programs": len(llm.engine.runner.programs),
-}))
-"""
+def check_batch(llm: Any, batch_size: int, prompt_len: int, output_len: int) -> None:
+    """Raises ValueError where the figures of `latency` would not be those of one batch."""
+    max_num_seqs = llm.engine.runner.config.max_num_seqs
+    if batch_size > max_num_seqs:
+        raise ValueError(
+            f"a batch of {batch_size} does not run at once with max_num_seqs={max_num_seqs}: "
+            "raise it, or lower the batch size"
+        )
+    if output_len < 2:
+        raise ValueError(f"output_len must be at least 2, for a time between tokens, got {output_len}")
+    _check_length(llm, prompt_len, output_len)
 
 
-def startup(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Process start to the first token of a one-token request: cold (no compilation cache), then warm."""
+def _check_length(llm: Any, prompt_len: int, output_len: int) -> None:
+    if prompt_len + output_len > llm.engine.max_model_len:
+        raise ValueError(
+            f"{prompt_len} prompt tokens and {output_len} output tokens do not fit into "
+            f"max_model_len={llm.engine.max_model_len}: choose shorter ones, or a model with more positions"
+        )
+
+
+def startup(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Process start to the first token of a one-token request: cold (no compilation cache), then warm.
+
+    The engine runs in processes of their own; this one touches no device.
+
+    Raises:
+      ValueError: the engine refused the settings.
+      RuntimeError: it failed otherwise.
+    """
     with tempfile.TemporaryDirectory() as cache_dir:
         for kind in ("cold", "warm"):
-            arguments = [sys.executable, "-c", _STARTUP, repr(time.time()), json.dumps(settings), cache_dir]
-            done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+            arguments = [repr(time.time()), json.dumps(settings), cache_dir]
+            command = [sys.executable, "-m", "pjengine.bench", *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise RuntimeError(f"the engine did not start:\n{done.stderr[-4000:]}")
-            yield {"kind": kind, **json.loads(done.stdout.splitlines()[-1])}
+            result = json.loads(done.stdout.splitlines()[-1])
+            if "refused" in result:
+                raise ValueError(result["refused"])
+            yield {"kind": kind, **result}
+
+
+def start_once(begun: float, settings: Mapping[str, Any], cache_dir: str) -> dict[str, float | int]:
+    """Starts an engine in this process, which began at `begun` (`time.time`); seconds of each part."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", cache_dir)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    from pjengine.llm import LLM
+
+    imported = time.time()
+    with LLM(**settings) as llm:
+        runner = llm.engine.runner
+        ready, compile_s = time.time(), runner.compile_s
+        llm.generate([[FIRST_TOKEN_ID]], _fixed_length(1, 0.0), use_tqdm=False)
+        end = time.time()
+        return {
+            "import_s": imported - begun,
+            "weights_s": ready - imported - compile_s,  # and config, device, memory plan
+            "compile_s": runner.compile_s,
+            "first_token_s": end - ready - (runner.compile_s - compile_s),
+            "total_s": end - begun,
+            "num_programs": len(runner.programs),
+        }
 
 
 def _fixed_length(length: int, temperature: float) -> SamplingParams:
     return SamplingParams(max_tokens=length, temperature=temperature, ignore_eos=True, detokenize=False)
 
 
-def environment() -> dict[str, str]:
-    """What a figure means nothing without: hardware and versions."""
+def environment() -> dict[str, str | int]:
+    """What a figure means nothing without: hardware and versions. Touches the device."""
     import jax
-    import jaxlib
 
     import pjengine
 
     device = jax.devices()[0]
+    is_gpu = device.platform == "gpu"
     return {
-        "device": device.device_kind if device.platform == "gpu" else platform.processor() or platform.machine(),
+        "device": device.device_kind if is_gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "pjengine": pjengine.__version__,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": metadata.version("jaxlib"),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+if __name__ == "__main__":
+    try:
+        answer: dict[str, Any] = start_once(float(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])
+    except (ValueError, OSError, NotImplementedError) as error:
+        answer = {"refused": str(error)}
+    sys.stdout.write(json.dumps(answer) + "\n")

@@ -4,10 +4,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any
 
-DType = Literal["auto", "bfloat16", "float16", "float32"]
-LoadFormat = Literal["auto", "safetensors", "bin", "dummy"]
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "safetensors", "bin", "dummy")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -28,8 +28,8 @@ class EngineConfig:
     download_dir: str | None = None
     hf_token: str | None = field(default=None, repr=False)
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json
-    dtype: DType = "auto"
-    load_format: LoadFormat = "auto"
+    dtype: str = "auto"
+    load_format: str = "auto"  # dummy: random weights
     seed: int = 0
     gpu_memory_utilization: float = 0.92  # of the device's memory, for weights, KV pages and activations
     kv_cache_memory_bytes: int | None = None  # overrides what gpu_memory_utilization leaves for KV pages
@@ -42,7 +42,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
-        for name, choices in (("dtype", get_args(DType)), ("load_format", get_args(LoadFormat))):
+        for name, choices in (("dtype", DTYPES), ("load_format", LOAD_FORMATS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -99,5 +99,3 @@ def reserve_device_memory(fraction: float) -> None:
     """
     if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(fraction))
-
-

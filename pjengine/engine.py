@@ -10,14 +10,17 @@ from pjengine.config import EngineConfig
 from pjengine.generation import Generation
 from pjengine.loading import LoadedModel, load_model
 from pjengine.page_pool import PagePool
-from pjengine.request import Request, RequestOutput, SamplingParams, new_request_id
+from pjengine.outputs import RequestOutput
+from pjengine.request import Request, new_request_id
+from pjengine.sampling_params import SamplingParams
 from pjengine.runner import Launched, Runner
 from pjengine.scheduler import Scheduler
 from pjengine.tokenizer import IncrementalDetokenizer
 
 logger = logging.getLogger(__name__)
 
-type Prompt = str | Sequence[int] | Mapping[str, Any]
+# A text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}; what ids hold is checked one by one.
+type Prompt = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
 
 
 class LLMEngine:
@@ -91,7 +94,11 @@ class LLMEngine:
         self.scheduler.check_fits(request)
         detokenizer = None
         if params.detokenize and self.tokenizer is not None:
-            detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                prompt_ids=token_ids[-16:],  # enough to tell whether the text starts here
+            )
         return Generation(request, detokenizer)
 
     def submit(self, generation: Generation) -> None:
@@ -105,29 +112,32 @@ class LLMEngine:
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError("a text prompt needs a tokenizer, and skip_tokenizer_init=True: pass token ids")
+                raise ValueError(
+                    "a text prompt needs a tokenizer, and skip_tokenizer_init=True: pass token ids"
+                )
             return prompt, self.tokenizer.encode(prompt)
         if isinstance(prompt, Mapping):
             return self._encode_dict(prompt)
         if not isinstance(prompt, Sequence | np.ndarray):
             raise TypeError(f"a prompt is a str, a list of token ids or a dict, got {type(prompt).__name__}")
-        token_ids = np.asarray(prompt)
-        if token_ids.size == 0:
+        if len(prompt) == 0:
             return None, []
-        if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
+        if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in prompt):
             raise TypeError(f"token ids must be whole numbers in one list, got {prompt!r:.80}")
+        token_ids = np.asarray(prompt)
         vocab_size = self.model_config.vocab_size
         outside = (token_ids < 0) | (token_ids >= vocab_size)
         if outside.any():
-            raise ValueError(f"token id {token_ids[outside][0]} is out of the vocabulary of {vocab_size} tokens")
+            raise ValueError(
+                f"token id {token_ids[outside][0]} is out of the vocabulary of {vocab_size} tokens"
+            )
         return None, token_ids.tolist()
 
     def _encode_dict(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown or not prompt:
-            raise ValueError(
-                f"a prompt dict holds 'prompt' or 'prompt_token_ids', got {', '.join(map(repr, prompt)) or 'nothing'}"
-            )
+            got = ", ".join(map(repr, prompt)) or "nothing"
+            raise ValueError(f"a prompt dict holds 'prompt' or 'prompt_token_ids', got {got}")
         if "prompt_token_ids" in prompt:
             return prompt.get("prompt"), self._encode(list(prompt["prompt_token_ids"]))[1]
         return self._encode(prompt["prompt"])

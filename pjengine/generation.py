@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from pjengine.request import CompletionOutput, Request, RequestOutput
+from pjengine.outputs import CompletionOutput, RequestOutput
+from pjengine.request import Request
 from pjengine.tokenizer import IncrementalDetokenizer
 
 
@@ -57,7 +58,11 @@ class Generation:
 
     def take(self) -> tuple[str, list[int]]:
         """The text and the tokens since the last call."""
-        end = len(self.text) if self.is_finished else max(len(self.text) - self._hold_back, self._num_taken_chars)
+        end = (
+            len(self.text)
+            if self.is_finished
+            else max(len(self.text) - self._hold_back, self._num_taken_chars)
+        )
         text = self.text[self._num_taken_chars : end]
         tokens = self.request.output_token_ids[self._num_taken_tokens :]
         self._num_taken_chars, self._num_taken_tokens = end, self._num_taken_tokens + len(tokens)

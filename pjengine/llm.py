@@ -1,9 +1,10 @@
 """LLM: prompts in, text out, in the caller's own process."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -11,7 +12,8 @@ from tqdm.auto import tqdm
 from pjengine.config import EngineConfig
 from pjengine.engine import LLMEngine, Prompt
 from pjengine.generation import Generation
-from pjengine.request import RequestOutput, SamplingParams
+from pjengine.outputs import RequestOutput
+from pjengine.sampling_params import SamplingParams
 
 type Message = Mapping[str, Any]
 
@@ -41,8 +43,8 @@ class LLM:
     Use it as a context manager, or call `close()`: the device memory then returns at once.
     """
 
-    def __init__(self, model: str, **settings: Any) -> None:
-        self._engine: LLMEngine | None = LLMEngine(EngineConfig(model=str(model), **settings))
+    def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
+        self._engine: LLMEngine | None = LLMEngine(EngineConfig(model=os.fspath(model), **settings))
 
     @property
     def engine(self) -> LLMEngine:
@@ -120,9 +122,9 @@ class LLM:
             raise ValueError("chat needs a tokenizer, and skip_tokenizer_init=True")
         if len(messages) == 0:
             raise ValueError("messages is empty: at least one message is needed")
-        is_single = isinstance(messages[0], Mapping)
-        prompts = [
-            tokenizer.encode_chat(
+        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        texts = [
+            tokenizer.render_chat(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -130,7 +132,12 @@ class LLM:
                 chat_template=chat_template,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in ([messages] if is_single else messages)
+            for conversation in conversations
+        ]
+        # The template has put the special tokens into the text.
+        prompts = [
+            {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+            for text in texts
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -141,7 +148,9 @@ class LLM:
         engine = self.engine
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
-            raise ValueError(f"sampling_params must be one, or one for each of the {len(prompts)} prompts, got {len(each)}")
+            raise ValueError(
+                f"sampling_params must be one, or one for each of the {len(prompts)} prompts, got {len(each)}"
+            )
         generations = [engine.prepare(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
         for generation in generations:
             engine.submit(generation)
@@ -199,7 +208,7 @@ class LLM:
         if engine is not None:
             engine.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LLM":
         return self
 
     def __exit__(
@@ -213,9 +222,11 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Sequence | np.ndarray):
-        raise TypeError(f"prompts must be a str, token ids, a dict or a list of them, got {type(prompts).__name__}")
+        raise TypeError(
+            f"prompts must be a str, token ids, a dict or a list of them, got {type(prompts).__name__}"
+        )
     is_one = len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
-    return [prompts] if is_one else list(prompts)  # type: ignore[list-item]
+    return [prompts] if is_one else list(prompts)
 
 
 def _progress_bar(use_tqdm: bool | Callable[..., Any], total: int) -> Any:

@@ -31,7 +31,9 @@ class MemoryPlan:
 def activation_bytes(config: ModelConfig, dtype: jnp.dtype, num_tokens: int, num_seqs: int) -> int:
     """An upper estimate of what the largest program needs beside weights and KV pages."""
     itemsize = jnp.dtype(dtype).itemsize
-    widest = max(3 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * 2)
+    widest = max(
+        3 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * 2
+    )
     per_token = itemsize * (4 * config.hidden_size + widest)
     per_seq = 4 * config.vocab_size * 6  # float32 logits, scaled, filtered, their keys and weights
     return num_tokens * per_token + num_seqs * per_seq
@@ -65,9 +67,9 @@ def plan_memory(
     needed = -(-max_model_len // page_size) + 1
     if num_pages < needed:
         raise ValueError(
-            f"the KV cache gets {kv_cache_memory_bytes:,} bytes, which hold {max(num_pages - 1, 0) * page_size} tokens; "
-            f"one request of max_model_len={max_model_len} needs {needed * one_page:,} bytes. Lower max_model_len, "
-            f"raise gpu_memory_utilization ({gpu_memory_utilization}) or set kv_cache_memory_bytes"
+            f"the KV cache gets {kv_cache_memory_bytes:,} bytes, which hold "
+            f"{max(num_pages - 1, 0) * page_size} tokens; one request of max_model_len={max_model_len} "
+            f"needs {needed * one_page:,} bytes. Lower max_model_len, raise gpu_memory_utilization ({gpu_memory_utilization}) or set kv_cache_memory_bytes"
         )
     plan = MemoryPlan(
         weights_bytes=weights_bytes, activations_bytes=activations, page_bytes=one_page, num_pages=num_pages

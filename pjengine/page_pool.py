@@ -75,4 +75,5 @@ class PagePool:
             if count != held[page]:
                 raise RuntimeError(f"page {page} has {held[page]} holders, counted {count}")
             if (count == 0) != (page in free):
-                raise RuntimeError(f"page {page} is counted {count} times and {'on' if page in free else 'off'} the free list")
+                where = "on" if page in free else "off"
+                raise RuntimeError(f"page {page} is counted {count} times and {where} the free list")

@@ -1,7 +1,9 @@
 """The device side: one step, compiled once per program, its state donated through every call."""
 
 import logging
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,11 +56,12 @@ def step(
     own = {name: getattr(rows, name).at[row].get(mode="clip") for name in SAMPLED_BY}
     with jax.named_scope("sample"):
         tokens = sample(model.logits(params, hidden), positions=batch.kv_lens, backend=backend, **own)
-    fields = dict(vars(rows))
     sampled_rows = row if layout.is_decode else parts["sampled_rows"]
-    fields["last_token"] = rows.last_token.at[sampled_rows].set(tokens, mode="drop")
-    fields["position"] = rows.position.at[row].set(batch.kv_lens, mode="drop")
-    return updated, Rows(**fields), tokens
+    rows = rows._replace(
+        last_token=rows.last_token.at[sampled_rows].set(tokens, mode="drop"),
+        position=rows.position.at[row].set(batch.kv_lens, mode="drop"),
+    )
+    return updated, rows, tokens
 
 
 SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
@@ -147,9 +150,12 @@ class Runner:
         self.is_warm = True
 
     def _compile(self, layouts: list[Layout]) -> None:
+        """Traces the programs one after the other, and compiles them beside each other."""
         start = time.perf_counter()
-        for layout in layouts:
-            self.programs[layout] = self.lower(layout).compile(COMPILER_OPTIONS.get(self.platform))
+        options = COMPILER_OPTIONS.get(self.platform)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            under_way = {layout: pool.submit(self.lower(layout).compile, options) for layout in layouts}
+            self.programs |= {layout: future.result() for layout, future in under_way.items()}
         elapsed = time.perf_counter() - start
         self.compile_s += elapsed
         logger.info("compiled programs=%d seconds=%.1f", len(layouts), elapsed)

@@ -4,6 +4,8 @@ Noise depends on the request's seed and the token's position alone, so the same 
 same noise whatever the batch, the schedule or a preemption.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -31,7 +33,8 @@ def sample(
     is_greedy = temperature == 0
     threshold = keep_threshold(logits, temperature, top_k, top_p, min_p, backend=backend)
     kept = jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
-    noise = jax.vmap(lambda *row: _gumbel(*row, logits.shape[-1]))(seed_high, seed_low, positions)
+    draw = partial(_gumbel, size=logits.shape[-1])
+    noise = jax.vmap(draw)(seed_high, seed_low, positions)
     noisy = kept / jnp.where(is_greedy, 1.0, temperature)[:, None] + noise
     return jnp.argmax(jnp.where(is_greedy[:, None], kept, noisy), axis=-1).astype(jnp.int32)
 

@@ -82,9 +82,9 @@ class Scheduler:
         needed = self._pages_for(request.max_total_tokens - 1)  # the last token is never computed
         if needed > self.pool.num_usable:
             raise ValueError(
-                f"request {request.request_id} may grow to {request.max_total_tokens} tokens, which need {needed} pages "
-                f"of {self.page_size}; the KV cache has {self.pool.num_usable}. Lower max_tokens, shorten the prompt "
-                f"({len(request.prompt_token_ids)} tokens) or give the cache more memory"
+                f"request {request.request_id} may grow to {request.max_total_tokens} tokens, which need "
+                f"{needed} pages of {self.page_size}; the KV cache has {self.pool.num_usable}. Lower max_tokens, "
+                f"shorten the prompt ({len(request.prompt_token_ids)} tokens) or give the cache more memory"
             )
 
     def schedule(self) -> Schedule:
@@ -93,7 +93,9 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         num_preempted = 0
         # Decodes first, then unfinished prompts, each in order of admission.
-        ready = [request for request in self.running if request.num_to_compute > 0 and not request.is_at_limit]
+        ready = [
+            request for request in self.running if request.num_to_compute > 0 and not request.is_at_limit
+        ]
         for request in sorted(ready, key=lambda request: not request.is_decoding):
             if request.status is not RequestStatus.RUNNING or budget == 0:
                 continue  # preempted by one before it
@@ -219,4 +221,6 @@ class Scheduler:
                 )
         for request in self.waiting:
             if request.pages or request.row >= 0 or request.status is not RequestStatus.WAITING:
-                raise RuntimeError(f"{request.request_id} waits but is {request.status}, holds {request.pages}")
+                raise RuntimeError(
+                    f"{request.request_id} waits but is {request.status}, holds {request.pages}"
+                )

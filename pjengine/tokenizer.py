@@ -177,7 +177,7 @@ def _load_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> Any:
     from tokenizers import normalizers
     from transformers import LlamaTokenizer
 
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     hf = LlamaTokenizer.from_pretrained(
         str(folder),
         add_bos_token=settings.get("add_bos_token", True),

@@ -1,182 +1,460 @@
 """The command line. The only place that sets up logging."""
 
 import argparse
+import dataclasses
+import difflib
 import json
 import logging
+import os
+import shlex
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-# What an argument of the engine looks like on the command line: name, type, help.
-ENGINE_OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("tokenizer", str, "folder or Hub id of the tokenizer; default: the model's own"),
-    ("revision", str, "branch, tag or commit of the model on the Hub"),
-    ("download-dir", str, "where downloaded models are kept"),
-    ("dtype", str, "auto, bfloat16, float16 or float32"),
-    ("load-format", str, "auto, safetensors, bin or dummy (random weights)"),
-    ("seed", int, "seed of the engine"),
-    ("gpu-memory-utilization", float, "share of the GPU's memory to use"),
-    ("kv-cache-memory-bytes", int, "bytes for KV pages; overrides gpu-memory-utilization"),
-    ("max-model-len", int, "longest prompt and output together, in tokens"),
-    ("max-num-seqs", int, "requests that run at once"),
-    ("max-num-batched-tokens", int, "tokens computed in one step"),
-    ("page-size", int, "tokens per KV page"),
-    ("kernel-backend", str, "reference or triton; default: the best that fits"),
+import pjengine
+from pjengine.bench import DEFAULT_NUM_REQUESTS, WORKLOADS
+from pjengine.config import EngineConfig
+from pjengine.sampling_params import SamplingParams
+
+MAX_TOKENS = 128  # of `generate`; SamplingParams' own 16 are few for a person who reads along
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is needed, got {text!r}")
+    return int(text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object is needed, got {text!r}")
+    return value
+
+
+class Option(NamedTuple):
+    """An option that is a field of EngineConfig or SamplingParams, which checks its value."""
+
+    field: str
+    kind: Any
+    metavar: str
+    help: str  # where the field's default is None it says what that means
+    flag: str | None = None  # None: the field's name
+
+    @property
+    def name(self) -> str:
+        return self.flag or f"--{self.field.replace('_', '-')}"
+
+
+ENGINE_OPTIONS = (
+    Option("dtype", str, "DTYPE", "auto (the checkpoint's own), bfloat16, float16 or float32"),
+    Option("load_format", str, "FORMAT", "auto, safetensors, bin, or dummy for random weights"),
+    Option("revision", str, "REV", "branch, tag or commit on the Hub (default: main)"),
+    Option("download_dir", str, "DIR", "where Hub downloads are kept (default: huggingface_hub's cache)"),
+    Option("hf_overrides", json_object, "JSON", "object that is laid over the model's config.json"),
+    Option("seed", int, "N", "seed of dummy weights and of requests without a seed of their own"),
+    Option("max_model_len", int, "N", "longest prompt and output together, in tokens (default: the model's)"),
+    Option("max_num_seqs", int, "N", "requests that run at once (default: by device; 16 on a CPU)"),
+    Option(
+        "max_num_batched_tokens", int, "N", "tokens computed in one step (default: by device; 512 on a CPU)"
+    ),
+    Option("gpu_memory_utilization", float, "X", "share of the GPU's memory for weights, KV and activations"),
+    Option("kv_cache_memory_bytes", int, "N", "bytes for KV pages (default: what the share above leaves)"),
+    Option("page_size", int, "N", "tokens per KV page"),
+    Option("kernel_backend", str, "NAME", "triton or reference (default: the best that fits)"),
 )
-SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("max-tokens", int, "tokens to generate"),
-    ("temperature", float, "0 is greedy"),
-    ("top-p", float, "keep the likeliest tokens that together reach this probability"),
-    ("top-k", int, "keep the k likeliest tokens"),
-    ("min-p", float, "keep tokens at least this likely, relative to the likeliest"),
-    ("sampling-seed", int, "seed of the request"),
+TOKENIZER_OPTIONS = (
+    Option("tokenizer", str, "MODEL", "folder or Hub id of the tokenizer (default: the model's)"),
+    Option("tokenizer_revision", str, "REV", "branch, tag or commit of that tokenizer (default: main)"),
 )
+SAMPLING_OPTIONS = (
+    Option("temperature", float, "X", "0 takes the likeliest token; up to 2"),
+    Option("top_p", float, "X", "keep the likeliest tokens that together reach this probability"),
+    Option("top_k", int, "N", "keep the N likeliest tokens; 0: all"),
+    Option("min_p", float, "X", "keep tokens at least this likely, relative to the likeliest"),
+    Option("seed", int, "N", "seed of the requests (default: drawn from --seed)", "--sampling-seed"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, and a mistyped option gets the name that is closest."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if args is not None and self._subparsers is None:  # before a missing option is complained about
+            self._refuse_unknown(args)
+        return super().parse_known_args(args, namespace)
+
+    def _refuse_unknown(self, args: Sequence[str]) -> None:
+        for arg in args:
+            name = arg.partition("=")[0]
+            if arg == "--":
+                return
+            if not name.startswith("--") or " " in name or name in self._option_string_actions:
+                continue
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            self.error(f"no such option: {name}" + (f"; did you mean {close[0]}?" if close else ""))
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"pjengine: {message} (see {self.prog} --help)\n")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Leaves room for the longest option, and says defaults that are not None."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_said = action.default in (None, False, argparse.SUPPRESS) or "(default" in (action.help or "")
+        return action.help if is_said else f"{action.help} (default: %(default)s)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs one command; returns the exit status: 2 for what the caller can mend."""
+    begun = time.perf_counter()
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
+    args.begun, args.command_line = begun, shlex.join(["pjengine", *argv])
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     try:
-        return args.run(args)
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        return 141
     except (ValueError, OSError, NotImplementedError) as error:
-        print(f"pjengine: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _refuse(f"the device is out of memory: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         return 130
+    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pjengine", description="LLM inference in JAX.", allow_abbrev=False)
-    parser.add_argument("--verbose", action="store_true", help="log what happens, to standard error")
+def _refuse(reason: object) -> int:
+    print(f"pjengine: {reason}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="pjengine", description="LLM inference in JAX on NVIDIA GPUs, or a CPU.")
+    parser.add_argument("--version", action="version", version=f"pjengine {pjengine.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    generate = commands.add_parser("generate", help="complete prompts", allow_abbrev=False)
-    generate.add_argument("model", help='folder, Hub id, or "demo"')
-    generate.add_argument("--prompt", action="append", help="may be given several times; default: standard input")
-    generate.add_argument("--stop", action="append", help="text that ends generation; may be given several times")
-    generate.add_argument("--stream", action="store_true", help="show the text while it is generated")
-    _add_options(generate, ENGINE_OPTIONS)
-    _add_options(generate, SAMPLING_OPTIONS)
-    generate.set_defaults(run=_generate)
-
-    bench = commands.add_parser("bench", help="measure speed").add_subparsers(required=True, metavar="WHAT")
-    for name, run in (("throughput", _throughput), ("latency", _latency), ("startup", _startup)):
-        command = bench.add_parser(name, help=(run.__doc__ or "").strip(), allow_abbrev=False)
-        model = command.add_mutually_exclusive_group(required=True)
-        model.add_argument("--model", help="folder or Hub id")
-        model.add_argument("--shape", help="a named shape, with --load-format dummy")
-        command.add_argument("--output", help="append the result to this file, one JSON object a line")
-        _add_options(command, ENGINE_OPTIONS)
-        if name == "throughput":
-            command.add_argument("--workload", default="sharegpt-like", help="sharegpt-like or random-1024-128")
-            command.add_argument("--num-requests", type=int, help="default: the workload's own")
-            command.add_argument("--temperature", type=float, default=1.0)
-        if name == "latency":
-            command.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32, 128, 256])
-            command.add_argument("--prompt-len", type=int, default=512)
-            command.add_argument("--output-len", type=int, default=128)
-        command.set_defaults(run=run)
+    _add_generate(commands)
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed",
+        description="Measures speed on prompts of random tokens. One JSON object for each result goes to "
+        "standard output, a line for people to standard error.",
+    )
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    _add_throughput(kinds)
+    _add_latency(kinds)
+    _add_startup(kinds)
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser, options: Sequence[tuple[str, type, str]]) -> None:
-    for name, kind, help_text in options:
-        parser.add_argument(f"--{name}", type=kind, help=help_text, default=argparse.SUPPRESS)
+def _add_generate(commands: Any) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="complete prompts",
+        usage="%(prog)s [options] MODEL",
+        description="Completes prompts. The text goes to standard output, its speed to standard error.",
+    )
+    command.set_defaults(run=_generate)
+    command.add_argument("model", metavar="MODEL", help='folder, Hub id, or "demo" for the packaged model')
+    command.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        help="may be given several times (default: standard input, less the newline at its end)",
+    )
+    command.add_argument("--stream", action="store_true", help="show the text while it is generated")
+    sampling = command.add_argument_group("sampling")
+    sampling.add_argument(
+        "--max-tokens", metavar="N", type=int, default=MAX_TOKENS, help="tokens to generate for each prompt"
+    )
+    sampling.add_argument(
+        "--stop", metavar="TEXT", action="append", help="end before this text; may be given several times"
+    )
+    _add_options(sampling, SAMPLING_OPTIONS, SamplingParams)
+    engine = _add_engine_options(command, *TOKENIZER_OPTIONS)
+    engine.add_argument(
+        "--warm-up",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile every program at the start, not each when it is first needed (default: --no-warm-up)",
+    )
 
 
-def _given(args: argparse.Namespace, options: Sequence[tuple[str, type, str]]) -> dict[str, Any]:
-    """The options that were given, by their Python names."""
-    names = [name.replace("-", "_") for name, _, _ in options]
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+def _add_bench(kinds: Any, name: str, run: Any, *, help: str, description: str) -> argparse.ArgumentParser:
+    """What the kinds of benchmark share."""
+    command: argparse.ArgumentParser = kinds.add_parser(
+        name, help=help, description=description, usage="%(prog)s (--model MODEL | --shape SHAPE) [options]"
+    )
+    command.set_defaults(run=run)
+    model = command.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", metavar="MODEL", help='folder, Hub id, or "demo"')
+    model.add_argument(
+        "--shape",
+        metavar="SHAPE",
+        help="random weights in a named shape, with --load-format dummy: "
+        "llama-8b, llama2-13b, opt-125m-llama or tiny",
+    )
+    command.add_argument("--output", metavar="FILE", help="append the results to this file too")
+    _add_engine_options(command)
+    return command
 
 
-def _generate(args: argparse.Namespace) -> int:
-    from pjengine import LLM, SamplingParams
+def _add_throughput(kinds: Any) -> None:
+    command = _add_bench(
+        kinds,
+        "throughput",
+        _throughput,
+        help="requests and tokens per second of a workload",
+        description="Submits all requests of a workload at once and measures until the last one is answered.",
+    )
+    command.add_argument(
+        "--workload", metavar="NAME", choices=WORKLOADS, default="sharegpt-like", help=" or ".join(WORKLOADS)
+    )
+    sizes = ", ".join(f"{count} for {name}" for name, count in DEFAULT_NUM_REQUESTS.items())
+    command.add_argument("--num-requests", metavar="N", type=positive, help=f"(default: {sizes})")
+    command.add_argument("--temperature", metavar="X", type=float, default=1.0, help="of all requests")
+    command.add_argument("--repeats", metavar="N", type=positive, default=1, help="runs, for the median")
 
-    prompts = args.prompt or [sys.stdin.read()]
+
+def _add_latency(kinds: Any) -> None:
+    command = _add_bench(
+        kinds,
+        "latency",
+        _latency,
+        help="time per output token of a greedy batch",
+        description="Times greedy batches: TPOT = (T(output-len tokens) - T(1 token)) / (output-len - 1).",
+    )
+    command.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive,
+        nargs="+",
+        default=[1, 8, 32, 128, 256],
+        help="one result for each (default: 1 8 32 128 256)",
+    )
+    command.add_argument(
+        "--prompt-len", metavar="N", type=positive, default=512, help="tokens of each prompt"
+    )
+    command.add_argument(
+        "--output-len", metavar="N", type=positive, default=128, help="tokens of each answer"
+    )
+    command.add_argument("--repeats", metavar="N", type=positive, default=3, help="runs, for the medians")
+
+
+def _add_startup(kinds: Any) -> None:
+    _add_bench(
+        kinds,
+        "startup",
+        _startup,
+        help="process start to the first token, cold and warm",
+        description="Starts an engine in a fresh process, twice: with an empty compilation cache, then with "
+        "what the first run left there. Times from process start to the first token.",
+    )
+
+
+def _add_engine_options(command: argparse.ArgumentParser, *more: Option) -> Any:
+    engine = command.add_argument_group("engine")
+    _add_options(engine, (*ENGINE_OPTIONS, *more), EngineConfig)
+    command.add_argument("--verbose", action="store_true", help="log what happens, to standard error")
+    return engine
+
+
+def _add_options(
+    group: Any, options: Iterable[Option], settings: type[EngineConfig | SamplingParams]
+) -> None:
+    """Adds options that are left out of the namespace unless given; the dataclass knows the defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    for option in options:
+        default = defaults[option.field]
+        is_said = default is None or default is dataclasses.MISSING
+        group.add_argument(
+            option.name,
+            metavar=option.metavar,
+            type=option.kind,
+            default=argparse.SUPPRESS,
+            help=option.help if is_said else f"{option.help} (default: {default})",
+        )
+
+
+def _given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
+    """The options that were given, by the names of their fields."""
+    named = {option.field: option.name.removeprefix("--").replace("-", "_") for option in options}
+    return {field: getattr(args, name) for field, name in named.items() if hasattr(args, name)}
+
+
+def _generate(args: argparse.Namespace) -> None:
     sampling = _given(args, SAMPLING_OPTIONS)
-    sampling["seed"] = sampling.pop("sampling_seed", None)
-    params = SamplingParams(**{"max_tokens": 128, "stop": args.stop, **sampling})
-    with LLM(args.model, **_given(args, ENGINE_OPTIONS)) as llm:
-        start = time.perf_counter()
-        if args.stream and len(prompts) == 1:
-            print(prompts[0], end="", flush=True)
-            num_tokens = 0
-            for chunk in llm.stream(prompts[0], params):
-                print(chunk.text, end="", flush=True)
-                num_tokens += len(chunk.token_ids)
-            print()
+    params = SamplingParams(max_tokens=args.max_tokens, stop=args.stop, **sampling)
+    settings = _given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS))
+    config = EngineConfig(model=args.model, warm_up=args.warm_up, **settings)  # refuses before jax is loaded
+    prompts = args.prompt or [_read_prompt()]
+    for prompt in prompts:
+        _check_utf8(prompt)
+    with pjengine.LLM(**vars(config)) as llm:
+        ready, compile_s = time.perf_counter(), llm.engine.runner.compile_s
+        if args.stream:
+            num_tokens = _show(llm.stream(prompts, params), prompts)
         else:
             outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
             num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-            for output in outputs:
-                print(f"{output.prompt}{output.outputs[0].text}")
-        elapsed = time.perf_counter() - start
-    print(f"\n{num_tokens} tokens in {elapsed:.2f} s: {num_tokens / elapsed:.1f} tokens/s", file=sys.stderr)
-    return 0
+            for prompt, output in zip(prompts, outputs, strict=True):
+                print(prompt + output.outputs[0].text)
+        # Programs that were compiled on the way count as start-up: a second prompt finds them ready.
+        compiled_late_s = llm.engine.runner.compile_s - compile_s
+        elapsed = time.perf_counter() - ready - compiled_late_s
+        start_s = ready - args.begun + compiled_late_s
+    print(
+        f"\nstart-up {start_s:.1f} s, of it compilation {compile_s + compiled_late_s:.1f} s; "
+        f"{num_tokens} tokens in {elapsed:.2f} s: {num_tokens / elapsed:.1f} tokens/s",
+        file=sys.stderr,
+    )
 
 
-def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
-    settings = _given(args, ENGINE_OPTIONS)
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        print("pjengine: type the prompt; Ctrl-D ends it", file=sys.stderr)
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _check_utf8(prompt: str) -> None:
+    """Refuses what Python makes of arguments and input that are no UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not UTF-8: {prompt!r:.80}") from error
+
+
+def _show(chunks: Iterable["pjengine.CompletionChunk"], prompts: Sequence[str]) -> int:
+    """Prints completions one below the other as they grow; returns their number of tokens.
+
+    All run at once: the text of the second one waits until the first is complete.
+    """
+    unseen = list(prompts)
+    is_finished = [False] * len(prompts)
+    current = num_tokens = 0
+
+    def catch_up() -> None:
+        nonlocal current
+        while current < len(prompts):
+            print(unseen[current], end="", flush=True)
+            unseen[current] = ""
+            if not is_finished[current]:
+                return
+            print(flush=True)
+            current += 1
+
+    catch_up()
+    for chunk in chunks:
+        num_tokens += len(chunk.token_ids)
+        unseen[chunk.index] += chunk.text
+        is_finished[chunk.index] = chunk.finish_reason is not None
+        catch_up()
+    return num_tokens
+
+
+def _throughput(args: argparse.Namespace) -> None:
+    from pjengine.bench import throughput
+
+    settings = _bench_settings(args)
+    SamplingParams(temperature=args.temperature)  # refuses before the model is loaded
+    with pjengine.LLM(**settings) as llm:
+        num_requests = args.num_requests or DEFAULT_NUM_REQUESTS[args.workload]
+        workload = WORKLOADS[args.workload](llm.engine.model_config.vocab_size, num_requests)
+        result = throughput(llm, workload, temperature=args.temperature, repeats=args.repeats)
+    _report(
+        args,
+        {"bench": args.workload, **result},
+        f"{args.workload}, {num_requests} requests: {result['output_tokens_per_s']:,.1f} output tokens/s, "
+        f"{result['total_tokens_per_s']:,.1f} total tokens/s, {result['requests_per_s']:,.2f} requests/s "
+        f"in {result['elapsed_s']:.2f} s",
+    )
+
+
+def _latency(args: argparse.Namespace) -> None:
+    from pjengine.bench import check_batch, latency
+
+    with pjengine.LLM(**_bench_settings(args)) as llm:
+        for batch_size in args.batch_size:
+            check_batch(llm, batch_size, args.prompt_len, args.output_len)
+        for batch_size in args.batch_size:
+            result = latency(
+                llm, batch_size, prompt_len=args.prompt_len, output_len=args.output_len, repeats=args.repeats
+            )
+            _report(
+                args,
+                {"bench": "decode-latency", **result},
+                f"batch {batch_size}: {result['tpot_ms']:.3f} ms per output token (spread "
+                f"{result['tpot_spread_ms']:.3f}), {result['output_tokens_per_s']:,.1f} tokens/s, "
+                f"first token after {result['first_token_ms']:.1f} ms",
+            )
+
+
+def _startup(args: argparse.Namespace) -> None:
+    from pjengine.bench import startup
+
+    # Both runs end before this process touches the device itself, which `_report` does.
+    for result in list(startup(_bench_settings(args))):
+        parts = ", ".join(f"{name} {result[f'{name}_s']:.2f}" for name in ("import", "weights", "compile"))
+        _report(
+            args,
+            {"bench": "startup", **result},
+            f"{result['kind']} start: {result['total_s']:.2f} s to the first token ({parts}, "
+            f"first token {result['first_token_s']:.2f})",
+        )
+
+
+def _bench_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the engine, checked as far as that needs neither weights nor a device."""
+    from pjengine.bench import check_shape
+
+    settings = {
+        "model": args.model or args.shape,
+        "skip_tokenizer_init": True,
+        **_given(args, ENGINE_OPTIONS),
+    }
     if args.shape is not None:
+        check_shape(args.shape)
         if settings.get("load_format") != "dummy":
             raise ValueError(f"--shape {args.shape} has no weights: add --load-format dummy")
-        return {"model": args.shape, "skip_tokenizer_init": True, **settings}
-    return {"model": args.model, **settings}
+    EngineConfig(**settings)
+    if args.output:  # a file that cannot be written is found before the run, not after it
+        with open(args.output, "a"):
+            pass
+    return settings
 
 
-def _report(args: argparse.Namespace, result: dict[str, Any]) -> None:
+def _report(args: argparse.Namespace, result: Mapping[str, Any], summary: str) -> None:
     from pjengine.bench import environment
 
     rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
-    line = json.dumps({"model": args.shape or args.model, **rounded, **environment()})
-    print(line)
+    line = json.dumps(
+        {"model": args.shape or args.model, **rounded, **environment(), "command": args.command_line}
+    )
+    print(line, flush=True)
+    print(summary, file=sys.stderr)
     if args.output:
         with open(args.output, "a") as file:
             file.write(line + "\n")
-
-
-def _throughput(args: argparse.Namespace) -> int:
-    """Requests, output tokens and total tokens per second of a workload."""
-    from pjengine import LLM
-    from pjengine.bench import DEFAULT_NUM_REQUESTS, WORKLOADS, throughput
-
-    if args.workload not in WORKLOADS:
-        raise ValueError(f"--workload must be one of {', '.join(WORKLOADS)}, got {args.workload!r}")
-    with LLM(**_engine_settings(args)) as llm:
-        num_requests = args.num_requests or DEFAULT_NUM_REQUESTS[args.workload]
-        workload = WORKLOADS[args.workload](llm.engine.model_config.vocab_size, num_requests)
-        result = throughput(llm, workload, temperature=args.temperature)
-        recompiles = llm.engine.runner.recompiles_after_warmup
-    _report(args, {"bench": args.workload, **result, "recompiles_after_warmup": recompiles})
-    return 0
-
-
-def _latency(args: argparse.Namespace) -> int:
-    """Time per output token of a greedy batch."""
-    from pjengine import LLM
-    from pjengine.bench import latency
-
-    with LLM(**_engine_settings(args)) as llm:
-        for batch_size in args.batch_size:
-            result = latency(llm, batch_size, prompt_len=args.prompt_len, output_len=args.output_len)
-            _report(args, {"bench": "decode-latency", **result})
-    return 0
-
-
-def _startup(args: argparse.Namespace) -> int:
-    """Process start to the first token, cold and warm."""
-    from pjengine.bench import startup
-
-    # Both runs end before this process touches the device itself.
-    for result in list(startup(_engine_settings(args))):
-        _report(args, {"bench": "startup", **result})
-    return 0
 
 
 if __name__ == "__main__":

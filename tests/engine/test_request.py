@@ -1,6 +1,7 @@
 import pytest
 
-from pjengine.request import MIN_TEMPERATURE, Request, SamplingParams
+from pjengine.request import Request
+from pjengine.sampling_params import MIN_TEMPERATURE, SamplingParams
 
 BAD_VALUES = [
     ("temperature", -0.1, ValueError),

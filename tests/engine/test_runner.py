@@ -17,8 +17,9 @@ def make_runner(**sizes: int) -> Any:
 
     model = build_model(SHAPES["tiny"], jnp.dtype("float32"))
     params = jax.jit(model.init)(jax.random.key(0))
-    defaults = {
-        "num_pages": 512, "page_size": 16, "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64,
+    defaults: dict[str, Any] = {
+        "num_pages": 512, "page_size": 16, "max_model_len": 128,
+        "max_num_seqs": 4, "max_num_batched_tokens": 64,
     }  # fmt: skip
     config = RunnerConfig(**{**defaults, **sizes})
     return Runner(model, params, config, replicated(make_mesh(jax.devices()[:1])))

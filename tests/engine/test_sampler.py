@@ -10,10 +10,15 @@ def draw(logits: np.ndarray, positions: Any, **rows: Any) -> np.ndarray:
     from pjengine.sampler import sample
 
     num = len(logits)
-    defaults = {"seed_high": 0, "seed_low": 0, "temperature": 1.0, "top_k": logits.shape[1], "top_p": 1.0, "min_p": 0.0}
+    num_tokens = logits.shape[1]
+    defaults = {
+        "seed_high": 0, "seed_low": 0, "temperature": 1.0, "top_k": num_tokens, "top_p": 1.0, "min_p": 0.0,
+    }  # fmt: skip
     values = {name: np.broadcast_to(rows.get(name, default), num) for name, default in defaults.items()}
     dtypes = {"temperature": jnp.float32, "top_p": jnp.float32, "min_p": jnp.float32}
-    arrays = {name: jnp.asarray(value, dtypes.get(name, jnp.int32)) for name, value in values.items()}
+    arrays: dict[str, Any] = {
+        name: jnp.asarray(value, dtypes.get(name, jnp.int32)) for name, value in values.items()
+    }
     return np.asarray(sample(jnp.asarray(logits, jnp.float32), jnp.asarray(positions, jnp.int32), **arrays))
 
 
@@ -52,7 +57,8 @@ def test_filtered_tokens_are_never_drawn_and_the_rest_keep_their_ratio() -> None
 def test_a_row_draws_the_same_whatever_the_batch() -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 2, (6, 300))
-    seeds, positions, top_k = rng.integers(0, 2**31, 6), rng.integers(0, 1000, 6), np.array([300, 5, 300, 40, 1, 300])
+    seeds, positions = rng.integers(0, 2**31, 6), rng.integers(0, 1000, 6)
+    top_k = np.array([300, 5, 300, 40, 1, 300])
     whole = draw(logits, positions, seed_low=seeds, top_k=top_k)
     order = rng.permutation(6)
     permuted = draw(logits[order], positions[order], seed_low=seeds[order], top_k=top_k[order])

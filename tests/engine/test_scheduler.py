@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pjengine.page_pool import PagePool
-from pjengine.request import Request, RequestStatus, SamplingParams
+from pjengine.request import Request, RequestStatus
+from pjengine.sampling_params import SamplingParams
 from pjengine.scheduler import Schedule, Scheduler
 
 
@@ -164,7 +165,8 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
     scheduler = make_scheduler(num_pages, 4, max_num_seqs, max_num_batched_tokens)
     device = StubDevice(scheduler)
     limit = 4 * (num_pages - 1)
-    requests, aborted = [], set()
+    requests: list[Request] = []
+    aborted: set[str] = set()
     for _ in range(200):
         if rng.random() < 0.3 and len(requests) < 12:
             num_prompt = rng.randint(1, limit // 2)

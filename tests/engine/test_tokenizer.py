@@ -41,7 +41,8 @@ def write_byte_level(folder: Path) -> None:
     bpe.train_from_iterator(CORPUS, trainer)
     bpe.add_tokens(["<tool>"])  # added, and not special
     bpe.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {"bos_token": "<s>", "eos_token": "</s>"}
     # Llama 3 asks for this; it must not reach the text.
     config["clean_up_tokenization_spaces"] = True
     config["chat_template"] = CHAT_TEMPLATE

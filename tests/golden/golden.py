@@ -1,6 +1,6 @@
 """Golden files: tiny Hugging Face models, their weights remade from a seed, and what they answered.
 
-numpy only; `make_golden.py` (which needs torch) wrote the files, and fills its models with the same `make_weights`.
+numpy only. `make_golden.py`, which needs torch, wrote the files; it fills its models by `make_weights` too.
 """
 
 import json
@@ -54,7 +54,7 @@ def load(name: str) -> Golden:
 
 
 def make_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
-    """Draws every tensor in the order of `shapes`: norms near 1, projections that keep the scale of what they map."""
+    """Draws every tensor, in the order of `shapes`: norms near 1, projections of twice the neutral scale."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in shapes.items():
@@ -93,7 +93,7 @@ def write_checkpoint(
         save_file(weights, folder / "model.safetensors")
         return folder
     names = list(weights)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: weights[name] for name in names[i::shards]}

@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjengine.pallas_kernels.shapes import HeadShape
+from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
 
 BACKENDS = ["reference", "triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
-DTYPES = ["float32", "bfloat16", "float16"]
+# Every shape in the two dtypes that models come in, and one of each width class in float16 (which takes no
+# other path than bfloat16).
+SHAPES_AND_DTYPES = [
+    *((name, dtype) for name in SHAPES for dtype in ("float32", "bfloat16")),
+    *((name, "float16") for name in ("llama-8b", "open-llama-3b", "demo")),
+]
 
 
 @contextmanager

@@ -8,7 +8,236 @@ import pytest
 
 from tests.golden import golden
 
+# Real config.json files, as published.
+LLAMA_1: dict[str, Any] = {
+    "architectures": ["LLaMAForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "initializer_range": 0.02,
+    "max_sequence_length": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "pad_token_id": -1,
+    "rms_norm_eps": 1e-06,
+    "torch_dtype": "float16",
+    "transformers_version": "4.27.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+LLAMA_3_1: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+SMOLLM: dict[str, Any] = {
+    **{key: value for key, value in LLAMA_3_1.items() if key != "rope_scaling"},
+    "eos_token_id": 2,
+    "head_dim": 64,
+    "hidden_size": 576,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+}
 
-def test_x() -> None:
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {**golden.load("gqa").config, **fields}
+
+
+@pytest.mark.parametrize("name", golden.LLAMA_CASES)
+def test_both_forms_of_config_json_mean_the_same(name: str) -> None:
     from pjengine.models.config import ModelConfig
-    assert ModelConfig.from_hf(golden.load("mha").config)
+
+    case = golden.load(name)
+    config = ModelConfig.from_hf(case.config)
+    assert config == ModelConfig.from_hf(case.config_v4)
+    assert config.architecture == "LlamaForCausalLM"
+    assert (
+        config.head_dim == case.config["head_dim"] and config.num_layers == case.config["num_hidden_layers"]
+    )
+    assert config.dtype == "float32" and (config.bos_token_id, config.eos_token_ids) == (1, (2,))
+
+
+def test_transformers_own_defaults_are_read() -> None:
+    from transformers import LlamaConfig
+
+    from pjengine.models.config import ModelConfig
+
+    config = LlamaConfig(architectures=["LlamaForCausalLM"])
+    assert ModelConfig.from_hf(config.to_dict()) == ModelConfig.from_hf(json.loads(config.to_json_string()))
+    assert ModelConfig.from_hf(config.to_dict()).dtype == "float32"
+
+
+def test_published_configs_are_read() -> None:
+    from pjengine.models.config import ModelConfig
+
+    first = ModelConfig.from_hf(LLAMA_1)
+    assert first.max_model_len == 2048 and first.num_kv_heads == 32 and first.rope.theta == 10000
+    assert first.dtype == "float16" and first.eos_token_ids == (1,)
+    third = ModelConfig.from_hf(LLAMA_3_1)
+    assert third.max_model_len == 131072 and third.rope.kind == "llama3" and third.dtype == "bfloat16"
+    assert third.eos_token_ids == (128001, 128008, 128009) and third.num_kv_heads == 8
+    small = ModelConfig.from_hf(SMOLLM)
+    assert small.tie_word_embeddings and small.rope.kind == "default" and small.rope.theta == 100000
+
+
+@pytest.mark.parametrize(
+    "scaling, expected",
+    [
+        ({"type": "linear", "factor": 4.0}, 1024),
+        ({"type": "dynamic", "factor": 2.0}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"type": "yarn", "factor": 2.0, "finetuned": True}, 512),
+        ({"rope_type": "default"}, 256),
+        (None, 256),
+    ],
+)
+def test_max_model_len_is_what_the_positions_support(scaling: dict[str, Any] | None, expected: int) -> None:
+    from pjengine.models.config import ModelConfig
+
+    config = {**golden.load("gqa").config_v4, "rope_scaling": scaling}
+    assert ModelConfig.from_hf(config).max_model_len == expected
+
+
+def test_absent_and_null_token_ids_differ_as_in_transformers() -> None:
+    from pjengine.models.config import ModelConfig
+
+    config = changed(eos_token_id=None, bos_token_id=None)
+    assert ModelConfig.from_hf(config).eos_token_ids == ()
+    assert ModelConfig.from_hf(config).bos_token_id is None
+    del config["eos_token_id"], config["bos_token_id"]
+    assert ModelConfig.from_hf(config).eos_token_ids == (2,)
+    assert ModelConfig.from_hf(config).bos_token_id == 1
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"pretraining_tp": 2}, "pretraining_tp must be None or 0 or 1, got 2"),
+        ({"sliding_window": 4096}, "sliding_window must be None, got 4096"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .*awq"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor .* got 0.5"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type .* got 'longrope'"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ({"dtype": "float8_e4m3fn"}, "dtype .* got 'float8_e4m3fn'"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder .* got True"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_engine_does_not_do_is_refused(fields: dict[str, Any], message: str) -> None:
+    from pjengine.models.config import ModelConfig
+
+    with pytest.raises(NotImplementedError, match=message):
+        ModelConfig.from_hf(changed(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"logit_scale": 0.5}, "logit_scale=0.5"),
+        ({"architectures": ["MambaForCausalLM"]}, r"'LlamaForCausalLM'.*MambaForCausalLM"),
+        ({"architectures": None}, r"architectures=\[\]"),
+        ({"vocab_size": None}, "vocab_size as an integer > 0, got None"),
+        ({"hidden_size": "64"}, "hidden_size as an integer > 0, got '64'"),
+        ({"num_key_value_heads": 3}, "multiple of num_kv_heads, got 8 and 3"),
+        ({"head_dim": None, "hidden_size": 65}, "add head_dim"),
+        ({"head_dim": 7}, "even, got 7"),
+        ({"attention_bias": "yes"}, "attention_bias as true or false, got 'yes'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "'linear' needs factor"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "slope": 1}}, "slope=1"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor must be > 0, got 0.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_or_unknown_is_named(fields: dict[str, Any], message: str) -> None:
+    from pjengine.models.config import ModelConfig
+
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(changed(**fields))
+
+
+def test_rope_frequencies_equal_those_of_transformers() -> None:
+    from pjengine.models.config import ModelConfig, rope_frequencies
+
+    with np.load(golden.FOLDER / "rope_frequencies.npz") as file:
+        for name, about in json.loads(str(file["about"])).items():
+            rope = ModelConfig.from_hf(about["config"]).rope
+            inv_freq, attention_factor = rope_frequencies(rope)
+            assert inv_freq.dtype == np.float32
+            np.testing.assert_allclose(inv_freq, file[name], rtol=1.2e-7, err_msg=name)  # one bit
+            assert attention_factor == pytest.approx(about["attention_factor"], rel=1e-12), name
+    for name in golden.LLAMA_CASES:
+        case = golden.load(name)
+        inv_freq, attention_factor = rope_frequencies(ModelConfig.from_hf(case.config).rope)
+        np.testing.assert_allclose(inv_freq, case.inv_freq, rtol=1.2e-7, err_msg=name)
+        assert attention_factor == pytest.approx(case.attention_factor, rel=1e-12)
+
+
+def test_dynamic_base_grows_as_in_transformers() -> None:
+    from pjengine.models.config import ModelConfig, dynamic_rope_theta
+
+    with np.load(golden.FOLDER / "rope_frequencies.npz") as file:
+        rope = ModelConfig.from_hf(json.loads(str(file["about"]))["dynamic"]["config"]).rope
+        lengths = [int(name.removeprefix("dynamic_")) for name in file.files if name.startswith("dynamic_")]
+        assert len(lengths) == 6
+        for length in lengths:
+            theta = dynamic_rope_theta(rope, max(float(length), rope.original_max_position_embeddings))
+            exponent = np.arange(0, rope.rotary_dim, 2) / rope.rotary_dim
+            np.testing.assert_allclose(1 / theta**exponent, file[f"dynamic_{length}"], rtol=1e-6)
+
+
+def test_named_shapes_have_the_size_that_their_names_say() -> None:
+    from pjengine.models.shapes import SHAPES
+
+    def num_params(name: str) -> float:
+        c = SHAPES[name]
+        attention = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads)
+        layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+        return c.num_layers * layer + 2 * c.vocab_size * c.hidden_size + c.hidden_size
+
+    assert num_params("llama-8b") == pytest.approx(8.03e9, rel=1e-3)
+    assert num_params("llama2-13b") == pytest.approx(13.016e9, rel=1e-3)
+    # 125M and an output layer that is not tied.
+    assert num_params("opt-125m-llama") == pytest.approx(162e6, rel=1e-2)

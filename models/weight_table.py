@@ -1,0 +1,154 @@
+"""How a checkpoint's tensors map to a model's parameters, and whether they all fit."""
+
+import fnmatch
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from pjengine.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One tensor of the checkpoint and how it is turned: first reshaped, then transposed."""
+
+    name: str  # as in the checkpoint; "{layer}" stands for the layer's number
+    reshape: tuple[int, ...] | None = None  # splits axes; merges none, so that a transposed tensor is noticed
+    transpose: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One parameter: its sources, concatenated along `concat_axis`.
+
+    Where the names hold "{layer}" the parameter is stacked on a leading layer axis, which `concat_axis` and
+    the sources' own axes do not count.
+    """
+
+    sources: tuple[Source, ...]
+    concat_axis: int = 0
+
+    @property
+    def is_stacked(self) -> bool:
+        return any("{layer}" in source.name for source in self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightTable:
+    """How an architecture's checkpoints map to its parameters."""
+
+    leaves: Mapping[str, Leaf]  # by path, as in "layers/qkv"
+    ignored: tuple[str, ...] = ()  # fnmatch patterns of names that carry nothing we need
+    # What a checkpoint's names may have in front where the table's do not, or lack where they do: ("model.",)
+    # lets "layers.0.x" stand for "model.layers.0.x". The table's own spelling is tried first.
+    prefixes: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A parameter to fill: its leaf in the table, and what the model wants it to be."""
+
+    path: str
+    leaf: Leaf
+    shape: tuple[int, ...]  # without the layer axis
+    dtype: Any
+    sharding: Sharding  # without the layer axis
+    stacked_sharding: Sharding | None
+
+    def names(self, names_of: "Names", layer: int) -> list[str]:
+        return [names_of(source.name, layer) for source in self.leaf.sources]
+
+
+class Names:
+    """Resolves the table's names to the checkpoint's, with or without a prefix."""
+
+    def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> None:
+        self._known = set(checkpoint.names)
+        self._prefixes = prefixes
+
+    def __call__(self, name: str, layer: int) -> str:
+        """Returns the checkpoint's spelling of a name, or the table's own where the checkpoint has none."""
+        name = name.replace("{layer}", str(layer))
+        for prefix in self._prefixes:
+            for spelling in (name, prefix + name, name.removeprefix(prefix)):
+                if spelling in self._known:
+                    return spelling
+        return name
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
+
+def check(
+    checkpoint: Checkpoint, table: WeightTable, targets: list[Target], names_of: Names, num_layers: int
+) -> None:
+    """Compares all names and shapes, and reports everything that is wrong at once."""
+    missing: list[str] = []
+    misshapen: list[str] = []
+    used: set[str] = set()
+    for target in targets:
+        for layer in range(num_layers if target.leaf.is_stacked else 1):
+            names = target.names(names_of, layer)
+            used.update(names)
+            absent = [name for name in names if name not in names_of]
+            missing += [f"{name} (for {target.path} {target.shape})" for name in absent]
+            if not absent:
+                misshapen += _shape_faults(checkpoint, target, names)
+    unexpected = [
+        f"{name} {checkpoint.shape(name)}"
+        for name in checkpoint.names
+        if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored)
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of the wrong shape or dtype": misshapen}
+    if any(faults.values()):
+        lists = "".join(
+            f"\n{len(lines)} {fault}:" + "".join(f"\n  {line}" for line in lines)
+            for fault, lines in faults.items()
+            if lines
+        )
+        raise ValueError(
+            f"{checkpoint.folder}: the tensors do not fit the model that config.json describes "
+            f"({num_layers} layers); is the config of another model?{lists}"
+        )
+
+
+def _shape_faults(checkpoint: Checkpoint, target: Target, names: list[str]) -> Iterator[str]:
+    axis, is_joined = target.leaf.concat_axis, len(names) > 1
+    views = []
+    for name, source in zip(names, target.leaf.sources, strict=True):
+        shape = checkpoint.shape(name)
+        if not jnp.issubdtype(checkpoint.dtype(name), jnp.floating) or checkpoint.dtype(name).itemsize < 2:
+            yield f"{name}: wanted float64, float32, float16 or bfloat16, got {checkpoint.dtype(name)}"
+        if source.reshape is not None:
+            if not _splits(shape, source.reshape):
+                yield f"{name}: wanted a shape that splits into {source.reshape}, got {shape}"
+                return
+            shape = source.reshape
+        order = source.transpose or tuple(range(len(target.shape)))
+        wanted = [0] * len(order)
+        for to, come_from in enumerate(order):
+            wanted[come_from] = target.shape[to]
+        free = order[axis] if is_joined else None  # this axis is checked by the sum below
+        if len(shape) != len(wanted) or any(
+            got != want for i, (got, want) in enumerate(zip(shape, wanted, strict=True)) if i != free
+        ):
+            text = ", ".join("any" if i == free else str(want) for i, want in enumerate(wanted))
+            yield f"{name}: wanted ({text}), got {shape}"
+            return
+        views.append(tuple(shape[i] for i in order))
+    if is_joined and sum(view[axis] for view in views) != target.shape[axis]:
+        yield (
+            f"{' + '.join(names)}: wanted {target.shape} once joined along axis {axis}, "
+            f"got {' + '.join(str(checkpoint.shape(name)) for name in names)}"
+        )
+
+
+def _splits(shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
+    """Whether `into` only splits axes of `shape`: every boundary of `shape` is one of `into` too."""
+    inner = {math.prod(into[:i]) for i in range(len(into) + 1)}
+    outer = {math.prod(shape[:i]) for i in range(len(shape) + 1)}
+    return math.prod(shape) == math.prod(into) and outer <= inner

@@ -1,0 +1,24 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.golden import golden as goldens
+
+
+@pytest.fixture(scope="session")
+def gqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with well separated logits, float32, no tokenizer."""
+    return goldens.write_checkpoint(goldens.load("gqa"), tmp_path_factory.mktemp("gqa"))
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Any]:
+    """The packaged model, shared: a test leaves no request behind."""
+    from pjengine import LLM
+
+    with LLM("demo", dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, warm_up=False) as llm:
+        yield llm
+        assert not llm.engine.has_unfinished_requests()
+        llm.engine.scheduler.check_integrity()

@@ -1,0 +1,239 @@
+"""Requests together give what each gives alone; nothing leaks; a failure leaves a usable engine."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+
+def open_llm(folder: Path, **sizes: Any) -> Any:
+    from pjengine import LLM
+
+    defaults = {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 32,
+        "warm_up": False,
+        "skip_tokenizer_init": True,
+    }
+    return LLM(folder, dtype="float32", **{**defaults, **sizes})
+
+
+def make_requests(num: int, vocab_size: int) -> tuple[list[list[int]], list[Any]]:
+    """Mixed lengths; every second one greedy, the others sampled with a seed and filters."""
+    from pjengine import SamplingParams
+
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, vocab_size, int(rng.integers(1, 40))).tolist() for _ in range(num)]
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1.0, "seed": 11},
+        {"temperature": 0.8, "seed": 12, "top_k": 20},
+        {"temperature": 1.2, "seed": 13, "top_p": 0.9, "min_p": 0.02},
+    ]
+    lens = rng.integers(1, 30, num)
+    params = [
+        SamplingParams(max_tokens=int(length), ignore_eos=True, **kinds[i % len(kinds)])
+        for i, length in enumerate(lens)
+    ]
+    return prompts, params
+
+
+def kv_bytes(llm: Any, num_tokens: int) -> int:
+    """What `num_tokens` take, and the null page."""
+    config = llm.engine.runner.config
+    pages = -(-num_tokens // config.page_size) + 1
+    return pages * llm.engine.memory_plan.page_bytes
+
+
+def test_64_requests_through_a_quarter_of_the_pages_equal_each_alone(gqa_folder: Path) -> None:
+    with open_llm(gqa_folder, max_num_seqs=64, max_num_batched_tokens=64, max_model_len=80) as llm:
+        prompts, params = make_requests(64, llm.engine.model_config.vocab_size)
+        alone = [
+            llm.generate([prompt], own, use_tqdm=False)[0].outputs[0].token_ids
+            for prompt, own in zip(prompts, params, strict=True)
+        ]
+        pages = [-(-(len(p) + s.max_tokens - 1) // 16) for p, s in zip(prompts, params, strict=True)]
+        quarter = kv_bytes(llm, sum(pages) * 16 // 4)
+    sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 64, "max_model_len": 80}
+    with open_llm(gqa_folder, kv_cache_memory_bytes=quarter, **sizes) as llm:
+        assert llm.engine.runner.config.num_pages - 1 <= sum(pages) // 4
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == alone
+        assert sum(output.metrics.num_preemptions for output in outputs) > 0, "the pool was not tight enough"
+        scheduler = llm.engine.scheduler
+        scheduler.check_integrity()
+        assert scheduler.pool.num_free == scheduler.pool.num_usable
+
+
+def test_nothing_is_compiled_after_warm_up(gqa_folder: Path) -> None:
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 80, "warm_up": True}
+    with open_llm(gqa_folder, **sizes) as llm:
+        prompts, params = make_requests(20, llm.engine.model_config.vocab_size)
+        llm.generate(prompts, params, use_tqdm=False)
+        runner = llm.engine.runner
+        assert runner.recompiles_after_warmup == 0
+        assert set(runner.programs) == set(runner.layouts())
+
+
+def test_five_cycles_of_create_and_close_return_the_memory(gqa_folder: Path) -> None:
+    def live_bytes() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    sizes = []
+    for _ in range(6):
+        with open_llm(gqa_folder, max_num_seqs=2, max_num_batched_tokens=16) as llm:
+            llm.generate([[1, 2, 3]], use_tqdm=False)
+            assert live_bytes() > llm.engine.memory_plan.kv_bytes
+        del llm
+        sizes.append(live_bytes())
+    assert len(set(sizes[1:])) == 1, sizes  # the first cycle may leave constants of JAX's own
+
+
+@pytest.mark.gpu
+def test_five_cycles_return_the_memory_of_the_gpu(gqa_folder: Path) -> None:
+    in_use = []
+    for _ in range(6):
+        with open_llm(gqa_folder, max_num_seqs=2, max_num_batched_tokens=16) as llm:
+            llm.generate([[1, 2, 3]], use_tqdm=False)
+            kv = llm.engine.memory_plan.kv_bytes
+        del llm
+        gc.collect()
+        stats = jax.devices()[0].memory_stats()
+        assert stats is not None
+        in_use.append(stats["bytes_in_use"])
+    assert max(in_use[1:]) - min(in_use[1:]) < kv / 100, in_use
+
+
+def test_a_closed_llm_says_so(gqa_folder: Path) -> None:
+    llm = open_llm(gqa_folder)
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate([[1]])
+
+
+BAD_PROMPTS = [
+    ([], "empty"),
+    ("text", "needs a tokenizer"),
+    (list(range(80)), "80 tokens.*max_model_len=80"),
+    ([5, 10_000], "token id 10000 is out of the vocabulary"),
+    ([5, -1], "token id -1 is out of the vocabulary"),
+    ({"prompt_token_ids": []}, "empty"),
+    ({"tokens": [1]}, "'tokens'"),
+    ({}, "nothing"),
+    ([1.5], "whole numbers"),
+    ([[1, 2], [3]], "whole numbers"),
+]
+
+
+@pytest.fixture(scope="module")
+def llm(gqa_folder: Path) -> Any:
+    with open_llm(gqa_folder, max_model_len=80) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS, ids=lambda v: str(v)[:30])
+def test_a_bad_prompt_is_refused_and_its_batch_leaves_nothing_behind(
+    llm: Any, prompt: Any, message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        llm.generate([[1, 2, 3], prompt], use_tqdm=False)
+    assert not llm.engine.has_unfinished_requests() and not llm.engine.scheduler.has_requests
+    [output] = llm.generate([[1, 2, 3]], use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 16
+
+
+def test_the_longest_prompt_that_fits_gets_one_token(llm: Any) -> None:
+    [output] = llm.generate([[1] * 79], use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 1
+    assert output.outputs[0].finish_reason == "length"
+
+
+def test_params_must_be_one_or_one_each(llm: Any) -> None:
+    from pjengine import SamplingParams
+
+    with pytest.raises(ValueError, match="one for each of the 3 prompts, got 2"):
+        llm.generate([[1], [2], [3]], [SamplingParams()] * 2)
+    outputs = llm.generate(
+        [[1], [2]], [SamplingParams(max_tokens=2), SamplingParams(max_tokens=3)], use_tqdm=False
+    )
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 3]
+
+
+def test_numpy_and_dict_prompts_are_taken_in_order(llm: Any) -> None:
+    prompts = [np.array([1, 2]), {"prompt_token_ids": [3]}, [4, 5, 6]]
+    outputs = llm.generate(prompts, use_tqdm=False)
+    assert [output.prompt_token_ids for output in outputs] == [[1, 2], [3], [4, 5, 6]]
+    assert llm.generate([], use_tqdm=False) == []
+
+
+def test_step_returns_growing_outputs_and_abort_ends_them_at_any_moment(llm: Any) -> None:
+    from pjengine import SamplingParams
+
+    engine = llm.engine
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0)
+    whole = llm.generate([[1, 2]], params, use_tqdm=False)[0].outputs[0].token_ids
+    for num_steps in range(10):
+        engine.add_request([1, 2], params, request_id="kept")
+        engine.add_request([3, 4], params, request_id="aborted")
+        seen = []
+        for _ in range(num_steps):
+            seen += [output for output in engine.step() if output.request_id == "kept"]
+        engine.abort_request("aborted")
+        engine.abort_request("aborted")
+        engine.abort_request("never heard of")
+        while engine.has_unfinished_requests():
+            seen += [output for output in engine.step() if output.request_id == "kept"]
+        lens = [len(output.outputs[0].token_ids) for output in seen]
+        assert lens == list(range(1, 9))
+        assert [output.finished for output in seen] == [False] * 7 + [True]
+        assert seen[-1].outputs[0].token_ids == whole
+        engine.scheduler.check_integrity()
+        assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_usable
+
+
+def test_an_id_in_use_is_refused(llm: Any) -> None:
+    engine = llm.engine
+    engine.add_request([1], request_id="twice")
+    with pytest.raises(ValueError, match="'twice' is in use"):
+        engine.add_request([2], request_id="twice")
+    engine.abort_request("twice")
+    assert not engine.has_unfinished_requests()
+
+
+def test_a_failed_step_aborts_what_runs_and_the_engine_goes_on(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = llm.engine
+    before = llm.generate([[1, 2, 3]], use_tqdm=False)[0].outputs[0].token_ids[:1]
+    generation = engine.add_request([1, 2, 3])
+    engine.step()
+
+    def fail(schedule: Any) -> None:
+        engine.runner.cache.k.delete()  # as donation leaves it when the program then fails
+        raise RuntimeError("the device is out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "launch", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.step()
+    assert generation.request.finish_reason == "abort"
+    assert not engine.has_unfinished_requests()
+    assert len(before) == 1
+    assert len(llm.generate([[1, 2, 3]], use_tqdm=False)[0].outputs[0].token_ids) == 16
+
+
+def test_unseeded_requests_follow_the_engine_s_seed(gqa_folder: Path) -> None:
+    def run(seed: int) -> list[list[int]]:
+        with open_llm(gqa_folder, max_num_seqs=2, seed=seed) as llm:
+            outputs = llm.generate([[1, 2, 3]] * 3, use_tqdm=False)
+            return [output.outputs[0].token_ids for output in outputs]
+
+    first = run(0)
+    assert first == run(0)
+    assert first != run(1)
+    assert first[0] != first[1]

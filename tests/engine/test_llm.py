@@ -1,0 +1,147 @@
+"""Text in, text out, with the packaged model."""
+
+from typing import Any
+
+import pytest
+
+PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    "]
+
+
+def greedy(**fields: Any) -> Any:
+    from pjengine import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=24, **fields)
+
+
+def test_the_demo_model_writes_python(demo: Any) -> None:
+    from pjengine import SamplingParams
+
+    params = SamplingParams(temperature=0.6, top_p=0.95, seed=1, max_tokens=48)
+    outputs = demo.generate(PROMPTS, params, use_tqdm=False)
+    assert [output.prompt for output in outputs] == PROMPTS
+    text = "".join(output.outputs[0].text for output in outputs)
+    assert any(word in text for word in ("return", "import", "self", "def "))
+    assert all(output.finished and output.metrics.ttft_s > 0 for output in outputs)
+
+
+def test_streamed_text_put_together_is_the_generated_text(demo: Any) -> None:
+    from pjengine import SamplingParams
+
+    # Hot enough to break characters apart.
+    params = [SamplingParams(temperature=2.0, seed=i, max_tokens=40, ignore_eos=True) for i in range(3)]
+    wanted = demo.generate(PROMPTS, params, use_tqdm=False)
+    texts, tokens, reasons = [""] * 3, [list[int]() for _ in range(3)], [None] * 3
+    for chunk in demo.stream(PROMPTS, params):
+        if chunk.finish_reason is None:  # bytes that can still become a character are held back
+            assert not chunk.text.endswith("\ufffd")
+        texts[chunk.index] += chunk.text
+        tokens[chunk.index] += chunk.token_ids
+        reasons[chunk.index] = chunk.finish_reason
+    assert texts == [output.outputs[0].text for output in wanted]
+    assert tokens == [output.outputs[0].token_ids for output in wanted]
+    assert reasons == ["length"] * 3
+
+
+def test_the_first_chunk_comes_before_the_last_token(demo: Any) -> None:
+    stream = demo.stream(PROMPTS[0], greedy())
+    next(stream)
+    assert demo.engine.has_unfinished_requests()
+    stream.close()
+    assert not demo.engine.has_unfinished_requests()
+
+
+def test_a_bad_prompt_is_refused_when_stream_is_called(demo: Any) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        demo.stream("", greedy())
+
+
+def test_generate_while_a_stream_is_open_disturbs_neither(demo: Any) -> None:
+    alone = demo.generate(PROMPTS[:2], greedy(), use_tqdm=False)
+    stream = demo.stream(PROMPTS[0], greedy())
+    text = next(stream).text
+    assert demo.generate(PROMPTS[1], greedy(), use_tqdm=False)[0].outputs[0].text == alone[1].outputs[0].text
+    assert text + "".join(chunk.text for chunk in stream) == alone[0].outputs[0].text
+
+
+def test_a_stop_string_across_tokens_ends_the_text_before_it(demo: Any) -> None:
+    whole = demo.generate(PROMPTS[1], greedy(), use_tqdm=False)[0].outputs[0]
+    pieces = [chunk.text for chunk in demo.stream(PROMPTS[1], greedy()) if chunk.text]
+    stop = pieces[2][-1] + pieces[3] + pieces[4][:1]  # starts and ends in the middle of tokens
+    assert whole.text.find(stop) >= 0
+    [output] = demo.generate(PROMPTS[1], greedy(stop=["never", stop]), use_tqdm=False)
+    assert output.outputs[0].text == whole.text[: whole.text.find(stop)]
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
+    streamed = "".join(chunk.text for chunk in demo.stream(PROMPTS[1], greedy(stop=stop)))
+    assert streamed == output.outputs[0].text
+
+
+def test_a_stop_id_ends_the_text_before_its_token(demo: Any) -> None:
+    whole = demo.generate(PROMPTS[1], greedy(), use_tqdm=False)[0].outputs[0]
+    stop_id = whole.token_ids[5]
+    cut = whole.token_ids.index(stop_id)
+    [output] = demo.generate(PROMPTS[1], greedy(stop_token_ids=[stop_id]), use_tqdm=False)
+    assert output.outputs[0].token_ids == whole.token_ids[: cut + 1]
+    assert output.outputs[0].text == demo.engine.tokenizer.decode(whole.token_ids[:cut])
+    assert output.outputs[0].stop_reason == stop_id
+
+
+def test_detokenize_off_gives_ids_only(demo: Any) -> None:
+    [output] = demo.generate(PROMPTS[0], greedy(detokenize=False), use_tqdm=False)
+    assert output.outputs[0].text == "" and len(output.outputs[0].token_ids) == 24
+
+
+def test_chat_renders_the_template_and_keeps_the_prompt(demo: Any) -> None:
+    messages = [{"role": "user", "content": "Write a stack."}]
+    [output] = demo.chat(messages, greedy(), use_tqdm=False)
+    wanted = demo.engine.tokenizer.hf.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    assert output.prompt == wanted
+    two = demo.chat([messages, messages], greedy(), use_tqdm=False)
+    assert [o.outputs[0].text for o in two] == [output.outputs[0].text] * 2
+    with pytest.raises(ValueError, match="empty"):
+        demo.chat([])
+
+
+def test_progress_goes_to_whoever_is_asked(demo: Any) -> None:
+    from tqdm import tqdm
+
+    bars = []
+
+    def make(**settings: Any) -> Any:
+        bars.append(tqdm(**settings, disable=True))
+        return bars[-1]
+
+    demo.generate(PROMPTS, greedy(), use_tqdm=make)
+    assert bars[0].total == 3
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    from pjengine import LLM
+
+    with pytest.raises(TypeError, match="block_size"):
+        LLM("demo", block_size=16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"load_format": "gguf"}, "load_format must be one of"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
+        ({"page_size": 24}, "page_size"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"seed": -1}, "seed"),
+        ({"max_model_len": 4096}, "4096 is beyond the 1024 positions"),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "max_num_batched_tokens=32 must be at least"),
+        ({"kv_cache_memory_bytes": 1000}, "one request of max_model_len=1024 needs"),
+        ({"hf_overrides": {"model_type": "llama", "flux_capacitor": 1}}, "flux_capacitor"),
+        ({"hf_overrides": {"architectures": ["MambaForCausalLM"]}}, "MambaForCausalLM"),
+        ({"kernel_backend": "cuda"}, "cuda"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    from pjengine import LLM
+
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        LLM("demo", **settings)

@@ -1,0 +1,239 @@
+"""The restricted unpickler: torch's own files give their tensors, everything else is refused and not run."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from tests.golden import golden
+
+
+class Global(NamedTuple):
+    module: str
+    name: str
+
+
+class Call(NamedTuple):
+    function: Any
+    args: Any
+
+
+class Persistent(NamedTuple):
+    pid: Any
+
+
+def assemble(value: Any) -> bytes:
+    """Writes the opcodes of a pickle by hand, torch's globals included."""
+    match value:
+        case Global(module, name):
+            return f"c{module}\n{name}\n".encode()
+        case Call(function, args):
+            return assemble(function) + assemble(args) + b"R"
+        case Persistent(pid):
+            return assemble(pid) + b"Q"
+        case dict():
+            return b"}" + b"".join(assemble(key) + assemble(item) + b"s" for key, item in value.items())
+        case tuple():
+            return b"(" + b"".join(assemble(item) for item in value) + b"t"
+        case bool() | None:
+            return pickle.dumps(value, protocol=2)[2:-1]
+        case int():
+            return f"I{value}\n".encode()
+        case str():
+            return f"V{value}\n".encode()
+    raise TypeError(value)
+
+
+def write_zip(path: Path, state: bytes, data: bytes = b"", **options: Any) -> Path:
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("archive/data.pkl", state)
+        archive.writestr("archive/data/0", data)
+    return path
+
+
+def tensor(
+    *,
+    offset: Any = 0,
+    size: Any = (2, 2),
+    stride: Any = (2, 1),
+    numel: Any = 4,
+    storage: str = "FloatStorage",
+    key: str = "0",
+) -> Call:
+    pid = ("storage", Global("torch", storage), key, "cpu", numel)
+    hooks = Call(Global("collections", "OrderedDict"), ())
+    return Call(
+        Global("torch._utils", "_rebuild_tensor_v2"), (Persistent(pid), offset, size, stride, False, hooks)
+    )
+
+
+def write_tensor(path: Path, data: bytes = bytes(16), **fields: Any) -> Path:
+    return write_zip(path, b"\x80\x02" + assemble({"w": tensor(**fields)}) + b".", data)
+
+
+class Evil:
+    """Runs a function of the standard library when it is unpickled."""
+
+    def __init__(self, function: Any, argument: str) -> None:
+        self.reduced = (function, (argument,))
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@pytest.mark.parametrize("file", ["state_zip.bin", "state_legacy.bin"])
+def test_files_of_torch_save_give_their_tensors(file: str) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    tensors = read_torch_file(golden.FOLDER / file)
+    with np.load(golden.FOLDER / "state_expected.npz") as expected:
+        assert set(tensors) == set(expected.files)
+        for name, array in tensors.items():
+            wanted = expected[name]
+            assert str(array.dtype) == ("bfloat16" if name == "bfloat16" else str(wanted.dtype))
+            np.testing.assert_array_equal(array.astype(wanted.dtype), wanted, err_msg=name, strict=True)
+    assert tensors["transposed"].strides == (4, 16)
+    assert not tensors["float32"].flags.writeable
+
+
+def test_dtypes_without_a_storage_class_are_read() -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    (array,) = read_torch_file(golden.FOLDER / "state_float8.bin").values()
+    assert str(array.dtype) == "float8_e4m3fn"
+    np.testing.assert_array_equal(array.astype(np.float32), [0.5, -448, 3])
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize(
+    "function, name", [(os.system, "system"), (eval, "eval"), (getattr, "getattr"), (os.rename, "rename")]
+)
+def test_pickle_that_runs_code_is_refused_by_name_and_not_run(
+    tmp_path: Path, protocol: int, is_zip: bool, function: Any, name: str
+) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    trace = tmp_path / "trace"
+    code = f"touch {trace}" if function is os.system else f"open({str(trace)!r}, 'w')"
+    state = pickle.dumps({"w": Evil(function, code)}, protocol=protocol)
+    path = tmp_path / "pytorch_model.bin"
+    if is_zip:
+        write_zip(path, state)
+    else:
+        path.write_bytes(state)
+    with pytest.raises(
+        ValueError, match=rf"pytorch_model\.bin: .* asks for (posix|nt|os|builtins|__builtin__)\.{name}:"
+    ):
+        read_torch_file(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"w": Global("torch._utils", "_rebuild_tensor_v2.__globals__")},
+        {"w": Global("collections", "OrderedDict.fromkeys")},
+        {"w": Global("torch.nn.modules.linear", "Linear")},
+        {"w": Persistent(("module", Global("torch", "FloatStorage"), "0", "cpu", 4))},
+        {"w": Persistent("storage")},
+        {"w": Call(Global("torch", "FloatStorage"), (4,))},
+        {"w": Call(Global("torch._utils", "_rebuild_tensor_v2"), ())},
+        {"w": Call(Global("torch._utils", "_rebuild_tensor_v2"), ("storage", 0, (2,), (1,)))},
+        {"w": Call(Global("torch._utils", "_rebuild_parameter"), ({"w": 1}, False, ()))},
+        {"w": Global("torch._utils", "_rebuild_tensor_v2")},
+        {"w": 3},
+        (1, 2),
+    ],
+    ids=str,
+)
+def test_pickle_of_anything_but_tensors_is_refused(tmp_path: Path, state: Any) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    path = write_zip(tmp_path / "weights.bin", b"\x80\x02" + assemble(state) + b".")
+    with pytest.raises(ValueError, match=r"weights\.bin"):
+        read_torch_file(path)
+
+
+def test_pickle_cannot_change_what_stands_for_a_tensor(tmp_path: Path) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    for target in (tensor(), Global("torch._utils", "_rebuild_tensor_v2"), Global("torch", "FloatStorage")):
+        for change in ({"offset": 99}, (None, {"offset": 99}), (None, {"__class__": 1})):
+            state = b"\x80\x02}" + assemble("w") + assemble(target) + assemble(change) + b"bs."
+            with pytest.raises(ValueError, match=r"weights\.bin"):
+                read_torch_file(write_zip(tmp_path / "weights.bin", state, bytes(16)))
+
+
+def test_views_of_a_storage_are_read(tmp_path: Path) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    data = np.arange(12, dtype=np.float32)
+    path = write_tensor(tmp_path / "a.bin", data.tobytes(), offset=1, size=(2, 3), stride=(1, 4), numel=12)
+    np.testing.assert_array_equal(read_torch_file(path)["w"], [[1, 5, 9], [2, 6, 10]])
+    path = write_tensor(tmp_path / "b.bin", data.tobytes(), size=(), stride=(), offset=11, numel=12)
+    assert read_torch_file(path)["w"] == 11
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"offset": 1},
+        {"offset": -1},
+        {"offset": 2**62},
+        {"offset": True},
+        {"size": (2, 3)},
+        {"size": (-2, 2)},
+        {"size": (2,)},
+        {"size": "ab"},
+        {"stride": (3, 1)},
+        {"stride": (-2, 1)},
+        {"size": (2**40, 2**40), "stride": (0, 2**30)},
+        {"numel": 5},
+        {"numel": -1},
+        {"numel": 3},
+        {"storage": "DoubleStorage"},
+        {"key": "1"},
+        {"key": "../data.pkl"},
+    ],
+    ids=str,
+)
+def test_tensor_outside_its_storage_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    with pytest.raises(ValueError, match=r"weights\.bin.*(w|storage)"):
+        read_torch_file(write_tensor(tmp_path / "weights.bin", **fields))
+
+
+@pytest.mark.parametrize("file", ["state_zip.bin", "state_legacy.bin"])
+def test_truncated_file_is_an_error_wherever_it_ends(tmp_path: Path, file: str) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    whole = (golden.FOLDER / file).read_bytes()
+    path = tmp_path / "cut.bin"
+    for size in [*range(0, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises((OSError, ValueError), match=r"cut\.bin"):
+            read_torch_file(path)
+
+
+def test_compressed_zip_is_refused(tmp_path: Path) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    path = write_zip(tmp_path / "w.bin", b"\x80\x02}.", bytes(400), compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="stored uncompressed"):
+        read_torch_file(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    path = tmp_path / "w.bin"
+    for content in (b"", b"hello", pickle.dumps({"a": 1}), b"GGUF" + bytes(100)):
+        path.write_bytes(content)
+        with pytest.raises((OSError, ValueError), match=r"w\.bin"):
+            read_torch_file(path)
