@@ -90,6 +90,7 @@ def throughput(
     """
     for prompt, output_len in zip(workload.prompts, workload.output_lens, strict=True):
         _check_length(llm, len(prompt), output_len)
+    _warm_up(llm)
     params = [_fixed_length(length, temperature) for length in workload.output_lens]
     elapsed: list[float] = []
     num_preemptions = 0
@@ -124,6 +125,7 @@ def latency(
       ValueError: the batch does not run at once, or its requests are longer than `max_model_len`.
     """
     check_batch(llm, batch_size, prompt_len, output_len)
+    _warm_up(llm)
     prompts = random_tokens(llm.engine.model_config.vocab_size, [prompt_len] * batch_size, seed=0)
 
     def run(length: int) -> float:
@@ -170,6 +172,11 @@ def _check_length(llm: Any, prompt_len: int, output_len: int) -> None:
             f"{prompt_len} prompt tokens and {output_len} output tokens do not fit into "
             f"max_model_len={llm.engine.max_model_len}: choose shorter ones, or a model with more positions"
         )
+
+
+def _warm_up(llm: Any) -> None:
+    if not llm.engine.runner.is_warm:
+        llm.engine.runner.warm_up()
 
 
 def startup(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

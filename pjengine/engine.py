@@ -9,11 +9,11 @@ import numpy as np
 from pjengine.config import EngineConfig
 from pjengine.generation import Generation
 from pjengine.loading import LoadedModel, load_model
-from pjengine.page_pool import PagePool
 from pjengine.outputs import RequestOutput
+from pjengine.page_pool import PagePool
 from pjengine.request import Request, new_request_id
-from pjengine.sampling_params import SamplingParams
 from pjengine.runner import Launched, Runner
+from pjengine.sampling_params import SamplingParams
 from pjengine.scheduler import Scheduler
 from pjengine.tokenizer import IncrementalDetokenizer
 

@@ -69,7 +69,8 @@ def plan_memory(
         raise ValueError(
             f"the KV cache gets {kv_cache_memory_bytes:,} bytes, which hold "
             f"{max(num_pages - 1, 0) * page_size} tokens; one request of max_model_len={max_model_len} "
-            f"needs {needed * one_page:,} bytes. Lower max_model_len, raise gpu_memory_utilization ({gpu_memory_utilization}) or set kv_cache_memory_bytes"
+            f"needs {needed * one_page:,} bytes. Lower max_model_len, "
+            f"raise gpu_memory_utilization ({gpu_memory_utilization}) or set kv_cache_memory_bytes"
         )
     plan = MemoryPlan(
         weights_bytes=weights_bytes, activations_bytes=activations, page_bytes=one_page, num_pages=num_pages

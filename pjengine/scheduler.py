@@ -9,13 +9,13 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pjengine.page_pool import PagePool
 from pjengine.request import Request, RequestStatus
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens start to start + length of one request, to be computed in one step."""
 
     request: Request
@@ -83,8 +83,9 @@ class Scheduler:
         if needed > self.pool.num_usable:
             raise ValueError(
                 f"request {request.request_id} may grow to {request.max_total_tokens} tokens, which need "
-                f"{needed} pages of {self.page_size}; the KV cache has {self.pool.num_usable}. Lower max_tokens, "
-                f"shorten the prompt ({len(request.prompt_token_ids)} tokens) or give the cache more memory"
+                f"{needed} pages of {self.page_size}; the KV cache has {self.pool.num_usable}. Lower "
+                f"max_tokens, shorten the prompt ({len(request.prompt_token_ids)} tokens) or give the "
+                f"cache more memory"
             )
 
     def schedule(self) -> Schedule:
@@ -111,6 +112,8 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         """Starts waiting requests while there are rows, tokens and pages for their whole prompts."""
+        if not self.waiting:
+            return
         promised = sum(self._pages_for(other.num_tokens) - len(other.pages) for other in self.running)
         while self.waiting and budget and self._free_rows:
             request = self.waiting[0]
@@ -131,7 +134,8 @@ class Scheduler:
         """Books `length` tokens of a running request: pages, counters, and the chunk that says so."""
         start = request.num_computed
         held = len(request.pages)
-        request.pages += self.pool.allocate(self._pages_for(start + length) - held)
+        if (needed := self._pages_for(start + length)) > held:
+            request.pages += self.pool.allocate(needed - held)
         is_sampled = start + length == request.num_tokens
         chunk = Chunk(
             request=request,
@@ -142,7 +146,7 @@ class Scheduler:
             is_decode=request.is_decoding,
             is_sampled=is_sampled,
             is_admitted=is_admitted,
-            new_pages=tuple(enumerate(request.pages[held:], held)),
+            new_pages=tuple(enumerate(request.pages[held:], held)) if needed > held else (),
         )
         request.num_computed += length
         if is_sampled:

@@ -377,7 +377,7 @@ def _throughput(args: argparse.Namespace) -> None:
 
     settings = _bench_settings(args)
     SamplingParams(temperature=args.temperature)  # refuses before the model is loaded
-    with pjengine.LLM(**settings) as llm:
+    with pjengine.LLM(**settings, warm_up=False) as llm:  # the benchmark warms up once it has checked
         num_requests = args.num_requests or DEFAULT_NUM_REQUESTS[args.workload]
         workload = WORKLOADS[args.workload](llm.engine.model_config.vocab_size, num_requests)
         result = throughput(llm, workload, temperature=args.temperature, repeats=args.repeats)
@@ -393,7 +393,7 @@ def _throughput(args: argparse.Namespace) -> None:
 def _latency(args: argparse.Namespace) -> None:
     from pjengine.bench import check_batch, latency
 
-    with pjengine.LLM(**_bench_settings(args)) as llm:
+    with pjengine.LLM(**_bench_settings(args), warm_up=False) as llm:
         for batch_size in args.batch_size:
             check_batch(llm, batch_size, args.prompt_len, args.output_len)
         for batch_size in args.batch_size:
