@@ -92,10 +92,12 @@ def buckets(smallest: int, largest: int) -> tuple[int, ...]:
     return (*sizes, largest)
 
 
-def reserve_device_memory(fraction: float) -> None:
-    """Lets JAX take `fraction` of a GPU's memory; without effect once JAX has started its backend.
+def reserve_device_memory(fraction: float) -> float:
+    """Lets JAX take `fraction` of a GPU's memory, and returns the fraction that is in force.
 
-    A fraction that the user's environment sets already stays.
+    A fraction that the environment sets already stays, and so does that of an earlier engine: JAX
+    reads it once, when it starts its backend.
     """
-    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(fraction))
+    if in_force := os.environ.get("XLA_CLIENT_MEM_FRACTION"):
+        return float(in_force)
+    return float(os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(fraction)))

@@ -57,13 +57,18 @@ class Generation:
         return self.request.is_finished
 
     def take(self) -> tuple[str, list[int]]:
-        """The text and the tokens since the last call."""
+        """The text since the last call that may be shown, and the tokens it came with.
+
+        Tokens whose text is still held back stay, too.
+        """
         end = (
             len(self.text)
             if self.is_finished
             else max(len(self.text) - self._hold_back, self._num_taken_chars)
         )
         text = self.text[self._num_taken_chars : end]
+        if self.detokenizer is not None and not text and not self.is_finished:
+            return "", []
         tokens = self.request.output_token_ids[self._num_taken_tokens :]
         self._num_taken_chars, self._num_taken_tokens = end, self._num_taken_tokens + len(tokens)
         return text, tokens

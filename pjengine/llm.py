@@ -184,7 +184,7 @@ class LLM:
                     request = generation.request
                     if generation.is_finished:
                         del open_ones[index]
-                    if text or generation.is_finished:
+                    if token_ids or generation.is_finished:
                         yield CompletionChunk(
                             index=index,
                             text=text,

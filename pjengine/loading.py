@@ -45,7 +45,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
       ValueError: the model or a setting is not possible; the text says which and what to change.
       OSError: files are missing, damaged or out of reach.
     """
-    reserve_device_memory(config.gpu_memory_utilization)
+    reserved_fraction = reserve_device_memory(config.gpu_memory_utilization)
     folder, model_config = read_model_config(config)
     dtype = choose_dtype(config.dtype, model_config)
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, folder)
@@ -70,6 +70,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         page_size=config.page_size,
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        reserved_fraction=reserved_fraction,
         **sizes,
     )
     runner_config = RunnerConfig(

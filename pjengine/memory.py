@@ -51,8 +51,11 @@ def plan_memory(
     max_num_batched_tokens: int,
     kv_cache_memory_bytes: int | None,
     gpu_memory_utilization: float,
+    reserved_fraction: float,
 ) -> MemoryPlan:
     """Sizes the page pool; called once the weights are loaded.
+
+    `reserved_fraction` is the share of the device's memory that JAX has taken for itself.
 
     Raises:
       ValueError: the pages that fit cannot hold one request of `max_model_len` tokens.
@@ -61,7 +64,7 @@ def plan_memory(
     num_seqs = min(max_num_seqs, max_num_batched_tokens)
     activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
     if kv_cache_memory_bytes is None:
-        kv_cache_memory_bytes = _free_bytes(device, gpu_memory_utilization, activations)
+        kv_cache_memory_bytes = _free_bytes(device, gpu_memory_utilization / reserved_fraction, activations)
     wanted = max_num_seqs * -(-max_model_len // page_size) + 1  # more could never be used
     num_pages = min(wanted, kv_cache_memory_bytes // one_page)
     needed = -(-max_model_len // page_size) + 1
@@ -85,15 +88,10 @@ def plan_memory(
     return plan
 
 
-def _free_bytes(device: jax.Device, utilization: float, activations: int) -> int:
+def _free_bytes(device: jax.Device, share: float, activations: int) -> int:
+    """What is left for KV pages of a `share` of the memory that JAX holds."""
     stats = device.memory_stats() if device.platform == "gpu" else None
     if not stats:
         return CPU_KV_BYTES
-    # JAX may have been started with a smaller or larger share of the card than asked for here.
-    limit = min(stats["bytes_limit"], int(device_memory_bytes(stats) * utilization))
+    limit = int(stats["bytes_limit"] * min(share, 1.0))
     return max(limit - stats["bytes_in_use"] - activations, 0)
-
-
-def device_memory_bytes(stats: dict[str, int]) -> int:
-    """What JAX may allocate on the device."""
-    return stats.get("bytes_reservable_limit") or stats["bytes_limit"]

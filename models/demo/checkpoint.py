@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def model_card(config: ModelConfig, log: Mapping[str, Any]) -> str:
     corpus, result, setup = log["corpus"], log["result"], log["setup"]
     versions = ", ".join(name.replace("python", "") for name in corpus["python_versions"])
     epochs = result["steps"] * setup["tokens_per_step"] / corpus["train"]["tokens"]
-    runs = "; ".join(f"{run['weight_decay']:g}: {run['held_out_loss']:.4f}" for run in log["runs"])
+    choice, caveat = _choice(log["runs"])
     samples = "\n\n".join(_sample_text(sample) for sample in log["samples"])
     return _CARD.format(
         params_m=result["num_params"] / 1e6,
@@ -112,11 +112,30 @@ def model_card(config: ModelConfig, log: Mapping[str, Any]) -> str:
         train=corpus["train"],
         held_out=corpus["held_out"],
         epochs=epochs,
-        runs=runs,
+        arguments=_arguments(setup),
+        stdlib=" ".join(f"LIB/{name}" for name in corpus["python_versions"]),
+        choice=choice,
+        caveat=caveat,
         samples=samples,
         result=result,
         setup=setup,
     )
+
+
+def _arguments(setup: Mapping[str, Any]) -> str:
+    """The arguments of the training command that are this model's own."""
+    steps, minutes = setup["steps"], setup["minutes"]
+    length = f"--minutes {minutes:g}" if steps is None else f"--steps {steps}"
+    return f"{length} --weight-decay {' '.join(f'{decay:g}' for decay in setup['weight_decays'])}"
+
+
+def _choice(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """How the weight decay came about, and what that means for the quality that is measured."""
+    if len(runs) == 1:
+        return f"Weight decay {runs[0]['weight_decay']:g}; `training_log.json` has the curve.", ""
+    losses = "; ".join(f"{run['weight_decay']:g}: {run['held_out_loss']:.4f}" for run in runs)
+    choice = f"Held-out loss by weight decay: {losses}. The best is kept; `training_log.json` has its curve."
+    return choice, "\nThe weight decay was picked on the same files, so these numbers are a little kind.\n"
 
 
 def _sample_text(sample: Mapping[str, Any]) -> str:
@@ -165,15 +184,16 @@ terms (`LICENSE.md`), without warranty; the Python Software Foundation neither m
 
 ## Training
 
-    python -m pjengine.models.demo.train train --out build/demo/model
+    python -m pjengine.models.demo.train train {arguments} \\
+        --stdlib {stdlib} --out build/demo/model
 
-(in a checkout, with `optax` and `tokenizers`). AdamW (b2 0.95, gradients clipped at 1), bfloat16 compute
-on float32 parameters, learning rate {setup[peak_lr]:g} with {setup[warmup_steps]} steps of warm-up and
+in a checkout, with `optax` and `tokenizers`; `LIB` is where these Pythons keep their standard libraries.
+AdamW (b2 0.95, gradients clipped at 1), bfloat16 compute on float32 parameters, learning rate {setup[peak_lr]:g} with {setup[warmup_steps]} steps of warm-up and
 linear decay to zero, random windows of {setup[context]} tokens, {setup[tokens_per_step]:,} tokens a step,
 seed {setup[seed]}. This checkpoint: {result[steps]:,} steps ({epochs:.1f} passes over the data) in
 {result[minutes]:.1f} minutes on one {setup[device]}, {result[tokens_per_s]:,.0f} tokens/s.
 
-Held-out loss by weight decay: {runs}. The best is kept; its curve is in `training_log.json`.
+{choice}
 
 ## Quality
 
@@ -185,9 +205,7 @@ On the held-out files, in windows of {setup[context]} tokens that do not overlap
 | loss, nats per token | {result[held_out_loss]:.4f} |
 | bits per byte | {result[bits_per_byte]:.4f} |
 | training loss at the end | {result[train_loss]:.4f} |
-
-The weight decay was picked on the same files, so these numbers are a little kind.
-
+{caveat}
 ## Use and limits
 
 It knows the look of Python, not its meaning: names, signatures, docstrings and tests in the manner of the

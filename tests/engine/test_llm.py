@@ -85,6 +85,11 @@ def test_a_stop_id_ends_the_text_before_its_token(demo: Any) -> None:
     assert output.outputs[0].stop_reason == stop_id
 
 
+def test_a_stream_without_text_gives_every_token_as_it_comes(demo: Any) -> None:
+    chunks = list(demo.stream(PROMPTS[0], greedy(detokenize=False)))
+    assert [len(chunk.token_ids) for chunk in chunks] == [1] * 24
+
+
 def test_detokenize_off_gives_ids_only(demo: Any) -> None:
     [output] = demo.generate(PROMPTS[0], greedy(detokenize=False), use_tqdm=False)
     assert output.outputs[0].text == "" and len(output.outputs[0].token_ids) == 24

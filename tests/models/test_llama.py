@@ -32,7 +32,13 @@ def test_dense_logits_equal_hugging_face(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.asarray(logits)[0, -4:], golden.last_logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", goldens.LLAMA_CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *goldens.LLAMA_CASES,
+        *(pytest.param(n, marks=pytest.mark.gpu, id=f"gpu-{n}") for n in ("mha", "gqa", "mqa", "yarn")),
+    ],
+)
 def test_chunked_prefill_and_paged_decode_give_hugging_face_s_tokens(name: str, tmp_path: Path) -> None:
     from pjengine import LLM, SamplingParams
 

@@ -38,7 +38,9 @@ def expected() -> list[str]:
 PROMPTS = ["import os", "class Stack:"]
 
 
-def test_text_goes_to_stdout_and_speed_to_stderr(capsys: pytest.CaptureFixture[str], expected: list[str]) -> None:
+def test_text_goes_to_stdout_and_speed_to_stderr(
+    capsys: pytest.CaptureFixture[str], expected: list[str]
+) -> None:
     assert pjengine("generate", "demo", "--prompt", PROMPTS[0], *SHORT) == 0
     out, err = capsys.readouterr()
     assert out == expected[0] + "\n"
@@ -64,7 +66,13 @@ def test_streamed_text_of_later_prompts_waits_for_the_first(capsys: pytest.Captu
     seen = []
 
     def chunks() -> Any:
-        for one in (chunk(1, "x"), chunk(0, "1"), chunk(1, "y", "stop"), chunk(0, "2", "stop"), chunk(2, "!", "stop")):
+        for one in (
+            chunk(1, "x"),
+            chunk(0, "1"),
+            chunk(1, "y", "stop"),
+            chunk(0, "2", "stop"),
+            chunk(2, "!", "stop"),
+        ):
             yield one
             seen.append(capsys.readouterr().out)
 
@@ -83,6 +91,7 @@ def test_prompt_comes_from_standard_input_without_its_last_newline(
 
 
 GENERATE = ("generate", "demo", "--prompt", "a")
+LATENCY = ("bench", "latency", *TINY)
 BAD_INPUT = {
     "no command": ((), "required: COMMAND"),
     "no such command": (("generat",), "invalid choice: 'generat'"),
@@ -104,17 +113,35 @@ BAD_INPUT = {
     "overrides": ((*GENERATE, "--hf-overrides", "[1]"), "a JSON object is needed, got '[1]'"),
     "overrides, no JSON": ((*GENERATE, "--hf-overrides", "{"), "'{' is not valid JSON"),
     "unknown config key": ((*GENERATE, "--hf-overrides", '{"foo_bar": 1}'), "foo_bar"),
-    "max_model_len": ((*GENERATE, "--max-model-len", "9999"), "max_model_len=9999 is beyond the 1024 positions"),
+    "max_model_len": (
+        (*GENERATE, "--max-model-len", "9999"),
+        "max_model_len=9999 is beyond the 1024 positions",
+    ),
     "no room for KV": ((*GENERATE, "--kv-cache-memory-bytes", "1000"), "the KV cache gets 1,000 bytes"),
-    "shape of no name": (("bench", "startup", "--shape", "lama"), "no shape is named 'lama'; there are llama-8b"),
+    "shape of no name": (
+        ("bench", "startup", "--shape", "lama"),
+        "no shape is named 'lama'; there are llama-8b",
+    ),
     "shape, but no dummy": (("bench", "latency", "--shape", "tiny"), "add --load-format dummy"),
     "shape and model": (("bench", "latency", "--shape", "tiny", "--model", "demo"), "not allowed with"),
-    "workload": (("bench", "throughput", *TINY, "--workload", "foo"), "invalid choice: 'foo' (choose from 'sharegpt-"),
+    "workload": (
+        ("bench", "throughput", *TINY, "--workload", "foo"),
+        "invalid choice: 'foo' (choose from 'sharegpt-",
+    ),
     "no requests": (("bench", "throughput", *TINY, "--num-requests", "0"), "at least 1 is needed, got '0'"),
-    "requests too long": (("bench", "throughput", *TINY, "--num-requests", "3"), "do not fit into max_model_len=512"),
-    "batch too large": (("bench", "latency", *TINY, "--batch-size", "1", "2"), "a batch of 2 does not run at once"),
-    "one output": (("bench", "latency", *TINY, "--batch-size", "1", "--output-len", "1"), "at least 2"),
-    "refused in the child": (("bench", "startup", *TINY, "--max-model-len", "9999"), "max_model_len=9999 is beyond"),
+    "requests too long": (
+        ("bench", "throughput", *TINY, "--num-requests", "3"),
+        "do not fit into max_model_len=512",
+    ),
+    "batch too large": (
+        (*LATENCY, "--batch-size", "1", "2", "--prompt-len", "8"),
+        "a batch of 2 does not run at",
+    ),
+    "one output": ((*LATENCY, "--batch-size", "1", "--output-len", "1"), "at least 2"),
+    "refused in the child": (
+        ("bench", "startup", *TINY, "--max-model-len", "9999"),
+        "max_model_len=9999 is beyond",
+    ),
     "output": (("bench", "startup", *TINY, "--output", "no/such/folder"), "No such file or directory"),
 }
 
@@ -187,7 +214,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_module_runs_as_a_process_and_a_reader_that_leaves_ends_it_quietly() -> None:
-    command = [sys.executable, "-m", "pjengine.serving.cli", "generate", "demo", "--prompt", "a\nb", "--stream"]
+    command = [
+        sys.executable,
+        "-m",
+        "pjengine.serving.cli",
+        "generate",
+        "demo",
+        "--prompt",
+        "a\nb",
+        "--stream",
+    ]
     with subprocess.Popen(
         [*command, *SHORT], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
