@@ -1,14 +1,19 @@
 # Two commands set a fresh machine up: `make demo` and `make test`.
-PYTHON ?= python3
 VENV := .venv
+# The first of these that is new enough; `make PYTHON=/path/to/python demo` takes another.
+PYTHON ?= $(firstword $(foreach name,python3 python3.12 python3.13 python3.14,$(shell \
+	$(name) -c 'import sys; sys.version_info < (3, 12) or print("$(name)")' 2>/dev/null)))
 # An NVIDIA driver that answers gets the CUDA build of JAX that it can run; anything else gets plain CPU.
-CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')
-EXTRA := $(if $(CUDA),$(if $(filter 13 14 15,$(CUDA)),cuda13,cuda12))
+# The version reads "CUDA Version: 13.0" in most releases of nvidia-smi, "CUDA UMD Version: 13.0" in some.
+CUDA_EXTRA := $(shell nvidia-smi 2>/dev/null | awk 'match($$0, /CUDA[A-Za-z ]*Version *: *[0-9]+/) { \
+	version = substr($$0, RSTART, RLENGTH); sub(/.*[^0-9]/, "", version); version += 0; \
+	print (version >= 13 ? "cuda13" : version >= 12 ? "cuda12" : ""); exit }')
 comma := ,
 
 .PHONY: demo test check clean
 demo: $(VENV)/installed-demo
-	$(VENV)/bin/pjengine generate demo --prompt 'def fibonacci(n):' --max-tokens 128 --stream
+	$(VENV)/bin/pjengine generate demo --prompt 'def fibonacci(n):' --stream \
+		--temperature 0.6 --top-p 0.95 --sampling-seed 118
 
 test: $(VENV)/installed-test check
 	$(VENV)/bin/python -m pytest
@@ -19,15 +24,15 @@ check: $(VENV)/installed-test
 	$(VENV)/bin/mypy
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed, this is " + sys.version)'
+	@test -n "$(PYTHON)" || { echo "Python 3.12 or newer is needed, found none: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed-demo: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install -q -e '.$(if $(EXTRA),[$(EXTRA)])'
+	$(VENV)/bin/python -m pip install -q -e '.$(if $(CUDA_EXTRA),[$(CUDA_EXTRA)])'
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install -q -e '.[test$(if $(EXTRA),$(comma)$(EXTRA))]'
+	$(VENV)/bin/python -m pip install -q -e '.[test$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))]'
 	touch $@
 
 clean:

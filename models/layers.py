@@ -7,7 +7,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pjengine.models.config import RopeConfig, rope_frequencies
+from pjengine.models.rope import RopeConfig, dynamic_rope_theta, rope_frequencies
 
 
 def linear(
@@ -58,8 +58,7 @@ def rotary_table(
     """
     if rope.kind == "dynamic":
         length = jnp.maximum(rope_lens, rope.original_max_position_embeddings).astype(jnp.float32)
-        stretch = rope.factor * length / rope.original_max_position_embeddings - (rope.factor - 1)
-        base = rope.theta * stretch ** (rope.rotary_dim / (rope.rotary_dim - 2))
+        base = dynamic_rope_theta(rope, length)
         exponent = jnp.arange(0, rope.rotary_dim, 2, dtype=jnp.float32) / rope.rotary_dim
         inv_freq = 1.0 / base[..., None] ** exponent.reshape((1,) * base.ndim + exponent.shape)
         amplitude = 1.0

@@ -45,6 +45,10 @@ class RopeConfig:
                 f"got {self.original_max_position_embeddings}"
             )
 
+    def excess(self, prompt_len: int) -> int:
+        """How many tokens of a prompt change the rotation of all others: 0 but under dynamic scaling."""
+        return max(0, prompt_len - self.original_max_position_embeddings) if self.kind == "dynamic" else 0
+
 
 def rope_frequencies(rope: RopeConfig) -> tuple[Float[np.ndarray, " half"], float]:
     """Returns the inverse frequencies of the rotary_dim / 2 planes and the factor on cos and sin.

@@ -58,6 +58,10 @@ class Layout:
     def num_seqs(self) -> int:
         return min(self.num_tokens, self.num_rows)
 
+    @property
+    def max_page_updates(self) -> int:
+        return self.parts["page_updates"][1]
+
     @cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
         seqs = (self.num_seqs,)
@@ -70,7 +74,7 @@ class Layout:
             "cu_q_lens": (self.num_seqs + 1,),
             "sampled_rows": seqs,  # the row where the sampled token goes
             "admitted": (1 + len(ROW_FIELDS), self.num_seqs),  # row, then its fields
-            # A chunk of n tokens opens at most n / page_size + 1 pages.
+            # A chunk of n tokens opens at most n / page_size + 1 pages; cached ones may come on top.
             "page_updates": (3, self.num_tokens // self.page_size + self.num_seqs),  # row, column, page
         }
 
@@ -96,14 +100,20 @@ class Layout:
         return views
 
 
-def pack(schedule: Schedule, layout: Layout, vocab_size: int) -> Int[np.ndarray, " size"]:
-    """Writes a schedule into a fresh vector."""
+def page_updates(schedule: Schedule) -> Int[np.ndarray, "3 updates"]:
+    """The entries of the page table that a schedule changes: row, column, page."""
+    updates = [(chunk.row, column, page) for chunk in schedule.chunks for column, page in chunk.new_pages]
+    return np.array(updates, np.int32).reshape(-1, 3).T
+
+
+def pack(
+    schedule: Schedule, updates: Int[np.ndarray, "3 updates"], layout: Layout, vocab_size: int
+) -> Int[np.ndarray, " size"]:
+    """Writes a schedule and its page updates, as many as the layout holds at most, into a fresh vector."""
     blob, parts = layout.empty()
     chunks = schedule.chunks
     parts["rows"][: len(chunks)] = [chunk.row for chunk in chunks]
-    updates = [(chunk.row, column, page) for chunk in chunks for column, page in chunk.new_pages]
-    if updates:
-        parts["page_updates"][:, : len(updates)] = np.array(updates, np.int32).T
+    parts["page_updates"][:, : updates.shape[1]] = updates
     if layout.is_decode:
         return blob
 
@@ -140,8 +150,7 @@ def _row_record(chunk: Chunk, vocab_size: int) -> Int[np.ndarray, " fields"]:
 
 def update_rows(rows: Rows, parts: dict[str, Array], layout: Layout) -> Rows:
     """Sets the parameters of admitted rows and the new entries of the page table. On the device."""
-    row, column, page = parts["page_updates"]
-    rows = rows._replace(page_table=rows.page_table.at[row, column].set(page, mode="drop"))
+    rows = update_page_table(rows, parts["page_updates"])
     if layout.is_decode:
         return rows
     row, *values = parts["admitted"]
@@ -150,6 +159,12 @@ def update_rows(rows: Rows, parts: dict[str, Array], layout: Layout) -> Rows:
         old = getattr(rows, name)
         changed[name] = old.at[row].set(jax.lax.bitcast_convert_type(value, old.dtype), mode="drop")
     return rows._replace(**changed)
+
+
+def update_page_table(rows: Rows, updates: Int[Array, "3 updates"]) -> Rows:
+    """Sets entries of the page table; rows out of range stand for nothing. On the device."""
+    row, column, page = updates
+    return rows._replace(page_table=rows.page_table.at[row, column].set(page, mode="drop"))
 
 
 def unpack(rows: Rows, parts: dict[str, Array], layout: Layout) -> Batch:

@@ -8,6 +8,7 @@ from typing import Any
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "bin", "dummy")
+SCHEDULING_POLICIES = ("fcfs", "priority")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -37,12 +38,18 @@ class EngineConfig:
     max_num_seqs: int | None = None  # requests that run at once
     max_num_batched_tokens: int | None = None  # tokens computed in one step
     page_size: int = 16  # tokens per page
+    enable_prefix_caching: bool = True  # requests share the pages of what they have in common
+    scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
     kernel_backend: str | None = None  # None: the best that this device and these shapes allow
     warm_up: bool = True  # compile every program before the first request
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
-        for name, choices in (("dtype", DTYPES), ("load_format", LOAD_FORMATS)):
+        for name, choices in (
+            ("dtype", DTYPES),
+            ("load_format", LOAD_FORMATS),
+            ("scheduling_policy", SCHEDULING_POLICIES),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -1,8 +1,7 @@
 """LLMEngine: requests in, outputs out. The one owner of mutable state."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from pjengine.generation import Generation
 from pjengine.loading import LoadedModel, load_model
 from pjengine.outputs import RequestOutput
 from pjengine.page_pool import PagePool
+from pjengine.prompts import Prompt, encode_prompt
 from pjengine.request import Request, new_request_id
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import SamplingParams
@@ -18,9 +18,6 @@ from pjengine.scheduler import Scheduler
 from pjengine.tokenizer import IncrementalDetokenizer
 
 logger = logging.getLogger(__name__)
-
-# A text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}; what ids hold is checked one by one.
-type Prompt = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
 
 
 class LLMEngine:
@@ -42,6 +39,7 @@ class LLMEngine:
         self.scheduler = self._new_scheduler()
         self._in_flight: Launched | None = None
         self._generations: dict[str, Generation] = {}
+        self.is_broken = False  # a step failed, and so did starting over: nothing can run any more
         self._seeds = np.random.default_rng(config.seed)
         if config.warm_up:
             self.runner.warm_up()
@@ -49,57 +47,74 @@ class LLMEngine:
     def _new_scheduler(self) -> Scheduler:
         sizes = self.runner.config
         return Scheduler(
-            PagePool(sizes.num_pages), sizes.page_size, sizes.max_num_seqs, sizes.max_num_batched_tokens
+            PagePool(sizes.num_pages),
+            sizes.page_size,
+            sizes.max_num_seqs,
+            sizes.max_num_batched_tokens,
+            is_caching=self.config.enable_prefix_caching,
         )
 
     def add_request(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> Generation:
         """Queues a request and returns what will grow as `step` is called.
 
         Raises:
           ValueError: the prompt is empty, too long or out of the vocabulary; the request can never
-            fit; or its id is in use. Nothing is queued then.
+            fit; its id is in use; or a priority is given under another policy. Nothing is queued then.
         """
-        generation = self.prepare(prompt, params or SamplingParams(), request_id=request_id)
+        params = params or SamplingParams()
+        generation = self.prepare(prompt, params, request_id=request_id, priority=priority)
         self.submit(generation)
         return generation
 
-    def prepare(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> Generation:
-        """Checks a request without queueing it. Raises as `add_request` does."""
-        text, token_ids = self._encode(prompt)
-        num_prompt = len(token_ids)
-        if num_prompt == 0:
-            raise ValueError("the prompt is empty: at least one token is needed")
-        if num_prompt >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens; with max_model_len={self.max_model_len} at most "
-                f"{self.max_model_len - 1} leave room for an answer. Shorten it or raise max_model_len"
-            )
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0
+    ) -> Generation:
+        """Checks a request without queueing it. Raises as `add_request` does.
+
+        May run on another thread, beside a step.
+        """
+        if priority != 0 and self.config.scheduling_policy != "priority":
+            raise ValueError(f"priority={priority} needs scheduling_policy='priority'")
+        if params.stop_strings and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and skip_tokenizer_init=True")
+        vocab_size = self.model_config.vocab_size
+        encoded = encode_prompt(
+            prompt, self.tokenizer, vocab_size=vocab_size, max_tokens=self.max_model_len - 1
+        )
+        num_prompt = len(encoded.token_ids)
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, num_prompt + params.max_tokens)
-        if params.detokenize and self.tokenizer is None and params.stop_strings:
-            raise ValueError("stop strings need a tokenizer, and skip_tokenizer_init=True")
         is_seeded = params.seed is not None and params.seed >= 0
         request = Request(
             request_id=request_id or new_request_id(),
-            prompt=text,
-            prompt_token_ids=token_ids,
+            prompt=encoded.text,
+            prompt_token_ids=encoded.token_ids,
             params=params,
             max_total_tokens=limit,
             eos_token_ids=frozenset(self.model_config.eos_token_ids),
             seed=params.seed if is_seeded and params.seed is not None else int(self._seeds.integers(2**63)),
+            priority=priority,
+            salt=f"{encoded.cache_salt}/{self.model_config.rope.excess(num_prompt)}",
         )
         self.scheduler.check_fits(request)
-        detokenizer = None
-        if params.detokenize and self.tokenizer is not None:
-            detokenizer = IncrementalDetokenizer(
-                self.tokenizer,
-                skip_special_tokens=params.skip_special_tokens,
-                prompt_ids=token_ids[-16:],  # enough to tell whether the text starts here
-            )
-        return Generation(request, detokenizer)
+        return Generation(request, self._detokenizer(params, encoded.token_ids))
+
+    def _detokenizer(self, params: SamplingParams, prompt_ids: list[int]) -> IncrementalDetokenizer | None:
+        if not params.detokenize or self.tokenizer is None:
+            return None
+        return IncrementalDetokenizer(
+            self.tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            prompt_ids=prompt_ids[-16:],  # enough to tell whether the text starts here
+        )
 
     def submit(self, generation: Generation) -> None:
         """Queues a prepared request."""
@@ -108,39 +123,6 @@ class LLMEngine:
             raise ValueError(f"request id {request_id!r} is in use; choose another or leave it out")
         self.scheduler.add(generation.request)
         self._generations[request_id] = generation
-
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    "a text prompt needs a tokenizer, and skip_tokenizer_init=True: pass token ids"
-                )
-            return prompt, self.tokenizer.encode(prompt)
-        if isinstance(prompt, Mapping):
-            return self._encode_dict(prompt)
-        if not isinstance(prompt, Sequence | np.ndarray):
-            raise TypeError(f"a prompt is a str, a list of token ids or a dict, got {type(prompt).__name__}")
-        if len(prompt) == 0:
-            return None, []
-        if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in prompt):
-            raise TypeError(f"token ids must be whole numbers in one list, got {prompt!r:.80}")
-        token_ids = np.asarray(prompt)
-        vocab_size = self.model_config.vocab_size
-        outside = (token_ids < 0) | (token_ids >= vocab_size)
-        if outside.any():
-            raise ValueError(
-                f"token id {token_ids[outside][0]} is out of the vocabulary of {vocab_size} tokens"
-            )
-        return None, token_ids.tolist()
-
-    def _encode_dict(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-        if unknown or not prompt:
-            got = ", ".join(map(repr, prompt)) or "nothing"
-            raise ValueError(f"a prompt dict holds 'prompt' or 'prompt_token_ids', got {got}")
-        if "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), self._encode(list(prompt["prompt_token_ids"]))[1]
-        return self._encode(prompt["prompt"])
 
     def step(self) -> list[RequestOutput]:
         """Runs one step; returns the requests that got a token from the step before."""
@@ -163,13 +145,14 @@ class LLMEngine:
 
     def _take_results(self, ended: Launched) -> list[Generation]:
         grown = []
-        for chunk, token in zip(ended.schedule.chunks, ended.read(), strict=True):
+        tokens, now = ended.read(), time.perf_counter()
+        for chunk, token in zip(ended.schedule.chunks, tokens, strict=True):
             request = chunk.request
             if not chunk.is_sampled or chunk.epoch != request.epoch or request.is_finished:
                 continue  # the middle of a prompt, preempted since, or ended by the token before
             request.num_pending -= 1
             generation = self._generations[request.request_id]
-            generation.push(token)
+            generation.push(token, now)
             grown.append(generation)
         self._drop([generation for generation in grown if generation.is_finished])
         return grown
@@ -188,6 +171,7 @@ class LLMEngine:
                 del self._generations[generation.request.request_id]
 
     def _start_over(self) -> None:
+        self.is_broken = True  # until all of this has worked
         for generation in self._generations.values():
             generation.abort()
         logger.error("a step failed; aborted requests=%d", len(self._generations))
@@ -195,6 +179,11 @@ class LLMEngine:
         self._in_flight = None
         self.scheduler = self._new_scheduler()
         self.runner.reset()
+        self.is_broken = False
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the pages that requests could share, as after a change of the weights."""
+        self.scheduler.reset_prefix_cache()
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._generations)

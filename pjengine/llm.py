@@ -10,9 +10,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from pjengine.config import EngineConfig
-from pjengine.engine import LLMEngine, Prompt
+from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
 from pjengine.outputs import RequestOutput
+from pjengine.prompts import Prompt
 from pjengine.sampling_params import SamplingParams
 
 type Message = Mapping[str, Any]
@@ -140,6 +141,10 @@ class LLM:
             for text in texts
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the pages that requests could share, as after a change of the weights."""
+        self.engine.reset_prefix_cache()
 
     def _submit(
         self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None

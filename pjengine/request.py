@@ -35,7 +35,6 @@ class Request:
     eos_token_ids: frozenset[int]
     seed: int
     prompt: str | None = None
-    arrival_s: float = field(default_factory=time.perf_counter)
     output_token_ids: list[int] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None
@@ -46,10 +45,14 @@ class Request:
     num_pending: int = 0
     epoch: int = 0
     is_decoding: bool = False  # the row on the device holds its last token
-    metrics: RequestMetrics = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.metrics = RequestMetrics(arrival_s=self.arrival_s)
+    priority: int = 0  # lower ones go first
+    order: int = -1  # of arrival
+    salt: str = ""  # requests share cached pages only under the same salt
+    is_cache_read: bool = True  # take pages that others have computed
+    page_hashes: list[bytes] = field(default_factory=list)  # of its first full pages
+    num_registered: int = 0  # pages, from the first, that the prefix cache has been told of
+    num_cached_tokens: int = 0  # of the prompt, found in the cache when first admitted
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     @property
     def num_known(self) -> int:
@@ -72,6 +75,11 @@ class Request:
         """The pending tokens complete it: nothing more to schedule."""
         return self.num_tokens >= self.max_total_tokens
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower ranks are admitted first and preempted last."""
+        return self.priority, self.order
+
     def known_tokens(self, start: int, stop: int) -> list[int]:
         """Token ids from `start` to `stop` of prompt and output together."""
         num_prompt = len(self.prompt_token_ids)
@@ -81,12 +89,18 @@ class Request:
             return self.output_token_ids[start - num_prompt : stop - num_prompt]
         return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
 
-    def append(self, token: int) -> None:
-        """Takes a sampled token and decides whether it is the last one."""
-        now = time.perf_counter()
+    def append(self, token: int, now: float | None = None) -> None:
+        """Takes a sampled token and decides whether it is the last one.
+
+        `now` is `time.perf_counter()`, read once for all the tokens of a step; None: read here.
+        """
+        now = time.perf_counter() if now is None else now
         self.output_token_ids.append(token)
-        self.metrics.first_token_s = self.metrics.first_token_s or now
-        self.metrics.last_token_s = now
+        metrics = self.metrics
+        if metrics.first_token_s is None:
+            metrics.first_token_s = now
+        metrics.last_token_s = now
+        metrics.num_generation_tokens += 1
         if token in self.params.stop_ids:
             self.finish("stop", token)
         elif token in self.eos_token_ids and not self.params.ignore_eos:
@@ -96,6 +110,7 @@ class Request:
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.status = RequestStatus.FINISHED
+        self.metrics.finished_s = time.perf_counter()
         self.finish_reason = reason
         self.stop_reason = stop_reason
 

@@ -14,7 +14,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
-from pjengine.batching import Layout, Rows, pack, unpack, update_rows
+from pjengine.batching import (
+    Layout,
+    Rows,
+    pack,
+    page_updates,
+    unpack,
+    update_page_table,
+    update_rows,
+)
 from pjengine.config import RunnerConfig
 from pjengine.models.attention import paged_attend
 from pjengine.models.llama import Llama, Params
@@ -24,6 +32,7 @@ from pjengine.scheduler import Schedule
 
 logger = logging.getLogger(__name__)
 
+EARLY_UPDATES = 1024  # page updates entered at once by the program that runs before a step
 COMPILER_OPTIONS = {
     "gpu": {
         # XLA's own Triton products take the slice of the stacked weights into each kernel, so every layer
@@ -94,6 +103,12 @@ class Runner:
         self.sharding = sharding
         self.params = params
         self.cache, self.rows = self._new_state()
+        early = jax.ShapeDtypeStruct((3, EARLY_UPDATES), jnp.int32, sharding=sharding)
+        self._update_page_table = (
+            jax.jit(update_page_table, donate_argnums=0, out_shardings=sharding)
+            .lower(self.rows, early)
+            .compile()
+        )
         self.programs: dict[Layout, jax.stages.Compiled] = {}
         self.is_warm = False
         self.recompiles_after_warmup = 0
@@ -121,13 +136,27 @@ class Runner:
     def launch(self, schedule: Schedule) -> Launched:
         """Starts a step and returns at once; the tokens follow by themselves."""
         layout = self.layout_for(schedule)
-        blob = pack(schedule, layout, self.model.config.vocab_size)
+        updates = page_updates(schedule)
+        if updates.shape[1] > layout.max_page_updates:
+            updates = self._update_early(updates, layout.max_page_updates)
+        blob = pack(schedule, updates, layout, self.model.config.vocab_size)
         program = self.program(layout)
         self.cache, self.rows, tokens = program(
             self.params, self.cache, self.rows, jax.device_put(blob, self.sharding)
         )
         tokens.copy_to_host_async()
         return Launched(schedule, tokens)
+
+    def _update_early(
+        self, updates: Int[np.ndarray, "3 updates"], max_left: int
+    ) -> Int[np.ndarray, "3 updates"]:
+        """Enters page updates that are too many for the step (cached prefixes); returns the rest."""
+        while updates.shape[1] > max_left:
+            now, updates = updates[:, :EARLY_UPDATES], updates[:, EARLY_UPDATES:]
+            padded = np.full((3, EARLY_UPDATES), self.config.max_num_seqs, np.int32)
+            padded[:, : now.shape[1]] = now
+            self.rows = self._update_page_table(self.rows, jax.device_put(padded, self.sharding))
+        return updates
 
     def layout_for(self, schedule: Schedule) -> Layout:
         """The smallest program that holds the schedule."""

@@ -5,13 +5,13 @@ then chunks of prompts up to `max_num_batched_tokens`, so that a long prompt nev
 """
 
 import heapq
+import itertools
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pjengine.page_pool import PagePool
+from pjengine.page_pool import PagePool, page_hashes
 from pjengine.request import Request, RequestStatus
 
 
@@ -57,8 +57,12 @@ class Scheduler:
     page_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    waiting: deque[Request] = field(default_factory=deque)
+    is_caching: bool = True  # prefixes
     running: list[Request] = field(default_factory=list)  # in order of admission
+    num_cache_queries: int = 0  # tokens looked up in the prefix cache
+    num_cache_hits: int = 0  # tokens found there
+    _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
+    _orders: Iterator[int] = field(default_factory=itertools.count)
     _free_rows: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,12 +70,18 @@ class Scheduler:
 
     @property
     def has_requests(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self._waiting or self.running)
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Those without a row, in the order in which they will be admitted."""
+        return [request for _, request in sorted(self._waiting)]
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises as `check_fits` does."""
         self.check_fits(request)
-        self.waiting.append(request)
+        request.order = next(self._orders)
+        heapq.heappush(self._waiting, (request.rank, request))
 
     def check_fits(self, request: Request) -> None:
         """Makes sure that the request can run when it has the pool for itself.
@@ -111,29 +121,52 @@ class Scheduler:
         return Schedule(chunks, num_preempted)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        """Starts waiting requests while there are rows, tokens and pages for their whole prompts."""
-        if not self.waiting:
+        """Starts waiting requests while there are rows, tokens, and pages for all they have to compute."""
+        if not self._waiting:
             return
         promised = sum(self._pages_for(other.num_tokens) - len(other.pages) for other in self.running)
-        while self.waiting and budget and self._free_rows:
-            request = self.waiting[0]
-            promised += self._pages_for(request.num_tokens)
-            if promised > self.pool.num_free:
+        while self._waiting and budget and self._free_rows:
+            _, request = self._waiting[0]
+            found = self._find_cached(request)
+            promised += self._pages_for(request.num_tokens) - len(found)
+            if promised + self.pool.num_cached(found) > self.pool.num_free:
                 return
-            self.waiting.popleft()
-            request.status = RequestStatus.RUNNING
-            request.row = heapq.heappop(self._free_rows)
-            request.metrics.scheduled_s = request.metrics.scheduled_s or time.perf_counter()
-            self.running.append(request)
+            heapq.heappop(self._waiting)
+            self._start(request, found)
             length = min(request.num_to_compute, budget)
             chunks.append(self._take(request, length, is_admitted=True))
-            promised -= len(request.pages)
+            promised -= len(request.pages) - len(found)
             budget -= length
+
+    def _find_cached(self, request: Request) -> list[int]:
+        """The pages of the cache that hold the request's beginning; at least one token is left to compute."""
+        if not self.is_caching or not request.is_cache_read:
+            return []
+        self._hash_pages(request)
+        return self.pool.match(request.page_hashes[: (request.num_tokens - 1) // self.page_size])
+
+    def _start(self, request: Request, found: list[int]) -> None:
+        """Gives a waiting request a row and the cached pages of its beginning."""
+        self.pool.retain(found)
+        request.status = RequestStatus.RUNNING
+        request.row = heapq.heappop(self._free_rows)
+        request.pages = list(found)
+        request.num_registered = len(found)
+        request.num_computed = len(found) * self.page_size
+        self.num_cache_queries += request.num_tokens
+        self.num_cache_hits += request.num_computed
+        if request.metrics.scheduled_s is None:
+            request.metrics.scheduled_s = time.perf_counter()
+            request.num_cached_tokens = request.num_computed
+        self.running.append(request)
 
     def _take(self, request: Request, length: int, *, is_admitted: bool) -> Chunk:
         """Books `length` tokens of a running request: pages, counters, and the chunk that says so."""
         start = request.num_computed
-        held = len(request.pages)
+        # An admitted row learns of the cached pages, too.
+        held = told = len(request.pages)
+        if is_admitted:
+            told = 0
         if (needed := self._pages_for(start + length)) > held:
             request.pages += self.pool.allocate(needed - held)
         is_sampled = start + length == request.num_tokens
@@ -146,20 +179,38 @@ class Scheduler:
             is_decode=request.is_decoding,
             is_sampled=is_sampled,
             is_admitted=is_admitted,
-            new_pages=tuple(enumerate(request.pages[held:], held)) if needed > held else (),
+            new_pages=tuple(enumerate(request.pages[told:], told)) if needed > told else (),
         )
         request.num_computed += length
+        if self.is_caching and (start + length) // self.page_size > request.num_registered:
+            self._register(request)
         if is_sampled:
             request.num_pending += 1
             request.is_decoding = True
         return chunk
+
+    def _register(self, request: Request) -> None:
+        """Tells the prefix cache of the request's full pages, as far as the host knows their tokens.
+
+        The step that writes them is launched before any that could read them.
+        """
+        self._hash_pages(request)
+        full = min(request.num_computed, request.num_known) // self.page_size
+        for index in range(request.num_registered, full):
+            self.pool.register(request.pages[index], request.page_hashes[index])
+        request.num_registered = max(full, request.num_registered)
+
+    def _hash_pages(self, request: Request) -> None:
+        if (len(request.page_hashes) + 1) * self.page_size <= request.num_known:
+            tokens = request.known_tokens(0, request.num_known)
+            request.page_hashes = page_hashes(tokens, self.page_size, request.salt, request.page_hashes)
 
     def _shortfall(self, request: Request, length: int) -> int:
         """Pages that must be freed before `length` more tokens of `request` fit."""
         return self._pages_for(request.num_computed + length) - len(request.pages) - self.pool.num_free
 
     def _make_room(self, request: Request, length: int, chunks: list[Chunk]) -> int:
-        """Preempts the latest requests until `length` more tokens of `request` fit; returns how many.
+        """Preempts the highest ranks until `length` more tokens of `request` fit; returns how many.
 
         Spares those that have a chunk in this step already and those that are about to finish; when
         only `request` itself is left, gives it up.
@@ -167,12 +218,12 @@ class Scheduler:
         spared = {chunk.request.request_id for chunk in chunks}
         num_preempted = 0
         while request.status is RequestStatus.RUNNING and self._shortfall(request, length) > 0:
-            victim = next(
+            candidates = (
                 other
-                for other in reversed(self.running)
+                for other in self.running
                 if other.request_id not in spared and (other is request or not other.is_at_limit)
             )
-            self._preempt(victim)
+            self._preempt(max(candidates, key=lambda other: other.rank))
             num_preempted += 1
         return num_preempted
 
@@ -185,7 +236,7 @@ class Scheduler:
         request.num_computed = request.num_pending = 0
         request.is_decoding = False
         request.metrics.num_preemptions += 1
-        self.waiting.appendleft(request)
+        heapq.heappush(self._waiting, (request.rank, request))
 
     def finish(self, requests: Iterable[Request]) -> None:
         """Frees what finished or aborted requests hold, wherever they are."""
@@ -194,10 +245,19 @@ class Scheduler:
             if request.request_id in ended:
                 self._free(request)
         self.running = [request for request in self.running if request.request_id not in ended]
-        if any(request.request_id in ended for request in self.waiting):
-            self.waiting = deque(request for request in self.waiting if request.request_id not in ended)
+        if any(request.request_id in ended for _, request in self._waiting):
+            self._waiting = [entry for entry in self._waiting if entry[1].request_id not in ended]
+            heapq.heapify(self._waiting)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all that has been computed; what runs goes on, and is not shared."""
+        self.pool.forget()
+        for request in self.running:
+            request.num_registered = len(request.pages)
 
     def _free(self, request: Request) -> None:
+        if self.is_caching:
+            self._register(request)
         self.pool.release(request.pages)
         request.pages = []
         heapq.heappush(self._free_rows, request.row)

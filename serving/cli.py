@@ -123,10 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
     args.begun, args.command_line = begun, shlex.join(["pjengine", *argv])
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("pjengine").setLevel(logging.INFO if args.verbose else logging.WARNING)
     try:
         args.run(args)
         sys.stdout.flush()

@@ -188,10 +188,11 @@ terms (`LICENSE.md`), without warranty; the Python Software Foundation neither m
         --stdlib {stdlib} --out build/demo/model
 
 in a checkout, with `optax` and `tokenizers`; `LIB` is where these Pythons keep their standard libraries.
-AdamW (b2 0.95, gradients clipped at 1), bfloat16 compute on float32 parameters, learning rate {setup[peak_lr]:g} with {setup[warmup_steps]} steps of warm-up and
-linear decay to zero, random windows of {setup[context]} tokens, {setup[tokens_per_step]:,} tokens a step,
-seed {setup[seed]}. This checkpoint: {result[steps]:,} steps ({epochs:.1f} passes over the data) in
-{result[minutes]:.1f} minutes on one {setup[device]}, {result[tokens_per_s]:,.0f} tokens/s.
+AdamW (b2 0.95, gradients clipped at 1), bfloat16 compute on float32 parameters, learning rate
+{setup[peak_lr]:g} with {setup[warmup_steps]} steps of warm-up and linear decay to zero, random windows of
+{setup[context]} tokens, {setup[tokens_per_step]:,} tokens a step, seed {setup[seed]}.
+This checkpoint: {result[steps]:,} steps ({epochs:.1f} passes over the data) in {result[minutes]:.1f} minutes
+on one {setup[device]}, {result[tokens_per_s]:,.0f} tokens/s.
 
 {choice}
 

@@ -1,6 +1,8 @@
 """The scheduler alone, against a device that is a dictionary: no JAX."""
 
+import functools
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,28 +14,34 @@ from pjengine.sampling_params import SamplingParams
 from pjengine.scheduler import Schedule, Scheduler
 
 
-def make_request(name: str, num_prompt: int, max_tokens: int) -> Request:
+def make_request(name: str, num_prompt: int, max_tokens: int, **fields: Any) -> Request:
+    prompt = fields.setdefault("prompt_token_ids", [1000 * len(name) + i for i in range(num_prompt)])
     return Request(
         request_id=name,
-        prompt_token_ids=list(range(num_prompt)),
         params=SamplingParams(max_tokens=max_tokens),
-        max_total_tokens=num_prompt + max_tokens,
+        max_total_tokens=len(prompt) + max_tokens,
         eos_token_ids=frozenset(),
         seed=0,
+        **fields,
     )
 
 
 def make_scheduler(
-    num_pages: int = 64, page_size: int = 4, max_num_seqs: int = 8, max_num_batched_tokens: int = 16
+    num_pages: int = 64,
+    page_size: int = 4,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 16,
+    is_caching: bool = True,
 ) -> Scheduler:
-    return Scheduler(PagePool(num_pages), page_size, max_num_seqs, max_num_batched_tokens)
+    return Scheduler(PagePool(num_pages), page_size, max_num_seqs, max_num_batched_tokens, is_caching)
 
 
 class StubDevice:
-    """Runs schedules one step late, as the engine does. Checks that every token is computed once, in order.
+    """Runs schedules one step late, as the engine does.
 
-    The "KV cache" maps (page, offset) to (request, position); a token's value is a function of all
-    the tokens before it, read through the request's pages: a wrong page shows as a wrong token.
+    Each slot of its "KV cache" holds a digest of all tokens up to there, made from the token and the
+    digest in the slot before, read through the page table: a wrong page shows in every later token.
+    A random earlier slot is checked, too, each time: a page that was overwritten shows as well.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -42,6 +50,7 @@ class StubDevice:
         self.tables: dict[int, dict[int, int]] = {}
         self.last_tokens: dict[int, int] = {}
         self.in_flight: list[tuple[Schedule, list[int]]] = []
+        self.rng = random.Random(0)
 
     def run(self, schedule: Schedule) -> list[int]:
         size = self.scheduler.page_size
@@ -51,12 +60,21 @@ class StubDevice:
                 self.tables[chunk.row] = {}
             table = self.tables[chunk.row]
             table.update(chunk.new_pages)
-            for position in range(chunk.start, chunk.start + chunk.length):
-                known = chunk.request.known_tokens(position, position + 1)
-                value = self.last_tokens[chunk.row] if chunk.is_decode else known[0]
-                self.cache[table[position // size], position % size] = value
-            context = [self.cache[table[p // size], p % size] for p in range(chunk.start + chunk.length)]
-            tokens.append(next_token(context))
+            request, end = chunk.request, chunk.start + chunk.length
+            known = (
+                [self.last_tokens[chunk.row]] if chunk.is_decode else request.known_tokens(chunk.start, end)
+            )
+            digest = 0
+            for position, token in enumerate(known, chunk.start):
+                before = position - 1
+                digest = self.cache[table[before // size], before % size] if position else 0
+                digest = extend(digest, token)
+                self.cache[table[position // size], position % size] = digest
+            if chunk.start:
+                spot = self.rng.randrange(min(chunk.start, request.num_known))
+                wanted = functools.reduce(extend, request.known_tokens(0, spot + 1), 0)
+                assert self.cache[table[spot // size], spot % size] == wanted
+            tokens.append(digest % 997)
             if chunk.is_sampled:
                 self.last_tokens[chunk.row] = tokens[-1]
         return tokens
@@ -80,15 +98,17 @@ class StubDevice:
         self.scheduler.finish([c.request for c in schedule.chunks if c.request.is_finished])
 
 
-def next_token(context: list[int]) -> int:
-    return hash(tuple(context)) % 997
+def extend(digest: int, token: int) -> int:
+    return hash((digest, token))
 
 
 def expected(request: Request) -> list[int]:
-    tokens = list(request.prompt_token_ids)
-    while len(tokens) < request.max_total_tokens:
-        tokens.append(next_token(tokens))
-    return tokens[len(request.prompt_token_ids) :]
+    digest = functools.reduce(extend, request.prompt_token_ids, 0)
+    tokens: list[int] = []
+    while len(tokens) < request.max_total_tokens - len(request.prompt_token_ids):
+        tokens.append(digest % 997)
+        digest = extend(digest, tokens[-1])
+    return tokens
 
 
 def test_decodes_go_first_and_a_long_prompt_is_cut_to_the_budget() -> None:
@@ -151,26 +171,122 @@ def test_finish_frees_waiting_and_running_requests_alike() -> None:
     scheduler.check_integrity()
 
 
-@settings(max_examples=300, deadline=None)
+def run_alone(device: StubDevice, request: Request) -> None:
+    device.scheduler.add(request)
+    while device.scheduler.has_requests:
+        device.step()
+    assert request.output_token_ids == expected(request)
+
+
+def test_a_prompt_seen_before_is_not_computed_again() -> None:
+    scheduler = make_scheduler()
+    device = StubDevice(scheduler)
+    prompt = list(range(10))
+    run_alone(device, make_request("first", 10, 4, prompt_token_ids=prompt))
+    again = make_request("again", 10, 4, prompt_token_ids=prompt)
+    run_alone(device, again)
+    assert again.num_cached_tokens == 8  # two full pages of four
+    assert (scheduler.num_cache_queries, scheduler.num_cache_hits) == (20, 8)
+
+
+def test_a_fully_cached_prompt_still_computes_its_last_token() -> None:
+    scheduler = make_scheduler()
+    device = StubDevice(scheduler)
+    run_alone(device, make_request("first", 8, 1, prompt_token_ids=list(range(8))))
+    again = make_request("again", 8, 1, prompt_token_ids=list(range(8)))
+    run_alone(device, again)
+    assert again.num_cached_tokens == 4
+
+
+def test_generated_tokens_are_cached_for_the_next_turn() -> None:
+    scheduler = make_scheduler()
+    device = StubDevice(scheduler)
+    first = make_request("first", 6, 6)
+    run_alone(device, first)
+    turn = make_request("turn", 0, 3, prompt_token_ids=first.prompt_token_ids + first.output_token_ids)
+    run_alone(device, turn)
+    assert turn.num_cached_tokens == 8  # 11 of 12 tokens were computed: two full pages
+
+
+def test_requests_of_one_step_share_what_the_first_of_them_computes() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=32)
+    device = StubDevice(scheduler)
+    requests = [make_request(str(i), 0, 4, prompt_token_ids=[*range(8), i]) for i in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    assert device.step().num_tokens == 9 + 1 + 1
+    while scheduler.has_requests:
+        device.step()
+    assert [request.output_token_ids for request in requests] == [expected(request) for request in requests]
+
+
+@pytest.mark.parametrize("fields", [{"salt": "tenant"}, {"is_cache_read": False}])
+def test_a_salt_or_an_opt_out_computes_everything(fields: dict[str, Any]) -> None:
+    scheduler = make_scheduler()
+    device = StubDevice(scheduler)
+    run_alone(device, make_request("first", 10, 4, prompt_token_ids=list(range(10))))
+    again = make_request("again", 10, 4, prompt_token_ids=list(range(10)), **fields)
+    run_alone(device, again)
+    assert again.num_cached_tokens == 0
+
+
+def test_a_reset_cache_is_empty_and_what_runs_goes_on() -> None:
+    scheduler = make_scheduler()
+    device = StubDevice(scheduler)
+    running = make_request("running", 10, 12, prompt_token_ids=list(range(10)))
+    scheduler.add(running)
+    device.step()
+    scheduler.reset_prefix_cache()
+    again = make_request("again", 10, 4, prompt_token_ids=list(range(10)))
+    run_alone(device, again)
+    assert again.num_cached_tokens == 0
+    assert running.output_token_ids == expected(running)
+
+
+def test_lower_priorities_are_admitted_first_and_preempted_last() -> None:
+    scheduler = make_scheduler(num_pages=9, max_num_seqs=4)
+    device = StubDevice(scheduler)
+    low, high = make_request("low", 8, 20, priority=1), make_request("highest", 8, 20, priority=-1)
+    scheduler.add(low)
+    scheduler.add(high)
+    assert scheduler.waiting == [high, low]
+    while scheduler.has_requests:
+        device.step()
+    assert high.metrics.num_preemptions == 0 < low.metrics.num_preemptions
+    assert [low.output_token_ids, high.output_token_ids] == [expected(low), expected(high)]
+
+
+@settings(max_examples=2000, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    num_pages=st.integers(12, 60),
+    num_pages=st.integers(8, 32),
     max_num_seqs=st.integers(1, 9),
     max_num_batched_tokens=st.integers(9, 40),
+    is_caching=st.booleans(),
 )
 def test_any_schedule_gives_each_request_what_it_would_get_alone(
-    seed: int, num_pages: int, max_num_seqs: int, max_num_batched_tokens: int
+    seed: int, num_pages: int, max_num_seqs: int, max_num_batched_tokens: int, is_caching: bool
 ) -> None:
     rng = random.Random(seed)
-    scheduler = make_scheduler(num_pages, 4, max_num_seqs, max_num_batched_tokens)
+    scheduler = make_scheduler(num_pages, 4, max_num_seqs, max_num_batched_tokens, is_caching)
     device = StubDevice(scheduler)
     limit = 4 * (num_pages - 1)
     requests: list[Request] = []
     aborted: set[str] = set()
-    for _ in range(200):
-        if rng.random() < 0.3 and len(requests) < 12:
-            num_prompt = rng.randint(1, limit // 2)
-            request = make_request(str(len(requests)), num_prompt, rng.randint(1, limit // 2))
+    for _ in range(40):
+        if rng.random() < 0.4 and len(requests) < 12:
+            # Few distinct tokens in long runs: prompts share beginnings of every length.
+            num_prompt, shared = rng.randint(1, limit // 2), rng.randint(0, limit // 2)
+            prompt = ([7] * shared + [rng.randint(0, 1) for _ in range(num_prompt)])[:num_prompt]
+            request = make_request(
+                str(len(requests)),
+                num_prompt,
+                rng.randint(1, limit // 2),
+                prompt_token_ids=prompt,
+                priority=rng.randint(0, 2),
+                salt=rng.choice(["", "", "tenant"]),
+                is_cache_read=rng.random() < 0.8,
+            )
             requests.append(request)
             scheduler.add(request)
         live = [r for r in requests if not r.is_finished]
@@ -179,6 +295,8 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
             victim.finish("abort")
             aborted.add(victim.request_id)
             scheduler.finish([victim])
+        if rng.random() < 0.01:
+            scheduler.reset_prefix_cache()
         device.step()
     for _ in range(20_000):
         if not scheduler.has_requests:

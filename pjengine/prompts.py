@@ -1,0 +1,76 @@
+"""What a caller gives as a prompt -> token ids, checked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pjengine.tokenizer import Tokenizer
+
+# A text, token ids, or a dict with "prompt" or "prompt_token_ids", and "cache_salt" if wanted.
+# What a list of ids holds is checked one by one.
+type Prompt = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompt:
+    """Token ids, and what else the prompt said."""
+
+    token_ids: list[int]
+    text: str | None = None
+    cache_salt: str = ""  # cached pages are shared only under the same salt
+
+
+def encode_prompt(
+    prompt: Prompt, tokenizer: Tokenizer | None, *, vocab_size: int, max_tokens: int
+) -> EncodedPrompt:
+    """Turns a prompt into at most `max_tokens` token ids of the vocabulary.
+
+    Raises:
+      ValueError: it is empty, too long, out of the vocabulary, or needs a tokenizer where there is none.
+      TypeError: it is no prompt at all.
+    """
+    encoded = _encode(prompt, tokenizer)
+    num_tokens = len(encoded.token_ids)
+    if num_tokens == 0:
+        raise ValueError("the prompt is empty: at least one token is needed")
+    if num_tokens > max_tokens:
+        raise ValueError(
+            f"the prompt has {num_tokens} tokens; with max_model_len={max_tokens + 1} at most {max_tokens} "
+            "leave room for an answer. Shorten it or raise max_model_len"
+        )
+    if outside := [token for token in encoded.token_ids if not 0 <= token < vocab_size]:
+        raise ValueError(f"token id {outside[0]} is out of the vocabulary of {vocab_size} tokens")
+    return encoded
+
+
+def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> EncodedPrompt:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer, and skip_tokenizer_init=True: pass token ids")
+        return EncodedPrompt(token_ids=tokenizer.encode(prompt), text=prompt)
+    if isinstance(prompt, Mapping):
+        return _encode_dict(prompt, tokenizer)
+    if not isinstance(prompt, Sequence | np.ndarray):
+        raise TypeError(f"a prompt is a str, a list of token ids or a dict, got {type(prompt).__name__}")
+    if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in prompt):
+        raise TypeError(f"token ids must be whole numbers in one list, got {prompt!r:.80}")
+    return EncodedPrompt(token_ids=[int(token) for token in prompt])
+
+
+def _encode_dict(prompt: Mapping[str, Any], tokenizer: Tokenizer | None) -> EncodedPrompt:
+    known = {"prompt", "prompt_token_ids", "cache_salt"}
+    if not set(prompt) <= known or not {"prompt", "prompt_token_ids"} & set(prompt):
+        got = ", ".join(map(repr, prompt)) or "nothing"
+        raise ValueError(
+            f"a prompt dict holds 'prompt' or 'prompt_token_ids', and 'cache_salt' if wanted; got {got}"
+        )
+    salt = prompt.get("cache_salt", "")
+    if not isinstance(salt, str):
+        raise TypeError(f"cache_salt must be a str, got {salt!r:.80}")
+    if "prompt_token_ids" in prompt:
+        token_ids = _encode(prompt["prompt_token_ids"], tokenizer).token_ids
+        return EncodedPrompt(token_ids=token_ids, text=prompt.get("prompt"), cache_salt=salt)
+    encoded = _encode(prompt["prompt"], tokenizer)
+    return EncodedPrompt(token_ids=encoded.token_ids, text=encoded.text, cache_salt=salt)
