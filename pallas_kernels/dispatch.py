@@ -27,6 +27,18 @@ def platform() -> str:
     return jax.default_backend() if device is None or device.platform is None else device.platform
 
 
+def check_backend(name: str | None) -> None:
+    """Refuses a backend that this platform does not have; None stands for the best one.
+
+    Raises:
+      ValueError: the name is unknown, or of another platform.
+    """
+    here = platform()
+    available = ("triton_interpret", *_TRIED.get(here, ("reference",)))
+    if name is not None and name not in available:
+        raise ValueError(f"kernel backend {name!r} cannot run on {here}; available: {', '.join(available)}")
+
+
 def chosen_backends() -> dict[str, str]:
     """Returns the backend that each op was last traced with, such as `{"paged_attention": "triton"}`."""
     return dict(_chosen)

@@ -4,30 +4,42 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pjengine.async_llm import AsyncLLM as AsyncLLM
+    from pjengine.async_llm import EngineDeadError as EngineDeadError
+    from pjengine.async_llm import EngineGenerateError as EngineGenerateError
     from pjengine.config import EngineConfig as EngineConfig
     from pjengine.engine import LLMEngine as LLMEngine
     from pjengine.llm import LLM as LLM
     from pjengine.llm import CompletionChunk as CompletionChunk
     from pjengine.outputs import CompletionOutput as CompletionOutput
+    from pjengine.outputs import RequestMetrics as RequestMetrics
     from pjengine.outputs import RequestOutput as RequestOutput
     from pjengine.sampling_params import SamplingParams as SamplingParams
 
 # Loaded when first used, so that `import pjengine` and the command line's --help are quick.
 _HOMES = {
+    "AsyncLLM": "pjengine.async_llm",
+    "EngineDeadError": "pjengine.async_llm",
+    "EngineGenerateError": "pjengine.async_llm",
     "EngineConfig": "pjengine.config",
     "LLMEngine": "pjengine.engine",
     "LLM": "pjengine.llm",
     "CompletionChunk": "pjengine.llm",
     "CompletionOutput": "pjengine.outputs",
+    "RequestMetrics": "pjengine.outputs",
     "RequestOutput": "pjengine.outputs",
     "SamplingParams": "pjengine.sampling_params",
 }
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionChunk",
     "CompletionOutput",
     "EngineConfig",
+    "EngineDeadError",
+    "EngineGenerateError",
     "LLMEngine",
+    "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
 ]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -41,7 +42,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
     kernel_backend: str | None = None  # None: the best that this device and these shapes allow
-    warm_up: bool = True  # compile every program before the first request
+    warm_up: bool = True  # make every program at once; the first request waits for its own only
+    compile_cache_dir: str | None = None  # keeps compiled programs; "": none; None: ~/.cache/pjengine
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
@@ -97,6 +99,18 @@ def buckets(smallest: int, largest: int) -> tuple[int, ...]:
         sizes.append(smallest)
         smallest *= 2
     return (*sizes, largest)
+
+
+def compile_cache_folder(wanted: str | None) -> Path | None:
+    """Where compiled programs are kept: `wanted`, or the user's cache folder; None for an empty name."""
+    if wanted is None:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pjengine"
+    return Path(wanted).expanduser() if wanted else None
+
+
+def xla_flags() -> str:
+    """The flags that XLA was started with."""
+    return os.environ.get("XLA_FLAGS", "")
 
 
 def reserve_device_memory(fraction: float) -> float:

@@ -139,7 +139,9 @@ class LLMEngine:
             launched = self.runner.launch(schedule) if schedule.chunks else None
             self._in_flight, ended = launched, self._in_flight
             return self._take_results(ended) if ended is not None else []
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception):  # not Ctrl-C
+                logger.error("a step failed; aborted requests=%d", len(self._generations))
             self._start_over()
             raise
 
@@ -174,7 +176,6 @@ class LLMEngine:
         self.is_broken = True  # until all of this has worked
         for generation in self._generations.values():
             generation.abort()
-        logger.error("a step failed; aborted requests=%d", len(self._generations))
         self._generations.clear()
         self._in_flight = None
         self.scheduler = self._new_scheduler()

@@ -20,6 +20,7 @@ from pjengine.models.llama import Llama, Params
 from pjengine.models.loader import dummy_params, load_params
 from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
+from pjengine.pallas_kernels.dispatch import check_backend
 from pjengine.sharding.mesh import make_mesh, replicated
 from pjengine.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,6 +47,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
       OSError: files are missing, damaged or out of reach.
     """
     reserved_fraction = reserve_device_memory(config.gpu_memory_utilization)
+    check_backend(config.kernel_backend)
     folder, model_config = read_model_config(config)
     dtype = choose_dtype(config.dtype, model_config)
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, folder)

@@ -62,7 +62,15 @@ class Tokenizer:
         return None, ""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Returns the token ids, with the special tokens (such as BOS) that the tokenizer itself adds."""
+        """Returns the token ids, with the special tokens (such as BOS) that the tokenizer itself adds.
+
+        Raises:
+          ValueError: the text is no Unicode, but holds half of a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text holds a lone surrogate at character {error.start}") from error
         return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -154,6 +162,7 @@ def load_tokenizer(folder: str | Path, *, chat_template: str | None = None) -> T
         hf = _load_sentencepiece(folder, settings)
     else:
         hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    hf.model_max_length = 2**62  # the engine has its own limit, and refuses; this one only warns
     backend = getattr(hf, "backend_tokenizer", None)
     # Without a backend it is SentencePiece's own decoder, which has byte tokens too.
     has_byte_tokens = backend is None or b'"ByteFallback"' in backend.decoder.__getstate__()

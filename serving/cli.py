@@ -428,6 +428,7 @@ def _bench_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "model": args.model or args.shape,
         "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,  # a prompt that is repeated is measured again
         **_given(args, ENGINE_OPTIONS),
     }
     if args.shape is not None:

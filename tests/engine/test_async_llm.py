@@ -1,0 +1,412 @@
+"""Many tasks, one engine: each gets what it would get alone, and whoever leaves frees its pages."""
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    ", "for i in range(10):\n    "]
+TINY = {"dtype": "float32", "max_num_seqs": 2, "max_num_batched_tokens": 16, "warm_up": False}
+
+
+def params(max_tokens: int = 12, **fields: Any) -> Any:
+    from pjengine import SamplingParams
+
+    return SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, **fields})
+
+
+def settle(llm: Any) -> None:
+    """Returns once the engine's thread has made every call that it was asked for."""
+    is_done = threading.Event()
+    llm._thread.inbox.put(is_done.set)
+    assert is_done.wait(30)
+
+
+def assert_idle(llm: Any) -> None:
+    settle(llm)
+    scheduler = llm.engine.scheduler
+    assert not llm.engine.has_unfinished_requests() and not scheduler.has_requests
+    assert not llm._thread._open and not llm._thread._live
+    assert scheduler.pool.num_free == scheduler.pool.num_usable
+    scheduler.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Any]:
+    from pjengine import AsyncLLM
+
+    llm = AsyncLLM("demo", **{**TINY, "max_num_seqs": 4, "max_num_batched_tokens": 64})
+    yield llm
+    llm.close()
+
+
+@pytest.fixture
+def llm(shared: Any) -> Iterator[Any]:
+    """The packaged model; a test leaves nothing behind."""
+    yield shared
+    assert_idle(shared)
+
+
+async def collect(outputs: AsyncIterator[Any]) -> list[Any]:
+    return [output async for output in outputs]
+
+
+async def last(outputs: AsyncIterator[Any]) -> Any:
+    return (await collect(outputs))[-1]
+
+
+def run(main: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(main, 60))
+
+
+def test_64_tasks_get_what_generate_gives(llm: Any, demo: Any) -> None:
+    prompts = [PROMPTS[i % 4] + "x" * (i % 7) for i in range(64)]
+    each = [params(4 + i % 9, temperature=0.8 * (i % 2), seed=i) for i in range(64)]
+    wanted = demo.generate(prompts, each, use_tqdm=False)
+
+    async def main() -> list[list[Any]]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(collect(llm.generate(*own))) for own in zip(prompts, each, strict=True)
+            ]
+        return [task.result() for task in tasks]
+
+    for outputs, expected in zip(run(main()), wanted, strict=True):
+        assert outputs[-1].outputs == expected.outputs
+        assert outputs[-1].prompt == expected.prompt
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        for before, after in zip(outputs, outputs[1:], strict=False):  # each holds those before it
+            tokens = before.outputs[0].token_ids
+            assert after.outputs[0].token_ids[: len(tokens)] == tokens
+            assert after.outputs[0].text.startswith(before.outputs[0].text)
+
+
+def test_a_cumulative_text_never_shows_the_start_of_a_stop_string(llm: Any) -> None:
+    text = run(last(llm.generate(PROMPTS[1], params(24)))).outputs[0].text
+    stop = text[10:16]
+    outputs = run(collect(llm.generate(PROMPTS[1], params(24, stop=stop))))
+    end = text.find(stop)
+    assert (outputs[-1].outputs[0].text, outputs[-1].outputs[0].stop_reason) == (text[:end], stop)
+    assert all(text[:end].startswith(output.outputs[0].text) for output in outputs)
+
+
+def test_leaving_the_loop_frees_the_pages(llm: Any) -> None:
+    async def main() -> None:
+        async for _ in llm.generate(PROMPTS[0], params(900)):
+            break
+        while asyncio.all_tasks() - {asyncio.current_task()} or llm._thread._open:
+            await asyncio.sleep(0)  # the event loop closes the generator in a task of its own
+        assert_idle(llm)
+
+    run(main())
+
+
+def test_closing_the_generator_frees_the_pages(llm: Any) -> None:
+    async def main() -> None:
+        async with aclosing(llm.generate(PROMPTS[0], params(900))) as outputs:
+            await anext(outputs)
+            settle(llm)
+            assert llm.engine.has_unfinished_requests()
+        assert_idle(llm)
+
+    run(main())
+
+
+@pytest.mark.parametrize("is_started", [True, False])
+def test_cancelling_the_task_frees_the_pages(llm: Any, is_started: bool) -> None:
+    async def main() -> None:
+        started = asyncio.Event()
+
+        async def consume() -> None:
+            async for _ in llm.generate(PROMPTS[0], params(900)):
+                started.set()
+
+        task = asyncio.create_task(consume())
+        await (started.wait() if is_started else asyncio.sleep(0))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        llm._thread._preparer.submit(int).result()  # what was being tokenized has been handed over
+        assert_idle(llm)
+
+    run(main())
+
+
+def test_an_abort_ends_the_iterator(llm: Any) -> None:
+    async def main() -> None:
+        outputs = llm.generate(PROMPTS[0], params(900), "mine")
+        first = await anext(outputs)
+        assert not first.finished
+        await llm.abort("mine")
+        *_, end = await collect(outputs)
+        assert end.finished and end.outputs[0].finish_reason == "abort"
+        assert end.outputs[0].token_ids[:1] == first.outputs[0].token_ids[:1]
+        assert end.metrics.finished_s >= end.metrics.last_token_s
+        await llm.abort("mine")
+        await llm.abort("never heard of")
+
+    run(main())
+
+
+def test_an_abort_before_the_prompt_is_tokenized_gives_an_empty_output(llm: Any) -> None:
+    async def main() -> None:
+        is_released = threading.Event()
+        llm._thread._preparer.submit(is_released.wait)
+        task = asyncio.create_task(collect(llm.generate(PROMPTS[0], params(), "mine")))
+        await asyncio.sleep(0)
+        await llm.abort("mine")
+        settle(llm)
+        is_released.set()
+        [output] = await task
+        assert output.outputs[0].finish_reason == "abort" and not output.outputs[0].token_ids
+        assert output.metrics.scheduled_s is None and output.metrics.queue_s is None
+
+    run(main())
+
+
+BAD: list[tuple[Any, dict[str, Any], str]] = [
+    ("", {}, "empty"),
+    ([5, 10**6], {}, "token id 1000000 is out of the vocabulary"),
+    ([1] * 1024, {}, "1024 tokens.*max_model_len=1024"),
+    ({"tokens": [1]}, {}, "'tokens'"),
+    ([1.5], {}, "whole numbers"),
+    ("x", {"priority": 1}, "scheduling_policy"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "options", "message"), BAD, ids=lambda value: str(value)[:20])
+def test_bad_input_is_refused_and_others_go_on(
+    llm: Any, prompt: Any, options: dict[str, Any], message: str
+) -> None:
+    async def main() -> None:
+        other = asyncio.create_task(last(llm.generate(PROMPTS[0], params(4))))
+        with pytest.raises((ValueError, TypeError), match=message):
+            await last(llm.generate(prompt, params(), **options))
+        assert len((await other).outputs[0].token_ids) == 4
+
+    run(main())
+
+
+def test_an_id_in_use_is_refused_and_free_again_afterwards(llm: Any) -> None:
+    async def main() -> None:
+        async with aclosing(llm.generate(PROMPTS[0], params(900), "mine")) as outputs:
+            await anext(outputs)
+            with pytest.raises(ValueError, match="'mine' is in use"):
+                await last(llm.generate(PROMPTS[1], params(), "mine"))
+            assert not (await anext(outputs)).finished
+        again = await last(llm.generate(PROMPTS[1], params(3), "mine"))
+        assert (again.request_id, len(again.outputs[0].token_ids)) == ("mine", 3)
+
+    run(main())
+
+
+def test_a_failed_step_raises_where_its_requests_wait_and_later_ones_run(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pjengine import EngineGenerateError
+
+    async def main() -> None:
+        waiting = [llm.generate(prompt, params(900)) for prompt in PROMPTS]
+        for outputs in waiting:
+            await anext(outputs)
+        runner = llm.engine.runner
+        launch = runner.launch
+
+        def fail(schedule: Any) -> None:
+            monkeypatch.setattr(runner, "launch", launch)
+            raise MemoryError("the device is full")
+
+        monkeypatch.setattr(runner, "launch", fail)
+        results = await asyncio.gather(*map(collect, waiting), return_exceptions=True)
+        for error in results:
+            assert isinstance(error, EngineGenerateError) and isinstance(error.__cause__, MemoryError)
+            assert "the device is full" in str(error)
+        assert len({id(error) for error in results}) == len(PROMPTS)
+        assert llm.is_running and not llm.errored
+        await llm.check_health()
+        assert len((await last(llm.generate(PROMPTS[0], params(5)))).outputs[0].token_ids) == 5
+
+    run(main())
+
+
+def test_two_event_loops_in_two_threads(llm: Any) -> None:
+    wanted = [run(last(llm.generate(prompt, params()))).outputs for prompt in PROMPTS]
+    results: dict[int, list[Any]] = {}
+
+    async def main(which: int) -> None:
+        both = asyncio.gather(*[last(llm.generate(prompt, params())) for prompt in PROMPTS])
+        results[which] = [output.outputs for output in await both]
+
+    threads = [threading.Thread(target=lambda i=i: run(main(i))) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {0: wanted, 1: wanted}
+
+
+def test_a_slow_consumer_gets_the_newest_output(llm: Any) -> None:
+    async def main() -> None:
+        wanted = (await last(llm.generate(PROMPTS[0], params(40)))).outputs
+        outputs = llm.generate(PROMPTS[0], params(40))
+        first = await anext(outputs)
+        while llm.engine.has_unfinished_requests():  # and this event loop stands still
+            settle(llm)
+        rest = await collect(outputs)
+        assert len(first.outputs[0].token_ids) < 40
+        assert [output.finished for output in rest] == [True] and rest[0].outputs == wanted
+
+    run(main())
+
+
+def test_requests_run_in_order_of_arrival(llm: Any) -> None:
+    async def main() -> None:
+        # Long prompts take longer to tokenize; they keep their place all the same.
+        prompts = [PROMPTS[i % 4] * (40 if i % 3 == 0 else 1) for i in range(12)]
+        each = await asyncio.gather(*[last(llm.generate(prompt, params(3))) for prompt in prompts])
+        arrivals = [output.metrics.arrival_s for output in each]
+        starts = [output.metrics.scheduled_s for output in each]
+        assert arrivals == sorted(arrivals) and starts == sorted(starts)
+
+    run(main())
+
+
+def test_metrics_follow_each_other(llm: Any) -> None:
+    async def main() -> None:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(last(llm.generate(p, params(6)))) for p in PROMPTS * 3]
+        for metrics in (task.result().metrics for task in tasks):
+            times = [
+                metrics.arrival_s,
+                metrics.scheduled_s,
+                metrics.first_token_s,
+                metrics.last_token_s,
+                metrics.finished_s,
+            ]
+            assert times == sorted(times)
+            assert metrics.num_generation_tokens == 6 and metrics.num_preemptions == 0
+            assert metrics.decode_s == metrics.last_token_s - metrics.first_token_s > 0
+            assert metrics.tpot_s == pytest.approx(metrics.decode_s / 5)
+            assert metrics.ttft_s == pytest.approx(metrics.queue_s + metrics.prefill_s)
+            assert metrics.ttft_s + metrics.decode_s <= metrics.e2e_s + 1e-9
+        one = await last(llm.generate(PROMPTS[0], params(1)))
+        assert one.metrics.tpot_s is None and one.metrics.decode_s == 0
+
+    run(main())
+
+
+def test_an_event_loop_that_went_away_leaves_no_request(llm: Any) -> None:
+    loop = asyncio.new_event_loop()
+    outputs = llm.generate(PROMPTS[0], params(900), "orphan")
+    loop.run_until_complete(anext(outputs))
+    loop.close()
+    while "orphan" in llm._thread._open:
+        settle(llm)
+    assert_idle(llm)
+
+
+def test_close_ends_what_runs_and_refuses_the_rest(gqa_folder: Path) -> None:
+    from pjengine import AsyncLLM, EngineDeadError, LLMEngine
+    from pjengine.config import EngineConfig
+
+    config = EngineConfig(model=str(gqa_folder), skip_tokenizer_init=True, **TINY)
+
+    async def main() -> None:
+        async with AsyncLLM.from_engine(LLMEngine(config)) as llm:
+            outputs = [llm.generate([1, 2, 3], params(100)) for _ in range(4)]
+            await anext(outputs[0])
+            tasks = [asyncio.create_task(collect(own)) for own in outputs]
+            await asyncio.sleep(0)
+            is_released = threading.Event()
+            llm._thread._preparer.submit(is_released.wait)
+            late = asyncio.create_task(collect(llm.generate([4], params())))
+            await asyncio.sleep(0)
+            closing = asyncio.create_task(asyncio.to_thread(llm.close))
+            with pytest.raises(EngineDeadError, match="closed"):
+                while True:
+                    settle(llm)
+                    await llm.check_health()
+            is_released.set()
+            with pytest.raises(EngineDeadError, match="closed"):
+                await late
+            for results in await asyncio.gather(*tasks):
+                assert results[-1].finished and results[-1].outputs[0].finish_reason == "abort"
+            await closing
+            with pytest.raises(EngineDeadError, match="closed"):
+                await anext(llm.generate([1]))
+        llm.close()
+        assert not llm.is_running and not llm.errored
+
+    run(main())
+
+
+def test_an_engine_that_cannot_start_over_is_dead(gqa_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pjengine import AsyncLLM, EngineDeadError
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device has fallen off the bus")
+
+    async def main() -> None:
+        async with AsyncLLM(gqa_folder, skip_tokenizer_init=True, **TINY) as llm:
+            monkeypatch.setattr(llm.engine.runner, "launch", fail)
+            monkeypatch.setattr(llm.engine.runner, "reset", fail)
+            tasks = [collect(llm.generate([1, 2, 3], params())) for _ in range(4)]
+            for error in await asyncio.gather(*tasks, return_exceptions=True):
+                assert isinstance(error, EngineDeadError) and "off the bus" in str(error.__cause__)
+            assert llm.errored and not llm.is_running
+            with pytest.raises(EngineDeadError, match="off the bus"):
+                await llm.check_health()
+
+    run(main())
+
+
+def test_without_references_the_engine_ends(gqa_folder: Path) -> None:
+    from pjengine import AsyncLLM
+
+    llm = AsyncLLM(gqa_folder, skip_tokenizer_init=True, **TINY)
+    thread, runner = llm._thread._thread, weakref.ref(llm.engine.runner)
+    del llm
+    gc.collect()
+    thread.join(30)
+    assert not thread.is_alive()
+    gc.collect()
+    assert runner() is None
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_the_interpreter_exits_without_close(gqa_folder: Path, is_waiting: bool) -> None:
+    script = f"""
+import asyncio
+from pjengine import AsyncLLM, SamplingParams
+
+llm = AsyncLLM({str(gqa_folder)!r}, skip_tokenizer_init=True, **{TINY})
+
+async def main():
+    outputs = llm.generate([1, 2, 3], SamplingParams(max_tokens=100, ignore_eos=True))
+    async for output in outputs:
+        print(len(output.outputs[0].token_ids), flush=True)
+        if {is_waiting}:
+            return  # closes the generator
+
+if {is_waiting}:
+    asyncio.run(main())
+else:  # in the middle of everything
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(main())
+    loop.call_later(0, loop.stop)
+    loop.run_forever()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr and "Fatal" not in ended.stderr, ended.stderr
