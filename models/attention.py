@@ -42,7 +42,7 @@ def paged_attend(batch: Batch, *, num_pages: int, scale: float, backend: str | N
                 q, k_pages, v_pages, batch.page_table, batch.kv_lens, batch.cu_q_lens,
                 page_offset=offset, scale=scale, backend=backend,
             )  # fmt: skip
-        return out, KVCache(k_pages, v_pages)
+        return out, cache._replace(k=k_pages, v=v_pages)
 
     return attend
 

@@ -17,6 +17,7 @@ class KVCache(NamedTuple):
 
     k: Float[Array, "all_pages kv_heads page_size head_dim"]
     v: Float[Array, "all_pages kv_heads page_size head_dim"]
+    token_ids: Int[Array, "pages page_size"]  # what K and V were computed from, once for all layers
 
 
 class Batch(NamedTuple):

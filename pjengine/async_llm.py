@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Self
+from typing import Any
 
 from pjengine.config import EngineConfig
 from pjengine.engine import LLMEngine
@@ -53,7 +53,7 @@ class AsyncLLM:
         self._start(LLMEngine(EngineConfig(model=os.fspath(model), **settings)))
 
     @classmethod
-    def from_engine(cls, engine: LLMEngine) -> Self:
+    def from_engine(cls, engine: LLMEngine) -> "AsyncLLM":
         """Takes over an engine: from now on only this object's thread runs it, and `close` closes it."""
         llm = cls.__new__(cls)
         llm._start(engine)
@@ -137,7 +137,7 @@ class AsyncLLM:
         """
         self._thread.close()
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> "AsyncLLM":
         return self
 
     async def __aexit__(self, *_: object) -> None:

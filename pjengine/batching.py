@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pjengine.edits import NO_SIZES, EditSizes, pack_edits
 from pjengine.models.state import Batch
 from pjengine.scheduler import Chunk, Schedule
 
@@ -53,6 +54,7 @@ class Layout:
     num_rows: int
     page_size: int
     is_decode: bool
+    edits: EditSizes = NO_SIZES
 
     @property
     def num_seqs(self) -> int:
@@ -65,9 +67,11 @@ class Layout:
     @cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
         seqs = (self.num_seqs,)
+        edits = self.edits.parts(self.num_seqs, self.num_tokens) if self.edits != NO_SIZES else {}
         if self.is_decode:
-            return {"rows": seqs, "page_updates": (3, self.num_seqs)}
+            return {"rows": seqs, "page_updates": (3, self.num_seqs), **edits}
         return {
+            **edits,
             "tokens": (self.num_tokens,),
             "rows": seqs,
             "starts": seqs,  # position of each sequence's first token
@@ -114,6 +118,9 @@ def pack(
     chunks = schedule.chunks
     parts["rows"][: len(chunks)] = [chunk.row for chunk in chunks]
     parts["page_updates"][:, : updates.shape[1]] = updates
+    if layout.edits != NO_SIZES:
+        wishes = [(chunk.request.edits, chunk.num_outputs) for chunk in chunks]
+        pack_edits(parts, wishes, layout.num_seqs)
     if layout.is_decode:
         return blob
 
@@ -131,12 +138,23 @@ def pack(
             if chunk.is_decode
             else chunk.request.known_tokens(chunk.start, chunk.start + chunk.length)
         )
+    if layout.edits.num_prompt_top is not None:
+        _pack_targets(parts["targets"], chunks, cu_q_lens)
     sampled = [chunk.row if chunk.is_sampled else layout.num_rows for chunk in chunks]
     parts["sampled_rows"][: len(chunks)] = sampled
     admitted = [_row_record(chunk, vocab_size) for chunk in chunks if chunk.is_admitted]
     if admitted:
         parts["admitted"][:, : len(admitted)] = np.stack(admitted, axis=1)
     return blob
+
+
+def _pack_targets(targets: np.ndarray, chunks: list[Chunk], starts: np.ndarray) -> None:
+    """For each token of a prompt, the one that follows it; 0 where nothing is asked."""
+    targets[:] = 0
+    for chunk, start in zip(chunks, starts, strict=False):
+        if chunk.request.edits.num_prompt_logprobs is not None:
+            following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+            targets[start : start + len(following)] = following
 
 
 def _row_record(chunk: Chunk, vocab_size: int) -> Int[np.ndarray, " fields"]:

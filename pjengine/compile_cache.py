@@ -84,7 +84,9 @@ def open_compile_cache(folder: Path | None) -> "CompileCache | None":
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_owner(folder.stat(), folder)
-        return CompileCache(folder)
+        cache = CompileCache(folder)
+        cache.autotune_folder.mkdir(mode=0o700, exist_ok=True)
+        return cache
     except OSError as error:
         logger.warning("no compile cache: %s", error)
         return None
@@ -108,11 +110,9 @@ class CompileCache:
         self.max_bytes = max_bytes
 
     @property
-    def autotune_dir(self) -> Path:
+    def autotune_folder(self) -> Path:
         """For XLA's own notes, by which several cold compilations choose the same kernels."""
-        path = self.folder / "autotune"
-        path.mkdir(mode=0o700, exist_ok=True)
-        return path
+        return self.folder / "autotune"
 
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.program"

@@ -102,10 +102,16 @@ def buckets(smallest: int, largest: int) -> tuple[int, ...]:
 
 
 def compile_cache_folder(wanted: str | None) -> Path | None:
-    """Where compiled programs are kept: `wanted`, or the user's cache folder; None for an empty name."""
-    if wanted is None:
+    """Where compiled programs are kept: `wanted`, or the user's cache folder.
+
+    None if `wanted` is empty, or if it is None and the user has no home.
+    """
+    if wanted is not None:
+        return Path(wanted).expanduser() if wanted else None
+    try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pjengine"
-    return Path(wanted).expanduser() if wanted else None
+    except RuntimeError:
+        return None
 
 
 def xla_flags() -> str:

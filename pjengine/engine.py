@@ -147,8 +147,8 @@ class LLMEngine:
 
     def _take_results(self, ended: Launched) -> list[Generation]:
         grown = []
-        tokens, now = ended.read(), time.perf_counter()
-        for chunk, token in zip(ended.schedule.chunks, tokens, strict=True):
+        tokens, now = ended.read().tokens.tolist(), time.perf_counter()
+        for chunk, token in zip(ended.schedule.chunks, tokens, strict=False):  # the rest is padding
             request = chunk.request
             if not chunk.is_sampled or chunk.epoch != request.epoch or request.is_finished:
                 continue  # the middle of a prompt, preempted since, or ended by the token before

@@ -5,6 +5,7 @@ import itertools
 import time
 from dataclasses import dataclass, field
 
+from pjengine.edits import NO_EDITS, Edits
 from pjengine.outputs import RequestMetrics
 from pjengine.sampling_params import SamplingParams
 
@@ -47,6 +48,7 @@ class Request:
     is_decoding: bool = False  # the row on the device holds its last token
     priority: int = 0  # lower ones go first
     order: int = -1  # of arrival
+    edits: Edits = NO_EDITS  # what is done to its logits
     salt: str = ""  # requests share cached pages only under the same salt
     is_cache_read: bool = True  # take pages that others have computed
     page_hashes: list[bytes] = field(default_factory=list)  # of its first full pages

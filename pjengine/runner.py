@@ -1,5 +1,6 @@
 """The device side: one step, compiled once per program, its state donated through every call."""
 
+import dataclasses
 import logging
 import os
 import time
@@ -12,23 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from pjengine.batching import (
     Layout,
     Rows,
     pack,
     page_updates,
-    unpack,
     update_page_table,
-    update_rows,
 )
 from pjengine.config import RunnerConfig
-from pjengine.models.attention import paged_attend
+from pjengine.edits import NO_EDITS, sizes_of
 from pjengine.models.llama import Llama, Params
 from pjengine.models.state import KVCache, kv_shape
-from pjengine.sampler import sample
 from pjengine.scheduler import Schedule
+from pjengine.step import StepOutput, step
 
 logger = logging.getLogger(__name__)
 
@@ -44,54 +43,16 @@ COMPILER_OPTIONS = {
 }
 
 
-def step(
-    params: Params,
-    cache: KVCache,
-    rows: Rows,
-    blob: Int[Array, " size"],
-    *,
-    model: Llama,
-    layout: Layout,
-    num_pages: int,
-    backend: str | None,
-) -> tuple[KVCache, Rows, Int[Array, " seqs"]]:
-    """One engine step on the device: the only function the engine jits. Donates `cache` and `rows`.
-
-    Returns the updated state and the token sampled for each sequence of the layout.
-    """
-    parts = layout.split(blob)
-    rows = update_rows(rows, parts, layout)
-    batch = unpack(rows, parts, layout)
-    attend = paged_attend(batch, num_pages=num_pages, scale=model.scale, backend=backend)
-    hidden, updated = model.forward(params, batch.tokens, batch.positions, batch.rope_lens, cache, attend)
-    assert updated is not None
-    if batch.cu_q_lens is not None:
-        hidden = hidden[jnp.maximum(batch.cu_q_lens[1:] - 1, 0)]  # each sequence's last token
-    row = parts["rows"]
-    own = {name: getattr(rows, name).at[row].get(mode="clip") for name in SAMPLED_BY}
-    with jax.named_scope("sample"):
-        tokens = sample(model.logits(params, hidden), positions=batch.kv_lens, backend=backend, **own)
-    sampled_rows = row if layout.is_decode else parts["sampled_rows"]
-    rows = rows._replace(
-        last_token=rows.last_token.at[sampled_rows].set(tokens, mode="drop"),
-        position=rows.position.at[row].set(batch.kv_lens, mode="drop"),
-    )
-    return updated, rows, tokens
-
-
-SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
-
-
 @dataclass(frozen=True, slots=True)
 class Launched:
     """A step under way on the device."""
 
     schedule: Schedule
-    tokens: Array
+    output: StepOutput
 
-    def read(self) -> list[int]:
-        """The token of each chunk; waits for the step to end."""
-        return np.asarray(self.tokens)[: len(self.schedule.chunks)].tolist()
+    def read(self) -> StepOutput:
+        """Waits for the step to end; numpy arrays."""
+        return jax.tree.map(np.asarray, self.output)
 
 
 class Runner:
@@ -119,7 +80,8 @@ class Runner:
         shape = kv_shape(self.model.config, config.num_pages, config.page_size)
 
         def make() -> tuple[KVCache, Rows]:
-            cache = KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            token_ids = jnp.zeros((config.num_pages, config.page_size), jnp.int32)
+            cache = KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), token_ids)
             return cache, Rows.empty(config.max_num_seqs, config.pages_per_seq)
 
         return jax.jit(make, out_shardings=self.sharding)()
@@ -141,11 +103,12 @@ class Runner:
             updates = self._update_early(updates, layout.max_page_updates)
         blob = pack(schedule, updates, layout, self.model.config.vocab_size)
         program = self.program(layout)
-        self.cache, self.rows, tokens = program(
+        self.cache, self.rows, output = program(
             self.params, self.cache, self.rows, jax.device_put(blob, self.sharding)
         )
-        tokens.copy_to_host_async()
-        return Launched(schedule, tokens)
+        for array in jax.tree.leaves(output):
+            array.copy_to_host_async()
+        return Launched(schedule, output)
 
     def _update_early(
         self, updates: Int[np.ndarray, "3 updates"], max_left: int
@@ -162,7 +125,14 @@ class Runner:
         """The smallest program that holds the schedule."""
         wanted = len(schedule.chunks) if schedule.is_decode else schedule.num_tokens
         buckets = self.config.decode_buckets if schedule.is_decode else self.config.mixed_buckets
-        return self._layout(next(bucket for bucket in buckets if bucket >= wanted), schedule.is_decode)
+        layout = self._layout(next(bucket for bucket in buckets if bucket >= wanted), schedule.is_decode)
+        edits = [chunk.request.edits for chunk in schedule.chunks if chunk.request.edits is not NO_EDITS]
+        if not edits:
+            return layout
+        sizes = sizes_of(edits, self.model.config.vocab_size)
+        if schedule.is_past_prompts:
+            sizes = dataclasses.replace(sizes, num_prompt_top=None)
+        return dataclasses.replace(layout, edits=sizes)
 
     def layouts(self) -> list[Layout]:
         """Every program that a schedule can need."""

@@ -28,6 +28,11 @@ class Chunk(NamedTuple):
     is_admitted: bool  # the row is new to the request: its parameters must be set
     new_pages: tuple[tuple[int, int], ...]  # (column of the page table, page)
 
+    @property
+    def num_outputs(self) -> int:
+        """Outputs before the one that this chunk's last token leads to."""
+        return self.start + self.length - len(self.request.prompt_token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -39,6 +44,10 @@ class Schedule:
     @property
     def is_decode(self) -> bool:
         return all(chunk.is_decode for chunk in self.chunks)
+
+    @property
+    def is_past_prompts(self) -> bool:
+        return all(chunk.start >= len(chunk.request.prompt_token_ids) for chunk in self.chunks)
 
     @property
     def num_tokens(self) -> int:

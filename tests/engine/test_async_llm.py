@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_64_tasks_get_what_generate_gives(llm: Any, demo: Any) -> None:
         assert outputs[-1].outputs == expected.outputs
         assert outputs[-1].prompt == expected.prompt
         assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
-        for before, after in zip(outputs, outputs[1:], strict=False):  # each holds those before it
+        for before, after in pairwise(outputs):  # each holds those before it
             tokens = before.outputs[0].token_ids
             assert after.outputs[0].token_ids[: len(tokens)] == tokens
             assert after.outputs[0].text.startswith(before.outputs[0].text)

@@ -63,7 +63,11 @@ def test_paged_logits_equal_one_dense_forward(name: str, tmp_path: Path) -> None
     tokens = jnp.asarray(golden.prompt + golden.tokens[:20], jnp.int32)
     num_pages, page_size = 12, 16
     shape = kv_shape(model.config, num_pages, page_size)
-    cache: KVCache | None = KVCache(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+    cache: KVCache | None = KVCache(
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((num_pages, page_size), jnp.int32),
+    )
     table = jnp.asarray([[7, 3, 9, 1, 5, 11, 2, 8]], jnp.int32)
 
     @jax.jit

@@ -1,0 +1,156 @@
+"""The compiled programs: loaded or made by threads of their own, in the order in which they are needed."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from jax.stages import Compiled, Lowered
+
+from pjengine.batching import Layout
+
+
+class Maker(Protocol):
+    """How one program comes to be. Called from several threads, `lower` from one at a time."""
+
+    def load(self, layout: Layout) -> Compiled | None:
+        """From the cache, if it is there."""
+
+    def lower(self, layout: Layout) -> Lowered:
+        """Traced and lowered."""
+
+    def compile(self, layout: Layout, lowered: Lowered) -> Compiled:
+        """Compiled, and kept in the cache."""
+
+
+class Stage(Enum):
+    LOAD = "load"
+    LOWER = "lower"
+    COMPILE = "compile"
+
+
+@dataclass(slots=True)
+class _Task:
+    """A program under way."""
+
+    layout: Layout
+    stage: Stage = Stage.LOAD
+    lowered: Lowered | None = None
+    is_running: bool = False
+
+
+class Programs:
+    """Programs by layout, ready or under way.
+
+    Loading and compiling run beside each other. Tracing holds the interpreter's lock, so that several
+    traces at once would only delay the most urgent one: there is one at a time. Threads live as long as
+    there is work; they also end, after the stage that they are in, when the main thread does.
+    """
+
+    def __init__(self, maker: Maker, num_threads: int) -> None:
+        self.ready: dict[Layout, Compiled] = {}
+        self._maker = maker
+        self._num_threads = num_threads
+        self._tasks: list[_Task] = []  # most urgent first
+        self._failures: list[BaseException] = []
+        self._threads: list[threading.Thread] = []
+        self._num_working = 0  # of the threads, those that will look for more to do
+        self._is_closed = False
+        self._changed = threading.Condition()  # guards all of the above
+
+    def start(self, layouts: Sequence[Layout]) -> None:
+        """Puts `layouts` in front of all that is not begun yet, in this order, and returns.
+
+        Raises:
+          RuntimeError: closed.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise RuntimeError("the programs are closed")
+            under_way = {task.layout: task for task in self._tasks}
+            urgent = [under_way.get(layout, _Task(layout)) for layout in layouts if layout not in self.ready]
+            self._tasks = urgent + [task for task in self._tasks if task not in urgent]
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            for _ in range(min(len(self._tasks), self._num_threads) - self._num_working):
+                thread = threading.Thread(target=self._work, name="pjengine-programs")
+                thread.start()
+                self._threads.append(thread)
+                self._num_working += 1
+            self._changed.notify_all()
+
+    def wait(self, layouts: Sequence[Layout]) -> None:
+        """Returns once all of `layouts` are ready; makes them before any others.
+
+        Raises what a thread met while it made a program, this or another, once; the program is made
+        anew when it is wanted again.
+        """
+        while True:
+            self.start(layouts)
+            with self._changed:
+                self.raise_failure()
+                if all(layout in self.ready for layout in layouts):
+                    return
+                if self._tasks and not self._is_closed:
+                    self._changed.wait()
+
+    def raise_failure(self) -> None:
+        """Raises what a thread met while it made a program, if that has not been raised yet."""
+        with self._changed:
+            if self._failures:
+                raise self._failures.pop(0)
+
+    def close(self) -> None:
+        """Drops all programs and waits for the threads, which finish the stage that they are in."""
+        with self._changed:
+            self._is_closed = True
+            self._tasks.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self.ready.clear()
+
+    def _work(self) -> None:
+        """What a thread does: the most urgent stage, again and again until there is none."""
+        while (task := self._take()) is not None:
+            try:
+                program = self._advance(task)
+            except BaseException as error:  # it belongs to whoever waits
+                self._put_back(task, failure=error)
+            else:
+                self._put_back(task, program)
+
+    def _take(self) -> _Task | None:
+        with self._changed:
+            while self._tasks and not self._is_closed and threading.main_thread().is_alive():
+                is_lowering = any(task.is_running and task.stage is Stage.LOWER for task in self._tasks)
+                for task in self._tasks:
+                    if not task.is_running and not (is_lowering and task.stage is Stage.LOWER):
+                        task.is_running = True
+                        return task
+                self._changed.wait()
+            self._num_working -= 1
+            return None
+
+    def _advance(self, task: _Task) -> Compiled | None:
+        if task.stage is Stage.LOAD:
+            return self._maker.load(task.layout)
+        if task.stage is Stage.LOWER:
+            task.lowered = self._maker.lower(task.layout)
+            return None
+        assert task.lowered is not None
+        return self._maker.compile(task.layout, task.lowered)
+
+    def _put_back(
+        self, task: _Task, program: Compiled | None = None, failure: BaseException | None = None
+    ) -> None:
+        with self._changed:
+            task.is_running = False
+            task.stage = Stage.LOWER if task.stage is Stage.LOAD else Stage.COMPILE
+            if failure is not None:
+                self._failures.append(failure)
+            elif program is not None and not self._is_closed:
+                self.ready[task.layout] = program
+            if program is not None or failure is not None:
+                self._tasks = [other for other in self._tasks if other is not task]
+            self._changed.notify_all()

@@ -1,0 +1,79 @@
+"""One engine step on the device: the heart of pjengine."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pjengine.batching import Layout, Rows, unpack, update_rows
+from pjengine.logits import apply_edits
+from pjengine.logprobs import Logprobs, logprobs_of, prompt_logprobs_of
+from pjengine.models.attention import paged_attend
+from pjengine.models.llama import Llama, Params
+from pjengine.models.state import Batch, KVCache
+from pjengine.sampler import sample
+
+SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
+
+
+class StepOutput(NamedTuple):
+    """What comes down to the host."""
+
+    tokens: Int[Array, " seqs"]  # one for each sequence of the layout, sampled after its last token
+    logprobs: Logprobs | None = None  # of these tokens, where a request asks
+    prompt_logprobs: Logprobs | None = None  # by token of the batch: of the token after it
+
+
+def step(
+    params: Params,
+    cache: KVCache,
+    rows: Rows,
+    blob: Int[Array, " size"],
+    *,
+    model: Llama,
+    layout: Layout,
+    num_pages: int,
+    backend: str | None,
+) -> tuple[KVCache, Rows, StepOutput]:
+    """Computes the batch in `blob` and samples. Donates `cache` and `rows`.
+
+    The only function the engine jits, once for each layout.
+    """
+    parts = layout.split(blob)
+    rows = update_rows(rows, parts, layout)
+    batch = unpack(rows, parts, layout)
+    attend = paged_attend(batch, num_pages=num_pages, scale=model.scale, backend=backend)
+    hidden, updated = model.forward(params, batch.tokens, batch.positions, batch.rope_lens, cache, attend)
+    assert updated is not None
+    updated = updated._replace(token_ids=write_tokens(updated.token_ids, batch))
+    prompt_logprobs = None
+    if layout.edits.num_prompt_top is not None:
+        prompt_logprobs = prompt_logprobs_of(
+            hidden, parts["targets"], layout.edits.num_prompt_top, lambda rows: model.logits(params, rows)
+        )
+    if batch.cu_q_lens is not None:
+        hidden = hidden[jnp.maximum(batch.cu_q_lens[1:] - 1, 0)]  # each sequence's last token
+    row = parts["rows"]
+    own = {name: getattr(rows, name).at[row].get(mode="clip") for name in SAMPLED_BY}
+    with jax.named_scope("sample"):
+        raw = model.logits(params, hidden)
+        prompt_lens = rows.prompt_len.at[row].get(mode="clip")
+        logits = apply_edits(raw, parts, layout.edits, batch, updated.token_ids, prompt_lens)
+        tokens = sample(logits, positions=batch.kv_lens, backend=backend, **own)
+        logprobs = None
+        if layout.edits.num_top is not None:
+            logprobs = logprobs_of(raw, tokens, layout.edits.num_top, parts["asked"])
+    sampled_rows = row if layout.is_decode else parts["sampled_rows"]
+    rows = rows._replace(
+        last_token=rows.last_token.at[sampled_rows].set(tokens, mode="drop"),
+        position=rows.position.at[row].set(batch.kv_lens, mode="drop"),
+    )
+    return updated, rows, StepOutput(tokens, logprobs, prompt_logprobs)
+
+
+def write_tokens(token_ids: Int[Array, "pages page_size"], batch: Batch) -> Int[Array, "pages page_size"]:
+    """Notes the batch's tokens in the slots where their K and V went."""
+    slots = jnp.where(batch.slots < 0, token_ids.size, batch.slots)
+    flat = token_ids.reshape(-1).at[slots].set(batch.tokens, mode="drop", unique_indices=True)
+    return flat.reshape(token_ids.shape)
