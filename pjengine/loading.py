@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from pjengine.config import EngineConfig, RunnerConfig, reserve_device_memory
-from pjengine.memory import MemoryPlan, plan_memory
+from pjengine.memory import GPU_BYTES, MemoryPlan, device_budget, plan_memory
 from pjengine.models.checkpoint import open_checkpoint
 from pjengine.models.config import ModelConfig
 from pjengine.models.hub import resolve_model
@@ -54,7 +54,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = jax.devices()[0]
     sharding = replicated(make_mesh([device]))
     model = build_model(model_config, dtype)
-    sizes = choose_sizes(config, model_config, device)
+    stats = device.memory_stats() if device.platform == "gpu" else None
+    sizes = choose_sizes(config, model_config, stats["bytes_limit"] if stats else None)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     if config.load_format == "dummy":
         params = dummy_params(abstract, config.seed, sharding)
@@ -64,19 +65,25 @@ def load_model(config: EngineConfig) -> LoadedModel:
         params = load_params(
             checkpoint, model.weight_table(), abstract, num_layers=model_config.num_layers, sharding=sharding
         )
+    weights_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    share = config.gpu_memory_utilization / reserved_fraction
     plan = plan_memory(
         model_config,
         dtype,
-        device=device,
-        weights_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
-        page_size=config.page_size,
+        weights_bytes=weights_bytes,
+        budget_bytes=device_budget(device, share, weights_bytes),
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        reserved_fraction=reserved_fraction,
+        page_size=config.page_size,
+        max_model_len=config.max_model_len,
         **sizes,
     )
+    logger.info("memory plan\n%s", plan.table())
     runner_config = RunnerConfig(
-        num_pages=plan.num_pages, page_size=config.page_size, kernel_backend=config.kernel_backend, **sizes
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        max_model_len=plan.max_model_len,
+        kernel_backend=config.kernel_backend,
+        **sizes,
     )
     return LoadedModel(
         model=model,
@@ -117,34 +124,53 @@ def choose_dtype(wanted: str, model_config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(model_config.dtype)
 
 
-def choose_sizes(config: EngineConfig, model_config: ModelConfig, device: jax.Device) -> dict[str, int]:
-    """Fills in the limits that the caller left open.
+def choose_sizes(config: EngineConfig, model_config: ModelConfig, memory_bytes: int | None) -> dict[str, int]:
+    """Fills in the limits that the caller left open, by the device's memory; None: a CPU.
 
     Raises:
-      ValueError: max_model_len is beyond what the model's positions reach.
+      ValueError: max_model_len is beyond what the model's positions reach, or the limits contradict.
     """
     supported = model_config.max_model_len
-    max_model_len = config.max_model_len or supported
-    if max_model_len > supported:
+    if (config.max_model_len or 0) > supported:
         raise ValueError(
-            f"max_model_len={max_model_len} is beyond the {supported} positions that the model supports; "
-            "lower it, or change the model's rope settings with hf_overrides"
+            f"max_model_len={config.max_model_len} is beyond the {supported} positions that the model "
+            "supports; lower it, or change the model's rope settings with hf_overrides"
         )
-    is_gpu = device.platform == "gpu"
-    memory = (device.memory_stats() or {}).get("bytes_limit", 0) if is_gpu else 0
-    is_large = memory > 60 * 2**30  # vLLM's own threshold is a 70 GiB card
-    max_num_seqs = config.max_num_seqs or (1024 if is_large else 256 if is_gpu else 16)
-    max_num_batched_tokens = config.max_num_batched_tokens or (16384 if is_large else 8192 if is_gpu else 512)
+    is_large = memory_bytes is not None and memory_bytes > 60 * 2**30  # vLLM draws it at 70 GiB cards
+    seqs, tokens = (16, 512) if memory_bytes is None else (1024, 16384) if is_large else (256, 8192)
+    max_num_seqs = config.max_num_seqs or seqs
+    max_num_batched_tokens = config.max_num_batched_tokens or max(tokens, max_num_seqs)
     if max_num_batched_tokens < max_num_seqs:
         raise ValueError(
             f"max_num_batched_tokens={max_num_batched_tokens} must be at least max_num_seqs={max_num_seqs}, "
             "so that every running request gets its token in each step"
         )
-    return {
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-    }
+    return {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+
+
+def plan_without_device(config: EngineConfig, gpu: str) -> MemoryPlan:
+    """The plan of an engine on a card of GPU_BYTES, made without one and without reading weights.
+
+    Raises:
+      ValueError: no such card, or as `load_model`.
+    """
+    if gpu not in GPU_BYTES:
+        raise ValueError(f"gpu must be one of {', '.join(GPU_BYTES)}, got {gpu!r}")
+    _, model_config = read_model_config(config)
+    dtype = jnp.dtype(model_config.dtype if config.dtype == "auto" else config.dtype)
+    if config.dtype == "auto" and dtype == jnp.float32:
+        dtype = jnp.dtype("bfloat16")  # as on a GPU
+    abstract = jax.eval_shape(build_model(model_config, dtype).init, jax.random.key(0))
+    return plan_memory(
+        model_config,
+        dtype,
+        weights_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)),
+        budget_bytes=int(GPU_BYTES[gpu] * config.gpu_memory_utilization),
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        page_size=config.page_size,
+        max_model_len=config.max_model_len,
+        **choose_sizes(config, model_config, GPU_BYTES[gpu]),
+    )
 
 
 def _load_tokenizer(config: EngineConfig, folder: Path | None) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""How the device's memory is divided: weights, activations, and the rest for KV pages."""
+"""How a device's memory is divided: weights, activations, and the rest for KV pages."""
 
 import logging
 from dataclasses import dataclass
@@ -12,86 +12,126 @@ from pjengine.models.state import page_bytes
 logger = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 512 * 2**20  # a CPU shares its memory with everything else
+# What CUDA reports as the card's whole memory; a little less than the name says.
+GPU_BYTES = {
+    "h200": 150_100_000_000,
+    "h100": 84_900_000_000,
+    "a100-80gb": 84_900_000_000,
+    "a100-40gb": 42_300_000_000,
+    "l40s": 47_600_000_000,
+    "l4": 23_800_000_000,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on the device, and the number of pages they leave room for."""
+    """Bytes on the device, and what they leave room for."""
 
     weights_bytes: int
     activations_bytes: int
     page_bytes: int  # one page, all layers
+    page_size: int
     num_pages: int  # the null page among them
+    max_model_len: int  # shortened to what fits, where the caller left it open
 
     @property
     def kv_bytes(self) -> int:
         return self.page_bytes * self.num_pages
 
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.activations_bytes + self.kv_bytes
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return (self.num_pages - 1) * self.page_size
+
+    def table(self) -> str:
+        """The plan for a person to read."""
+        per_token = self.page_bytes // self.page_size
+        pages = f"{self.num_pages:,} pages of {self.page_size} tokens, {per_token:,} B a token"
+        rows = [
+            ("weights", self.weights_bytes, ""),
+            ("activations", self.activations_bytes, "the largest program's, at most"),
+            ("KV pages", self.kv_bytes, pages),
+            ("total", self.total_bytes, ""),
+        ]
+        lines = [f"{name:12}{size / 2**30:10.2f} GiB   {note}".rstrip() for name, size, note in rows]
+        full = f"{self.num_kv_tokens // self.max_model_len:,} requests of max_model_len={self.max_model_len}"
+        lines.append(f"room for {self.num_kv_tokens:,} tokens, which is {full} at once")
+        return "\n".join(lines)
+
 
 def activation_bytes(config: ModelConfig, dtype: jnp.dtype, num_tokens: int, num_seqs: int) -> int:
-    """An upper estimate of what the largest program needs beside weights and KV pages."""
+    """An upper estimate of what the largest program needs beside weights and KV pages.
+
+    Layers and sampling do not overlap, so the larger of the two counts. Sampling holds logits in
+    float32: raw, edited, filtered and noisy, and what the edits need (four copies were measured
+    without edits, on one NVIDIA H200).
+    """
     itemsize = jnp.dtype(dtype).itemsize
-    widest = max(
-        3 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * 2
-    )
-    per_token = itemsize * (4 * config.hidden_size + widest)
-    per_seq = 4 * config.vocab_size * 6  # float32 logits, scaled, filtered, their keys and weights
-    return num_tokens * per_token + num_seqs * per_seq
+    heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim
+    layer = num_tokens * itemsize * (4 * config.hidden_size + max(3 * config.intermediate_size, heads))
+    return max(layer, num_seqs * config.vocab_size * 4 * 6)
 
 
 def plan_memory(
     config: ModelConfig,
     dtype: jnp.dtype,
     *,
-    device: jax.Device,
     weights_bytes: int,
+    budget_bytes: int | None,
+    kv_cache_memory_bytes: int | None,
     page_size: int,
-    max_model_len: int,
+    max_model_len: int | None,
     max_num_seqs: int,
     max_num_batched_tokens: int,
-    kv_cache_memory_bytes: int | None,
-    gpu_memory_utilization: float,
-    reserved_fraction: float,
 ) -> MemoryPlan:
-    """Sizes the page pool; called once the weights are loaded.
+    """Sizes the page pool, the same way with a device and without.
 
-    `reserved_fraction` is the share of the device's memory that JAX has taken for itself.
+    Args:
+      budget_bytes: for weights, activations and KV pages together; None on a CPU.
+      kv_cache_memory_bytes: for KV pages, instead of what the budget leaves.
+      max_model_len: None: as long as the model supports, or as long as fits if that is less.
 
     Raises:
-      ValueError: the pages that fit cannot hold one request of `max_model_len` tokens.
+      ValueError: the pages that fit cannot hold one request of `max_model_len` tokens, or none at all.
     """
     one_page = page_bytes(config, page_size, dtype)
     num_seqs = min(max_num_seqs, max_num_batched_tokens)
     activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
-    if kv_cache_memory_bytes is None:
-        kv_cache_memory_bytes = _free_bytes(device, gpu_memory_utilization / reserved_fraction, activations)
-    wanted = max_num_seqs * -(-max_model_len // page_size) + 1  # more could never be used
-    num_pages = min(wanted, kv_cache_memory_bytes // one_page)
-    needed = -(-max_model_len // page_size) + 1
-    if num_pages < needed:
+    kv_bytes = kv_cache_memory_bytes
+    if kv_bytes is None:
+        kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations
+    wanted_len = max_model_len or config.max_model_len
+    num_pages = min(max_num_seqs * -(-wanted_len // page_size) + 1, max(kv_bytes, 0) // one_page)
+    room = (num_pages - 1) * page_size  # tokens
+    least = max_model_len or page_size
+    if room < least:
         raise ValueError(
-            f"the KV cache gets {kv_cache_memory_bytes:,} bytes, which hold "
-            f"{max(num_pages - 1, 0) * page_size} tokens; one request of max_model_len={max_model_len} "
-            f"needs {needed * one_page:,} bytes. Lower max_model_len, "
-            f"raise gpu_memory_utilization ({gpu_memory_utilization}) or set kv_cache_memory_bytes"
+            f"the KV cache gets {max(kv_bytes, 0):,} bytes beside {weights_bytes:,} of weights and "
+            f"{activations:,} of activations, which hold {max(room, 0)} tokens; one request of "
+            f"max_model_len={least} needs {(-(-least // page_size) + 1) * one_page:,} bytes. Lower "
+            "max_model_len, raise gpu_memory_utilization or set kv_cache_memory_bytes"
         )
-    plan = MemoryPlan(
-        weights_bytes=weights_bytes, activations_bytes=activations, page_bytes=one_page, num_pages=num_pages
+    if room < wanted_len:
+        logger.warning("max_model_len=%d does not fit into the KV cache; it is now %d", wanted_len, room)
+    return MemoryPlan(
+        weights_bytes=weights_bytes,
+        activations_bytes=activations,
+        page_bytes=one_page,
+        page_size=page_size,
+        num_pages=num_pages,
+        max_model_len=min(wanted_len, room),
     )
-    logger.info(
-        "memory weights_bytes=%d activations_bytes=%d kv_bytes=%d kv_tokens=%d",
-        plan.weights_bytes,
-        plan.activations_bytes,
-        plan.kv_bytes,
-        (num_pages - 1) * page_size,
-    )
-    return plan
 
 
-def _free_bytes(device: jax.Device, share: float, activations: int) -> int:
-    """What is left for KV pages of a `share` of the memory that JAX holds."""
+def device_budget(device: jax.Device, share: float, weights_bytes: int) -> int | None:
+    """What weights (loaded already), activations and KV pages may take together; None on a CPU.
+
+    `share` is of the memory that JAX holds; what others than our weights use is taken off.
+    """
     stats = device.memory_stats() if device.platform == "gpu" else None
     if not stats:
-        return CPU_KV_BYTES
-    limit = int(stats["bytes_limit"] * min(share, 1.0))
-    return max(limit - stats["bytes_in_use"] - activations, 0)
+        return None
+    return int(stats["bytes_limit"] * min(share, 1.0)) - (stats["bytes_in_use"] - weights_bytes)

@@ -152,6 +152,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"pjengine {pjengine.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_plan(commands)
     bench = commands.add_parser(
         "bench",
         help="measure speed",
@@ -163,6 +164,28 @@ def _parser() -> Parser:
     _add_latency(kinds)
     _add_startup(kinds)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="what a model takes of a GPU's memory",
+        usage="%(prog)s [options] MODEL",
+        description="Shows how an engine would divide the memory of a GPU. Needs neither the GPU nor weights.",
+    )
+    command.set_defaults(run=_plan)
+    command.add_argument("model", metavar="MODEL", help='folder, Hub id, "demo", or a shape such as llama-8b')
+    command.add_argument("--gpu", metavar="NAME", default="h200", help="the card, such as h100 or l4")
+    _add_engine_options(command)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from pjengine.loading import plan_without_device
+    from pjengine.models.shapes import SHAPES
+
+    settings = {"load_format": "dummy" if args.model in SHAPES else "auto", **_given(args, ENGINE_OPTIONS)}
+    print(plan_without_device(EngineConfig(model=args.model, **settings), args.gpu).table())
+    return 0
 
 
 def _add_generate(commands: Any) -> None:

@@ -327,6 +327,7 @@ def test_close_ends_what_runs_and_refuses_the_rest(gqa_folder: Path) -> None:
             await anext(outputs[0])
             tasks = [asyncio.create_task(collect(own)) for own in outputs]
             await asyncio.sleep(0)
+            llm._thread._preparer.submit(int).result()  # all four are tokenized
             is_released = threading.Event()
             llm._thread._preparer.submit(is_released.wait)
             late = asyncio.create_task(collect(llm.generate([4], params())))
@@ -334,8 +335,8 @@ def test_close_ends_what_runs_and_refuses_the_rest(gqa_folder: Path) -> None:
             closing = asyncio.create_task(asyncio.to_thread(llm.close))
             with pytest.raises(EngineDeadError, match="closed"):
                 while True:
-                    settle(llm)
                     await llm.check_health()
+                    await asyncio.sleep(0)
             is_released.set()
             with pytest.raises(EngineDeadError, match="closed"):
                 await late
