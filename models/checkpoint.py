@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,12 +164,16 @@ def _read_span(entry: Any, where: str) -> tuple[np.dtype, tuple[int, ...], int]:
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: wanted dtype, shape and data_offsets, got {entry!r}") from error
-    if dtype_name not in _DTYPES:
-        raise ValueError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {dtype_name!r}")
+        raise ValueError(
+            f"{where}: wanted dtype, shape and data_offsets, got {reprlib.repr(entry)}"
+        ) from error
+    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
+        raise ValueError(
+            f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {reprlib.repr(dtype_name)}"
+        )
     dtype = _DTYPES[dtype_name]
     if not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
-        raise ValueError(f"{where}: shape and data_offsets must be integers >= 0, got {entry!r}")
+        raise ValueError(f"{where}: shape and data_offsets must be integers >= 0, got {reprlib.repr(entry)}")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(
             f"{where}: wanted {math.prod(shape) * dtype.itemsize} bytes for {dtype_name} {shape}, "
@@ -185,5 +190,5 @@ def _parse_json(text: bytes, path: Path) -> Any:
 
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
         raise ValueError(f"{path}: wanted JSON, got something else: {error}") from error

@@ -1,9 +1,20 @@
 """What a checkpoint's config.json says about its model, checked key by key."""
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pjengine.models.json_values import (
+    FLAG,
+    NON_NEGATIVE,
+    SIZE,
+    TEXT,
+    TEXTS,
+    TOKEN_ID,
+    TOKEN_IDS,
+    check_values,
+)
 from pjengine.models.rope import ROPE_KEYS, parse_rope
 from pjengine.models.rope import RopeConfig as RopeConfig
 from pjengine.models.rope import dynamic_rope_theta as dynamic_rope_theta
@@ -62,19 +73,21 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+    def from_hf(cls, config: object) -> "ModelConfig":
         """Reads a config.json, as transformers 4 wrote it or as transformers 5 writes it.
 
         Raises:
-          ValueError: a key is missing, or neither handled nor known to be irrelevant; or the architecture
-            is unknown.
+          ValueError: it is no mapping; a key is missing, holds a value of the wrong type, or is neither
+            handled nor known to be irrelevant; or the architecture is unknown.
           NotImplementedError: the config asks for something this engine does not do.
         """
+        if not isinstance(config, Mapping):
+            raise ValueError(f"config.json must hold a JSON object, got {reprlib.repr(config)}")
         return _architecture_parser(config)(config)
 
 
 # Keys that say nothing about the forward pass: bookkeeping, training, and the generation defaults that
-# transformers 4 copied into every config.json (those in generation_config.json are the ones that count).
+# transformers 4 copied into every config.json, though their place is generation_config.json.
 IGNORED_KEYS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path
@@ -106,32 +119,39 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "sliding_window": (),
     "use_sliding_window": (False,),
 }
-# Keys read by `_parse_llama`, apart from those about RoPE.
-_LLAMA_KEYS = frozenset(
-    """
-    attention_bias bos_token_id dtype eos_token_id head_dim hidden_act hidden_size intermediate_size
-    max_position_embeddings mlp_bias num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps
-    tie_word_embeddings torch_dtype vocab_size
-    """.split()
-)
 # Other names under which old conversions recorded max_position_embeddings.
 _LENGTH_KEYS = ("max_sequence_length", "max_seq_len", "max_seq_length", "model_max_length", "seq_length")
+# Keys read by `_parse_llama`, and what each must hold.
+_LLAMA_KEYS = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), SIZE),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), SIZE),
+    **dict.fromkeys(("max_position_embeddings", *_LENGTH_KEYS), SIZE),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), FLAG),
+    **dict.fromkeys(("dtype", "torch_dtype", "hidden_act"), TEXT),
+    "bos_token_id": TOKEN_ID,
+    "eos_token_id": TOKEN_IDS,
+    "rms_norm_eps": NON_NEGATIVE,
+    **ROPE_KEYS,
+}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _architecture_parser(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], ModelConfig]:
+    check_values(config, {"architectures": TEXTS})
     names = config.get("architectures") or ()
     for name in names:
         if name in _PARSERS:
             return _PARSERS[name]
     raise ValueError(
-        f"config.json must name one of the architectures {sorted(_PARSERS)}, got architectures={list(names)}"
+        f"config.json must name one of the architectures {sorted(_PARSERS)}, "
+        f"got architectures={reprlib.repr(list(names))}"
     )
 
 
 def _parse_llama(config: Mapping[str, Any]) -> ModelConfig:
     """`LlamaForCausalLM`; defaults are those of transformers' LlamaConfig."""
-    _check_keys(config, _LLAMA_KEYS | ROPE_KEYS | set(_LENGTH_KEYS))
+    _check_keys(config, _LLAMA_KEYS)
+    check_values(config, _LLAMA_KEYS)
     hidden_size, num_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     head_dim = _size(config, "head_dim", default=hidden_size // num_heads)
     if config.get("head_dim") is None and hidden_size % num_heads:
@@ -139,7 +159,7 @@ def _parse_llama(config: Mapping[str, Any]) -> ModelConfig:
             f"hidden_size must be a multiple of num_attention_heads where head_dim is not given, "
             f"got {hidden_size} and {num_heads}: add head_dim to config.json"
         )
-    hidden_act = config.get("hidden_act", "silu")
+    hidden_act = _value(config, "hidden_act", "silu")
     if hidden_act not in ("silu", "swish"):
         raise NotImplementedError(f"hidden_act must be 'silu', got {hidden_act!r}: not supported for Llama")
     lengths = [_size(config, key) for key in _LENGTH_KEYS if config.get(key) is not None]
@@ -154,11 +174,11 @@ def _parse_llama(config: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=_size(config, "num_key_value_heads", default=num_heads),
         head_dim=head_dim,
         max_position_embeddings=max_position,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=float(_value(config, "rms_norm_eps", 1e-6)),
         rope=parse_rope(config, rotary_dim=head_dim, max_position_embeddings=max_position),
-        attention_bias=_flag(config, "attention_bias"),
-        mlp_bias=_flag(config, "mlp_bias"),
-        tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+        attention_bias=_value(config, "attention_bias", False),
+        mlp_bias=_value(config, "mlp_bias", False),
+        tie_word_embeddings=_value(config, "tie_word_embeddings", False),
         dtype=_dtype(config),
         bos_token_id=config.get("bos_token_id", 1),
         eos_token_ids=_token_ids(config.get("eos_token_id", 2)),
@@ -168,34 +188,31 @@ def _parse_llama(config: Mapping[str, Any]) -> ModelConfig:
 _PARSERS = {"LlamaForCausalLM": _parse_llama, "LLaMAForCausalLM": _parse_llama}
 
 
-def _check_keys(config: Mapping[str, Any], handled: set[str] | frozenset[str]) -> None:
+def _check_keys(config: Mapping[str, Any], handled: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key in handled or key in IGNORED_KEYS:
             continue
         if key not in NEUTRAL_VALUES:
             raise ValueError(
-                f"config.json holds {key}={value!r}, which this engine does not know for "
+                f"config.json holds {key}={reprlib.repr(value)}, which this engine does not know for "
                 f"{config['architectures']}: remove it if it changes nothing"
             )
         if value is not None and value not in NEUTRAL_VALUES[key]:
             wanted = " or ".join(map(repr, (None, *NEUTRAL_VALUES[key])))
-            raise NotImplementedError(f"{key} must be {wanted}, got {value!r}: not supported")
+            raise NotImplementedError(f"{key} must be {wanted}, got {reprlib.repr(value)}: not supported")
 
 
 def _size(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
-    value = config.get(key)
+    value = _value(config, key, default)
     if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"config.json must hold {key} as an integer > 0, got {value!r}")
+        raise ValueError(f"config.json must hold {key} as an integer > 0, got None")
     return value
 
 
-def _flag(config: Mapping[str, Any], key: str) -> bool:
+def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Returns the default where the key is absent or null."""
     value = config.get(key)
-    if value not in (None, False, True):
-        raise ValueError(f"config.json must hold {key} as true or false, got {value!r}")
-    return bool(value)
+    return default if value is None else value
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

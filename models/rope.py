@@ -1,12 +1,15 @@
 """Rotary positions: what a checkpoint says about them, and the frequencies that follow."""
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
+
+from pjengine.models.json_values import FLAG, NUMBER, OBJECT, SIZE, TEXT, check_values
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
@@ -36,7 +39,7 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.rotary_dim <= 0 or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be positive and even, got {self.rotary_dim}: change head_dim")
-        for name in ("theta", "factor"):
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"rope {name} must be > 0, got {getattr(self, name)}")
         if self.kind in ("dynamic", "llama3", "yarn") and self.original_max_position_embeddings <= 0:
@@ -117,8 +120,24 @@ def _yarn_frequencies(rope: RopeConfig, wavelength: Float[np.ndarray, " half"]) 
     return interpolated * (1 - keep) + np.float32(1) / wavelength * keep
 
 
-# The keys of config.json that `parse_rope` reads.
-ROPE_KEYS = frozenset({"original_max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta"})
+# The keys of config.json that `parse_rope` reads, and what each must hold.
+ROPE_KEYS = {
+    "original_max_position_embeddings": SIZE,
+    "rope_parameters": OBJECT,
+    "rope_scaling": OBJECT,
+    "rope_theta": NUMBER,
+}
+_SCALING_VALUES = {
+    "type": TEXT,
+    "rope_type": TEXT,
+    "original_max_position_embeddings": SIZE,
+    **dict.fromkeys(("truncate", "finetuned"), FLAG),
+    **dict.fromkeys(
+        "rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor attention_factor beta_fast "
+        "beta_slow mscale mscale_all_dim".split(),
+        NUMBER,
+    ),
+}
 # What each kind of scaling may hold beside its name and rope_theta. `finetuned` is a remark in the configs of
 # YaRN's authors.
 _SCALING_KEYS: Mapping[RopeKind, tuple[str, ...]] = {
@@ -134,8 +153,15 @@ _SCALING_KEYS: Mapping[RopeKind, tuple[str, ...]] = {
 
 
 def parse_rope(config: Mapping[str, Any], *, rotary_dim: int, max_position_embeddings: int) -> RopeConfig:
-    """Reads rope_parameters (transformers 5) or rope_theta and rope_scaling (transformers 4)."""
+    """Reads rope_parameters (transformers 5) or rope_theta and rope_scaling (transformers 4).
+
+    Raises:
+      ValueError: a key is unknown, missing, or holds a value of the wrong type.
+      NotImplementedError: it is a kind of scaling that the engine does not do.
+    """
+    check_values(config, ROPE_KEYS)
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    check_values(given, _SCALING_VALUES, "the rope scaling of config.json")
     scaling = {key: value for key, value in given.items() if value is not None}
     old_kind = scaling.pop("type", "default")
     kind = scaling.pop("rope_type", old_kind)
@@ -150,11 +176,15 @@ def parse_rope(config: Mapping[str, Any], *, rotary_dim: int, max_position_embed
         )
     for key, value in scaling.items():
         if key not in _SCALING_KEYS[kind]:
-            raise ValueError(f"rope scaling {kind!r} knows {_SCALING_KEYS[kind]}, got {key}={value!r}")
+            raise ValueError(
+                f"rope scaling {kind!r} knows {_SCALING_KEYS[kind]}, got {key}={reprlib.repr(value)}"
+            )
     required = {"llama3": 3, "default": 0}.get(kind, 1)
     for key in _SCALING_KEYS[kind][:required]:
         if key not in scaling:
-            raise ValueError(f"rope scaling {kind!r} needs {key}, got {dict(given)}: add it to config.json")
+            raise ValueError(
+                f"rope scaling {kind!r} needs {key}, got {reprlib.repr(dict(given))}: add it to config.json"
+            )
     inner = scaling.pop("original_max_position_embeddings", None)
     original = config.get("original_max_position_embeddings") or inner or max_position_embeddings
     if kind == "dynamic":  # transformers measures against max_position_embeddings whatever else is written

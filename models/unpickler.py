@@ -2,13 +2,16 @@
 
 A pickle is a program. Here it may build dicts, lists, strings and numbers, and call the few functions named
 in `_GLOBALS`, all of them ours. What they return are tuples, which no pickle opcode can alter; offsets, sizes
-and strides are checked after the program has ended, before any memory is looked at.
+and strides are checked after the program has ended, before any memory is looked at. Its opcodes are scanned
+before it runs, so that none makes the unpickler allocate more than the pickle's own size suggests.
 """
 
 import collections
 import io
 import math
 import pickle
+import pickletools
+import reprlib
 import struct
 import zipfile
 from collections.abc import Callable
@@ -20,6 +23,10 @@ import numpy as np
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_MAX_PICKLE_BYTES = 32 * 2**20  # a tensor takes some 300 of them, and its data none
+_MAX_DIMS = 64  # numpy's own limit
+_BYTE_ORDERS = (b"little", b"big")
+_ENCRYPTED = 0x1 | 0x20 | 0x40  # flag bits of a zip entry: encrypted, patch data, strongly encrypted
 _ZIP_LOCAL_HEADER = struct.Struct(
     "<26xHH"
 )  # ... length of the name, length of the extra field; then both, then data
@@ -98,6 +105,10 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 }
 
 
+class _RefusedError(ValueError):
+    """Names the file already."""
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any, path: Path) -> None:
         super().__init__(file, encoding="utf-8")
@@ -105,23 +116,50 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _GLOBALS:
-            raise ValueError(
-                f"{self.path}: wanted a pickle of tensors only, got one that asks for {module}.{name}: "
+            raise _RefusedError(
+                f"{self.path}: wanted a pickle of tensors only, got one that asks for "
+                f"{module[:100]}.{name[:100]}: "
                 "nothing of it was run; convert the checkpoint to safetensors if you trust it"
             )
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         is_storage = isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"
-        if not is_storage or not isinstance(pid[1], _Dtype):
-            raise ValueError(f"{self.path}: wanted references to tensor storages only, got {pid!r:.200}")
+        if not is_storage or not isinstance(pid[1], _Dtype) or not isinstance(pid[2], str):
+            raise _RefusedError(f"{self.path}: wanted references to tensor storages only, got {_shown(pid)}")
         _, dtype, key, _location, numel, *view = pid
         start = 0
         if view and view[0] is not None:
             _view_key, start, numel = view[0]
         if not _are_sizes((start, numel)):
-            raise ValueError(f"{self.path}: storage {key!r} has start {start!r} and length {numel!r}")
-        return _Storage(str(key), dtype.name, start, numel)
+            raise _RefusedError(
+                f"{self.path}: storage {_shown(key)} has start {_shown(start)} and length {_shown(numel)}"
+            )
+        return _Storage(key, dtype.name, start, numel)
+
+
+def _load_next(file: io.BytesIO, path: Path) -> Any:
+    """Runs the pickle that begins here once its opcodes are known to be harmless; stops behind it."""
+    begin = file.tell()
+    try:
+        # Here every read is bounded by what is in memory, whatever length an opcode claims.
+        numbers = ((arg or 0, op.name) for op, arg, _ in pickletools.genops(file) if op.name in _ALLOCATING)
+        largest, name = max(numbers, default=(0, ""))
+    except (ValueError, AssertionError, struct.error) as error:
+        raise pickle.UnpicklingError(str(error)) from error
+    size = file.tell() - begin
+    if largest > size:
+        raise _RefusedError(
+            f"{path}: wanted a pickle of tensors only, got {size} bytes with {name} {_shown(largest)}: "
+            "it would take more memory than its size allows for"
+        )
+    file.seek(begin)
+    return _Unpickler(io.BytesIO(file.read(size)), path).load()
+
+
+# Opcodes whose argument is a number that the unpickler takes memory for: places in its memo, and a frame.
+# Those with a length are checked by genops: what they hold must be there.
+_ALLOCATING = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET", "FRAME"})
 
 
 def read_torch_file(path: Path) -> dict[str, np.ndarray]:
@@ -139,19 +177,46 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
         try:
             state, storages = (_read_zip if is_zip else _read_legacy)(file, path)
         except zipfile.BadZipFile as error:
-            raise OSError(
-                f"{path}: wanted a whole zip file, got {path.stat().st_size} bytes: {error}"
-            ) from error
+            size = path.stat().st_size
+            raise OSError(f"{path}: wanted a whole zip file, got {size} bytes: {_reason(error)}") from error
         except (pickle.UnpicklingError, EOFError, struct.error) as error:
-            raise OSError(f"{path}: not a whole torch.save file: {error!r}") from error
-        except (ArithmeticError, AttributeError, LookupError, TypeError, UnicodeError) as error:
+            raise OSError(f"{path}: not a whole torch.save file: {_reason(error)}") from error
+        except _RefusedError:
+            raise
+        except _FAILURES as error:
             raise ValueError(
-                f"{path}: wanted tensors only, got a pickle that does not run: {error!r}"
+                f"{path}: wanted tensors only, got a pickle that does not run: {_reason(error)}"
             ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: wanted a dict of tensors, got a {type(state).__name__}")
     # dict's own items(): a pickle may have set attributes on an OrderedDict.
-    return {str(name): _view(tensor, storages, f"{path}: {name!r}") for name, tensor in dict.items(state)}
+    tensors = {}
+    for name, tensor in dict.items(state):
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: wanted the names of tensors to be texts, got {_shown(name)}")
+        tensors[name] = _view(tensor, storages, f"{path}: {_shown(name)}")
+    return tensors
+
+
+# What a pickle that is whole, but makes no sense, may fail with.
+_FAILURES = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+
+
+_REPR = reprlib.Repr(maxlevel=3, maxstring=150)  # whole names of tensors
+
+
+def _shown(value: Any) -> str:
+    """A short repr, never built in full: shared tuples within tuples can make that one endless."""
+    try:
+        return _REPR.repr(value)[:200]
+    except ValueError:  # of an integer with more digits than Python converts
+        return f"a {type(value).__name__}"
+
+
+def _reason(error: BaseException) -> str:
+    """The error in a bounded number of letters. A KeyError's own text would be the repr of the whole key."""
+    text = _shown(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 # A storage key to its bytes.
@@ -160,24 +225,34 @@ _Storages = Callable[[_Storage], np.ndarray]
 
 def _read_zip(file: io.BufferedReader, path: Path) -> tuple[Any, _Storages]:
     with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            _check_entry(info, path)
         entries = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in entries if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError(f"{path}: wanted one entry named */data.pkl, got {pickles}")
+            raise _RefusedError(f"{path}: wanted one entry named */data.pkl, got {_shown(pickles)}")
+        if entries[pickles[0]].file_size > _MAX_PICKLE_BYTES:
+            raise _RefusedError(
+                f"{path}: wanted a pickle of at most {_MAX_PICKLE_BYTES} bytes, "
+                f"got {entries[pickles[0]].file_size}: convert the checkpoint to safetensors"
+            )
         root = pickles[0].removesuffix("data.pkl")
-        order = f"{root}byteorder"
-        if order in entries and archive.read(order) != b"little":
-            raise NotImplementedError(f"{path}: byte order must be little, got {archive.read(order)!r}")
-        for info in entries.values():
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{path}: {info.filename} must be stored uncompressed, as torch.save does")
-        state = _Unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
+        order = entries.get(f"{root}byteorder")
+        if order is not None:
+            is_short = order.file_size <= max(map(len, _BYTE_ORDERS))
+            value = archive.read(order) if is_short else b""
+            if value not in _BYTE_ORDERS:
+                got = repr(value) if is_short else f"{order.file_size} bytes"
+                raise _RefusedError(f"{path}: byte order must be little or big, got {got}")
+            if value != b"little":
+                raise NotImplementedError(f"{path}: byte order must be little, got {value!r}")
+        state = _load_next(io.BytesIO(archive.read(pickles[0])), path)
     data = np.memmap(path, mode="r")
 
     def bytes_of(storage: _Storage) -> np.ndarray:
         info = entries.get(f"{root}data/{storage.key}")
         if info is None:
-            raise ValueError(f"{path}: storage {storage.key!r} is not in the file")
+            raise ValueError(f"{path}: storage {_shown(storage.key)} is not in the file")
         header = data[info.header_offset : info.header_offset + _ZIP_LOCAL_HEADER.size]
         start = info.header_offset + _ZIP_LOCAL_HEADER.size + sum(_ZIP_LOCAL_HEADER.unpack(header.tobytes()))
         if start + info.file_size > data.size:
@@ -187,28 +262,41 @@ def _read_zip(file: io.BufferedReader, path: Path) -> tuple[Any, _Storages]:
     return state, bytes_of
 
 
+def _check_entry(info: zipfile.ZipInfo, path: Path) -> None:
+    """Refuses an entry that is not plain bytes of the file: reading it could take any amount of memory."""
+    name = _shown(info.filename)
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
+        raise _RefusedError(f"{path}: {name} must be stored uncompressed, as torch.save does")
+    if info.file_size != info.compress_size:
+        raise _RefusedError(
+            f"{path}: {name} must be stored uncompressed, got {info.compress_size} bytes for {info.file_size}"
+        )
+    wanted, size = info.header_offset + _ZIP_LOCAL_HEADER.size + info.file_size, path.stat().st_size
+    if info.header_offset < 0 or wanted > size:
+        raise OSError(f"{path}: wanted {wanted} bytes for {name}, got {size}: truncated?")
+
+
 def _read_legacy(file: io.BufferedReader, path: Path) -> tuple[Any, _Storages]:
-    magic, protocol = _Unpickler(file, path).load(), _Unpickler(file, path).load()
+    pickles = io.BytesIO(file.read(_MAX_PICKLE_BYTES))  # the data of the tensors comes behind them
+    magic, protocol = _load_next(pickles, path), _load_next(pickles, path)
     if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
         raise OSError(
             f"{path}: wanted a torch.save file, got other magic numbers: is it a .bin of another kind?"
         )
-    system = _Unpickler(file, path).load()
+    system = _load_next(pickles, path)
     if not system["little_endian"]:
         raise NotImplementedError(f"{path}: byte order must be little, got big")
     used: dict[str, _Storage] = {}
-    unpickler = _Unpickler(file, path)
-    state = unpickler.load()
-    keys = _Unpickler(file, path).load()
+    state, keys = _load_next(pickles, path), _load_next(pickles, path)
     for tensor in dict.values(state) if isinstance(state, dict) else ():
         if isinstance(tensor, _Tensor) and isinstance(tensor.storage, _Storage):
             used[tensor.storage.key] = tensor.storage
     data = np.memmap(path, mode="r")
     found: dict[str, np.ndarray] = {}
-    position = file.tell()
+    position = pickles.tell()
     for key in keys:
-        if key not in used:
-            raise ValueError(f"{path}: storage {key!r} belongs to no tensor: its size is not known")
+        if not isinstance(key, str) or key not in used:
+            raise _RefusedError(f"{path}: storage {_shown(key)} belongs to no tensor: its size is not known")
         # Each storage: its number of elements, then its elements.
         size = (
             int.from_bytes(data[position : position + 8].tobytes(), "little")
@@ -221,7 +309,7 @@ def _read_legacy(file: io.BufferedReader, path: Path) -> tuple[Any, _Storages]:
 
     def bytes_of(storage: _Storage) -> np.ndarray:
         if storage.key not in found:
-            raise ValueError(f"{path}: storage {storage.key!r} is not in the file")
+            raise ValueError(f"{path}: storage {_shown(storage.key)} is not in the file")
         return found[storage.key]
 
     return state, bytes_of
@@ -233,13 +321,16 @@ def _view(tensor: Any, bytes_of: _Storages, where: str) -> np.ndarray:
         raise ValueError(f"{where} must be a tensor, got a {type(tensor).__name__}")
     storage, offset, size, stride, dtype_given = tensor
     if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)):
-        raise ValueError(f"{where} has size {size!r} and stride {stride!r}")
+        raise ValueError(f"{where} has size {_shown(size)} and stride {_shown(stride)}")
+    if len(size) > _MAX_DIMS:
+        raise ValueError(f"{where} must have at most {_MAX_DIMS} dimensions, got {len(size)}")
     if not _are_sizes((offset, *size, *stride)):
         raise ValueError(
-            f"{where} has offset {offset!r}, size {size!r} and stride {stride!r}: all must be ints >= 0"
+            f"{where} has offset {_shown(offset)}, size {_shown(size)} and stride {_shown(stride)}: "
+            "all must be ints >= 0"
         )
     if dtype_given is not None and not isinstance(dtype_given, _Dtype):
-        raise ValueError(f"{where} has dtype {dtype_given!r}")
+        raise ValueError(f"{where} has dtype {_shown(dtype_given)}")
     data = bytes_of(storage)
     dtype = _DTYPES[storage.dtype if dtype_given is None else dtype_given.name]
     # A storage begins and is counted in its own elements, the tensor's offset in the tensor's.
@@ -251,12 +342,14 @@ def _view(tensor: Any, bytes_of: _Storages, where: str) -> np.ndarray:
         raise ValueError(
             f"{where} lies outside its storage: wanted {max(wanted, end)} bytes, got {min(end, data.size)}"
         )
-    if math.prod(size) == 0:
-        return np.empty(size, dtype)
-    return np.ndarray(
-        size, dtype, data, begin + offset * dtype.itemsize, tuple(step * dtype.itemsize for step in stride)
-    )
+    strides = tuple(step * dtype.itemsize for step in stride)
+    try:
+        if math.prod(size) == 0:
+            return np.empty(size, dtype)
+        return np.ndarray(size, dtype, data, begin + offset * dtype.itemsize, strides)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{where} has size {_shown(size)} and stride {_shown(stride)}: {error}") from error
 
 
 def _are_sizes(values: tuple[Any, ...]) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)

@@ -67,7 +67,7 @@ class Names:
     """Resolves the table's names to the checkpoint's, with or without a prefix."""
 
     def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> None:
-        self._known = set(checkpoint.names)
+        self.known = set(checkpoint.names)
         self._prefixes = prefixes
 
     def __call__(self, name: str, layer: int) -> str:
@@ -75,12 +75,9 @@ class Names:
         name = name.replace("{layer}", str(layer))
         for prefix in self._prefixes:
             for spelling in (name, prefix + name, name.removeprefix(prefix)):
-                if spelling in self._known:
+                if spelling in self.known:
                     return spelling
         return name
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._known
 
 
 def check(
@@ -94,7 +91,7 @@ def check(
         for layer in range(num_layers if target.leaf.is_stacked else 1):
             names = target.names(names_of, layer)
             used.update(names)
-            absent = [name for name in names if name not in names_of]
+            absent = [name for name in names if name not in names_of.known]
             missing += [f"{name} (for {target.path} {target.shape})" for name in absent]
             if not absent:
                 misshapen += _shape_faults(checkpoint, target, names)

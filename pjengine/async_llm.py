@@ -20,7 +20,7 @@ from pjengine.generation import Generation
 from pjengine.outputs import RequestOutput
 from pjengine.prompts import Prompt
 from pjengine.request import new_request_id
-from pjengine.sampling_params import SamplingParams
+from pjengine.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,10 @@ class AsyncLLM:
         *,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yields all that there is so far, each time that there is more; the last output is `finished`.
+        """Yields what there is, each time that there is more; the last output is `finished`.
 
-        A consumer slower than the engine skips outputs, and misses nothing: each holds those before it.
+        An output holds all so far or what is new, or is the last alone, as `output_kind` of the parameters
+        says. A consumer slower than the engine gets fewer outputs, and misses nothing.
         The request starts with the first `anext`, as `async for` does. Leaving the loop, `aclose`,
         cancelling the task or dropping the generator ends it and frees its pages.
 
@@ -94,7 +95,7 @@ class AsyncLLM:
             partial(
                 thread.engine.prepare,
                 prompt,
-                sampling_params or SamplingParams(),
+                sampling_params,
                 request_id=request_id,
                 priority=priority,
             ),
@@ -165,7 +166,8 @@ class _Stream:
     num_shown: int = 0
 
     async def next_output(self) -> RequestOutput:
-        """Waits until there are more tokens, or the end; returns all there is."""
+        """Waits until there are more tokens, or the end; returns what there is."""
+        output: RequestOutput | None = None
         while True:
             await self.changed.wait()
             self.changed.clear()
@@ -174,14 +176,19 @@ class _Stream:
             if self.error is not None:
                 raise self.error
             assert self.generation is not None
-            num_tokens = len(self.generation.request.output_token_ids)
-            if num_tokens == self.num_shown and not is_ended:
+            if self.generation.num_output_tokens == self.num_shown and not is_ended:
                 continue  # the signal before this one showed them
-            output = self.generation.output()
-            self.num_shown = len(output.outputs[0].token_ids)
-            # Aborted requests look the same whether it was asked for or a step failed, until it has ended.
+            output = output or self._take(self.generation)
+            # What a failed step has aborted looks finished, too; the signal of its end tells it apart.
             if is_ended or not output.finished:
                 return output
+
+    def _take(self, generation: Generation) -> RequestOutput:
+        output = generation.output()
+        is_delta = generation.request.params.output_kind is RequestOutputKind.DELTA
+        num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+        self.num_shown = num_tokens + (self.num_shown if is_delta else 0)
+        return output
 
 
 class _EngineThread:
@@ -224,8 +231,9 @@ class _EngineThread:
     def _prepare(self, stream: _Stream, prepare: Callable[[], Generation]) -> None:
         if not self.is_closed:
             generation = prepare()
-            generation.request.metrics.arrival_s = stream.arrival_s
-            self.inbox.put(partial(self._submit, stream, generation))
+            for completion in generation.completions:
+                completion.request.metrics.arrival_s = stream.arrival_s
+            self.inbox.put(lambda: self._submit(stream, generation))
 
     def abort(self, request_id: str) -> None:
         with self._lock:
@@ -235,7 +243,7 @@ class _EngineThread:
 
     def _request_abort(self, stream: _Stream) -> None:
         stream.is_aborted = True
-        self.inbox.put(partial(self._abort, stream))
+        self.inbox.put(lambda: self._abort(stream))
 
     def release(self, stream: _Stream) -> None:
         """Ends a request that nobody waits for any more, and frees its id."""
@@ -302,11 +310,16 @@ class _EngineThread:
             return
         streams = []
         for generation in grown:
-            if stream := self._live.get(generation.request.request_id):
-                streams.append(stream)
-                if generation.is_finished:
-                    stream.is_ended = True
-                    del self._live[stream.request_id]
+            request_id = generation.request.request_id
+            if request_id not in self._live:
+                continue  # the engine had it before this thread had the engine
+            stream = self._live[request_id]
+            if generation.is_finished:
+                stream.is_ended = True
+                del self._live[request_id]
+            elif generation.request.params.output_kind is RequestOutputKind.FINAL_ONLY:
+                continue
+            streams.append(stream)
         self._signal(streams)
 
     def _submit(self, stream: _Stream, generation: Generation) -> None:

@@ -175,8 +175,7 @@ def _check_length(llm: Any, prompt_len: int, output_len: int) -> None:
 
 
 def _warm_up(llm: Any) -> None:
-    if not llm.engine.runner.is_warm:
-        llm.engine.runner.warm_up()
+    llm.engine.runner.wait_until_warm()
 
 
 def startup(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -203,14 +202,10 @@ def startup(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def start_once(begun: float, settings: Mapping[str, Any], cache_dir: str) -> dict[str, float | int]:
     """Starts an engine in this process, which began at `begun` (`time.time`); seconds of each part."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", cache_dir)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     from pjengine.llm import LLM
 
     imported = time.time()
-    with LLM(**settings) as llm:
+    with LLM(**{**settings, "compile_cache_dir": cache_dir}) as llm:
         runner = llm.engine.runner
         ready, compile_s = time.time(), runner.compile_s
         llm.generate([[FIRST_TOKEN_ID]], _fixed_length(1, 0.0), use_tqdm=False)

@@ -60,7 +60,7 @@ def environment(devices: Sequence[jax.Device], options: Mapping[str, object]) ->
     """What shapes any program beside its function and arguments: code, versions, devices, options."""
     device = devices[0]
     return (
-        (pjengine.__version__, SOURCES, jax.__version__, jaxlib.__version__),
+        (pjengine.__version__, SOURCES, jax.__version__, jaxlib.version.__version__),
         (device.platform, device.client.platform_version, [(each.device_kind, each.id) for each in devices]),
         (device.client.device_count(), _processor() if device.platform == "cpu" else None),
         sorted(options.items()),
@@ -78,7 +78,7 @@ def _processor() -> list[str]:
 
 
 def open_compile_cache(folder: Path | None) -> "CompileCache | None":
-    """The cache in `folder`, which is created for this user alone; None, and a log line, if it cannot serve."""
+    """The cache in `folder`, created for this user alone; None, and a log line, if it cannot serve."""
     if folder is None:
         return None
     try:

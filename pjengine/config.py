@@ -1,8 +1,10 @@
 """Every setting, checked once and then frozen. The only module that touches the environment."""
 
+import difflib
+import numbers
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "bin", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+GENERATION_CONFIGS = ("auto", "vllm")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -35,12 +38,15 @@ class EngineConfig:
     seed: int = 0
     gpu_memory_utilization: float = 0.92  # of the device's memory, for weights, KV pages and activations
     kv_cache_memory_bytes: int | None = None  # overrides what gpu_memory_utilization leaves for KV pages
-    max_model_len: int | None = None  # prompt and output together, in tokens
+    # Prompt and output together, in tokens: also "8k" (8000), "8K" (8192); None, -1 and "auto": what fits.
+    max_model_len: int | str | None = None
     max_num_seqs: int | None = None  # requests that run at once
     max_num_batched_tokens: int | None = None  # tokens computed in one step
     page_size: int = 16  # tokens per page
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
+    max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
+    generation_config: str = "auto"  # the model's own defaults of sampling; "vllm": neutral ones
     kernel_backend: str | None = None  # None: the best that this device and these shapes allow
     warm_up: bool = True  # make every program at once; the first request waits for its own only
     compile_cache_dir: str | None = None  # keeps compiled programs; "": none; None: ~/.cache/pjengine
@@ -51,18 +57,35 @@ class EngineConfig:
             ("dtype", DTYPES),
             ("load_format", LOAD_FORMATS),
             ("scheduling_policy", SCHEDULING_POLICIES),
+            ("generation_config", GENERATION_CONFIGS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
-        if self.page_size < 16 or self.page_size & (self.page_size - 1):
+        if not is_whole(self.page_size) or self.page_size < 16 or self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two and at least 16, got {self.page_size!r}")
-        for name in ("kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        object.__setattr__(self, "max_model_len", parse_length(self.max_model_len))
+        least = {
+            "kv_cache_memory_bytes": 1,
+            "max_model_len": 2,
+            "max_num_seqs": 1,
+            "max_num_batched_tokens": 1,
+        }
+        for name, lowest in least.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            if value is not None and (not is_whole(value) or value < lowest):
+                raise ValueError(
+                    f"{name} must be a whole number of at least {lowest}, or None, got {value!r}"
+                )
+        if self.tokenizer_revision is not None and self.tokenizer is None:
+            raise ValueError(
+                f"tokenizer_revision={self.tokenizer_revision!r} is of the tokenizer that `tokenizer` names, "
+                "and none is named; the model's own comes with `revision`"
+            )
+        if type(self.max_logprobs) is not int or self.max_logprobs < -1:
+            raise ValueError(f"max_logprobs must be a whole number of at least -1, got {self.max_logprobs!r}")
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed!r}")
 
 
@@ -90,6 +113,42 @@ class RunnerConfig:
     def mixed_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that mixed programs are compiled for."""
         return buckets(min(32, self.max_num_batched_tokens), self.max_num_batched_tokens)
+
+
+# vLLM's name -> ours.
+RENAMED = {"block_size": "page_size", "max_seq_len": "max_model_len", "load_in": "load_format"}
+
+
+def known_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings as they are, all of them fields of `EngineConfig`.
+
+    Raises:
+      TypeError: one is not; the text names the closest.
+    """
+    names = [setting.name for setting in fields(EngineConfig)]
+    for name in settings:
+        if name not in names:
+            close = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"there is no setting {name!r}{hint}")
+    return settings
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def parse_length(value: Any) -> Any:
+    """A number of tokens as vLLM writes it: 8192, "8k", "25.6k", "8K"; None for -1 and "auto"."""
+    if value in (-1, "auto", None):
+        return None
+    if not isinstance(value, str):
+        return int(value) if is_whole(value) else value
+    units = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
+    try:
+        return round(float(value[:-1]) * units[value[-1]]) if value[-1:] in units else int(value)
+    except ValueError:
+        return value
 
 
 def buckets(smallest: int, largest: int) -> tuple[int, ...]:

@@ -1,21 +1,22 @@
 """LLMEngine: requests in, outputs out. The one owner of mutable state."""
 
 import logging
+import threading
 import time
 
-import numpy as np
-
-from pjengine.config import EngineConfig
-from pjengine.generation import Generation
+from pjengine.compile_cache import open_compile_cache
+from pjengine.config import EngineConfig, compile_cache_folder
+from pjengine.generation import Completion, Generation
 from pjengine.loading import LoadedModel, load_model
 from pjengine.outputs import RequestOutput
 from pjengine.page_pool import PagePool
-from pjengine.prompts import Prompt, encode_prompt
-from pjengine.request import Request, new_request_id
+from pjengine.preparation import Preparation, seed_source
+from pjengine.prompts import Prompt
+from pjengine.request import new_request_id
 from pjengine.runner import Launched, Runner
-from pjengine.sampling_params import SamplingParams
-from pjengine.scheduler import Scheduler
-from pjengine.tokenizer import IncrementalDetokenizer
+from pjengine.sampling_params import RequestOutputKind, SamplingParams
+from pjengine.scheduler import Chunk, Scheduler
+from pjengine.token_logprobs import LogprobArrays, to_host
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +36,28 @@ class LLMEngine:
         self.max_model_len = loaded.runner_config.max_model_len
         self.memory_plan = loaded.memory_plan
         sizes = loaded.runner_config
-        self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding)
+        compile_cache = open_compile_cache(compile_cache_folder(config.compile_cache_dir))
+        self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache)
         self.scheduler = self._new_scheduler()
         self._in_flight: Launched | None = None
+        self._stepping = threading.Lock()
         self._generations: dict[str, Generation] = {}
+        self._completions: dict[str, tuple[Completion, Generation]] = {}  # by the id of each continuation
+        self._preparation = Preparation(
+            model_config=self.model_config,
+            tokenizer=self.tokenizer,
+            max_model_len=self.max_model_len,
+            max_logprobs=config.max_logprobs,
+            generation_config=loaded.generation_config,
+            draw_seed=seed_source(config.seed),
+        )
         self.is_broken = False  # a step failed, and so did starting over: nothing can run any more
-        self._seeds = np.random.default_rng(config.seed)
         if config.warm_up:
-            self.runner.warm_up()
+            try:
+                self.runner.warm_up()
+            except BaseException:
+                self.runner.close()
+                raise
 
     def _new_scheduler(self) -> Scheduler:
         sizes = self.runner.config
@@ -65,75 +80,78 @@ class LLMEngine:
         """Queues a request and returns what will grow as `step` is called.
 
         Raises:
-          ValueError: the prompt is empty, too long or out of the vocabulary; the request can never
-            fit; its id is in use; or a priority is given under another policy. Nothing is queued then.
+          ValueError: the prompt is empty, too long or out of the vocabulary; the parameters do not suit
+            the model; the request can never fit; its id is in use; or a priority is given under another
+            policy. Nothing is queued then.
         """
-        params = params or SamplingParams()
         generation = self.prepare(prompt, params, request_id=request_id, priority=priority)
         self.submit(generation)
         return generation
 
     def prepare(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> Generation:
         """Checks a request without queueing it. Raises as `add_request` does.
 
-        May run on another thread, beside a step.
+        Without `params`, the model's own defaults hold. May run on another thread, beside a step.
         """
         if priority != 0 and self.config.scheduling_policy != "priority":
             raise ValueError(f"priority={priority} needs scheduling_policy='priority'")
-        if params.stop_strings and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and skip_tokenizer_init=True")
-        vocab_size = self.model_config.vocab_size
-        encoded = encode_prompt(
-            prompt, self.tokenizer, vocab_size=vocab_size, max_tokens=self.max_model_len - 1
-        )
-        num_prompt = len(encoded.token_ids)
-        limit = self.max_model_len
-        if params.max_tokens is not None:
-            limit = min(limit, num_prompt + params.max_tokens)
-        is_seeded = params.seed is not None and params.seed >= 0
-        request = Request(
-            request_id=request_id or new_request_id(),
-            prompt=encoded.text,
-            prompt_token_ids=encoded.token_ids,
-            params=params,
-            max_total_tokens=limit,
-            eos_token_ids=frozenset(self.model_config.eos_token_ids),
-            seed=params.seed if is_seeded and params.seed is not None else int(self._seeds.integers(2**63)),
-            priority=priority,
-            salt=f"{encoded.cache_salt}/{self.model_config.rope.excess(num_prompt)}",
-        )
-        self.scheduler.check_fits(request)
-        return Generation(request, self._detokenizer(params, encoded.token_ids))
+        params = params or self.default_sampling_params
+        generation = self._preparation.generation(request_id or new_request_id(), prompt, params, priority)
+        self.scheduler.check_fits(generation.request)
+        return generation
 
-    def _detokenizer(self, params: SamplingParams, prompt_ids: list[int]) -> IncrementalDetokenizer | None:
-        if not params.detokenize or self.tokenizer is None:
-            return None
-        return IncrementalDetokenizer(
-            self.tokenizer,
-            skip_special_tokens=params.skip_special_tokens,
-            prompt_ids=prompt_ids[-16:],  # enough to tell whether the text starts here
-        )
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """What holds for requests without parameters: the model's generation_config.json says it."""
+        return self._preparation.default_params
 
     def submit(self, generation: Generation) -> None:
         """Queues a prepared request."""
-        request_id = generation.request.request_id
-        if request_id in self._generations:
-            raise ValueError(f"request id {request_id!r} is in use; choose another or leave it out")
-        self.scheduler.add(generation.request)
-        self._generations[request_id] = generation
+        ids = [completion.request.request_id for completion in generation.completions]
+        for request_id in ids:
+            if request_id in self._completions or request_id in self._generations:
+                raise ValueError(f"request id {request_id!r} is in use; choose another or leave it out")
+        for completion in generation.completions:
+            self.scheduler.add(completion.request)
+        self._completions |= {
+            request_id: (completion, generation)
+            for request_id, completion in zip(ids, generation.completions, strict=True)
+        }
+        self._generations[ids[0]] = generation
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step; returns the requests that got a token from the step before."""
-        return [generation.output() for generation in self.advance()]
+        """Runs one step; returns the requests that got a token from the step before, as they want it."""
+        return [
+            generation.output()
+            for generation in self.advance()
+            if generation.is_finished
+            or generation.request.params.output_kind is not RequestOutputKind.FINAL_ONLY
+        ]
 
     def advance(self) -> list[Generation]:
         """Launches the next step, then reads the one before it; returns what grew.
 
         If the device fails, every unfinished request ends as aborted, the pages return, and the
         engine goes on with new requests.
+
+        Raises:
+          RuntimeError: another thread is in here; AsyncLLM is for several of them.
         """
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError("another thread runs this engine; use AsyncLLM, or one thread")
+        try:
+            return self._advance()
+        finally:
+            self._stepping.release()
+
+    def _advance(self) -> list[Generation]:
         try:
             schedule = self.scheduler.schedule()
             launched = self.runner.launch(schedule) if schedule.chunks else None
@@ -146,37 +164,57 @@ class LLMEngine:
             raise
 
     def _take_results(self, ended: Launched) -> list[Generation]:
-        grown = []
-        tokens, now = ended.read().tokens.tolist(), time.perf_counter()
-        for chunk, token in zip(ended.schedule.chunks, tokens, strict=False):  # the rest is padding
+        grown: dict[Generation, None] = {}
+        finished: list[Completion] = []
+        output, chunks = ended.read(), ended.schedule.chunks
+        tokens, now = output.tokens.tolist(), time.perf_counter()
+        arrays = None if output.logprobs is None else to_host(output.logprobs)
+        if output.prompt_logprobs is not None:
+            self._take_prompt_logprobs(chunks, to_host(output.prompt_logprobs))
+        for row, (chunk, token) in enumerate(zip(chunks, tokens, strict=False)):  # the rest is padding
             request = chunk.request
             if not chunk.is_sampled or chunk.epoch != request.epoch or request.is_finished:
                 continue  # the middle of a prompt, preempted since, or ended by the token before
             request.num_pending -= 1
-            generation = self._generations[request.request_id]
-            generation.push(token, now)
-            grown.append(generation)
-        self._drop([generation for generation in grown if generation.is_finished])
-        return grown
+            completion, generation = self._completions[request.request_id]
+            completion.push(token, now, arrays, row)
+            grown[generation] = None
+            if request.is_finished:
+                finished.append(completion)
+        self._drop(finished)
+        return list(grown)
+
+    def _take_prompt_logprobs(self, chunks: list[Chunk], arrays: LogprobArrays) -> None:
+        first_row = 0
+        for chunk in chunks:
+            if chunk.request.edits.num_prompt_logprobs is not None and not chunk.request.is_finished:
+                _, generation = self._completions[chunk.request.request_id]
+                assert generation.prompt_logprobs is not None
+                generation.prompt_logprobs.put(chunk.start, arrays, first_row, chunk.length)
+            first_row += chunk.length
 
     def abort_request(self, request_id: str) -> None:
         """Ends a request now, wherever it is. An unknown or finished one is left as it is."""
         generation = self._generations.get(request_id)
         if generation is not None:
             generation.abort()
-            self._drop([generation])
+            self._drop([c for c in generation.completions if c.request.request_id in self._completions])
 
-    def _drop(self, finished: list[Generation]) -> None:
+    def _drop(self, finished: list[Completion]) -> None:
+        """Forgets continuations that have ended, and their requests once all of theirs have."""
         if finished:
-            self.scheduler.finish(generation.request for generation in finished)
-            for generation in finished:
-                del self._generations[generation.request.request_id]
+            self.scheduler.finish(completion.request for completion in finished)
+            for completion in finished:
+                _, generation = self._completions.pop(completion.request.request_id)
+                if generation.is_finished:
+                    self._generations.pop(generation.request.request_id, None)
 
     def _start_over(self) -> None:
         self.is_broken = True  # until all of this has worked
         for generation in self._generations.values():
             generation.abort()
         self._generations.clear()
+        self._completions.clear()
         self._in_flight = None
         self.scheduler = self._new_scheduler()
         self.runner.reset()

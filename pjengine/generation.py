@@ -4,33 +4,51 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from threading import Lock
 
-from pjengine.outputs import CompletionOutput, RequestOutput
+from pjengine.outputs import CompletionOutput, RequestOutput, merge_metrics
 from pjengine.request import Request
+from pjengine.sampling_params import RequestOutputKind
+from pjengine.token_logprobs import LogprobArrays, LogprobsList, OutputLogprobs, PromptLogprobs
 from pjengine.tokenizer import IncrementalDetokenizer
 
+NOT_A_NUMBER = "the model's logits are not a number (NaN): check its weights, and its dtype for overflow"
 
-@dataclass
-class Generation:
-    """What has been generated for a request so far; its consumer takes new text whenever it likes.
+
+@dataclass(eq=False)
+class Completion:
+    """One continuation of a prompt, so far; its consumer takes what is new whenever it likes.
 
     The consumer may be another thread than the engine's: each call sees whole tokens.
     """
 
     request: Request
-    detokenizer: IncrementalDetokenizer | None  # None: token ids only
+    detokenizer: IncrementalDetokenizer | None = None  # None: token ids only
+    index: int = 0
+    logprobs: OutputLogprobs | None = None  # None: not asked for
     text: str = ""
     _num_taken_chars: int = 0
     _num_taken_tokens: int = 0
+    _is_end_taken: bool = False
     _hold_back: int = field(init=False)
-    _lock: AbstractContextManager[bool] = field(default_factory=Lock, repr=False, compare=False)
+    _lock: AbstractContextManager[bool] = field(default_factory=Lock, repr=False)
 
     def __post_init__(self) -> None:
         # The end of the text may be the start of a stop string; it is shown once it is clear that it is not.
         self._hold_back = max((len(stop) for stop in self.request.params.stop_strings), default=1) - 1
 
-    def push(self, token: int, now: float | None = None) -> None:
-        """Takes a token sampled `now` (see `Request.append`); may finish the request."""
+    def push(
+        self, token: int, now: float | None = None, arrays: LogprobArrays | None = None, row: int = 0
+    ) -> None:
+        """Takes a token sampled `now` (see `Request.append`); may finish the request.
+
+        `arrays` hold its logprobs at `row`, where they are asked for. A token below 0 says that the
+        logits were not a number: the request ends with an error.
+        """
         with self._lock:
+            if token < 0:
+                self._end("error", NOT_A_NUMBER)
+                return
+            if self.logprobs is not None and arrays is not None:
+                self.logprobs.add(arrays, row, token)
             self._push(token, now)
 
     def _push(self, token: int, now: float | None) -> None:
@@ -39,38 +57,41 @@ class Generation:
         if self.detokenizer is None:
             return
         # The text ends before the token that stopped it.
-        is_shown = request.finish_reason != "stop"
+        is_shown = request.finish_reason != "stop" or request.params.include_stop_str_in_output
         searched = len(self.text)
         self.text += self.detokenizer.push([token]) if is_shown else ""
         if request.is_finished:
             self.text += self.detokenizer.finish()
-        self._find_stop_string(searched)
+        if request.params.stop_strings and len(request.output_token_ids) > request.params.min_tokens:
+            self._find_stop_string(searched)
 
     def _find_stop_string(self, searched: int) -> None:
         """Cuts the text at the first stop string that ends after its first `searched` characters."""
-        start = max(0, searched - self._hold_back)
-        found = [(self.text.find(stop, start), stop) for stop in self.request.params.stop_strings]
+        params = self.request.params
+        found = [
+            (self.text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in params.stop_strings
+        ]
         found = [(index, stop) for index, stop in found if index >= 0]
         if found:
             index, stop = min(found)
-            self.text = self.text[:index]
+            self.text = self.text[: index + len(stop) if params.include_stop_str_in_output else index]
             self.request.finish("stop", stop)
 
     def abort(self) -> None:
-        """Ends the request where it stands."""
+        """Ends it where it stands, if it has not ended by itself."""
         with self._lock:
-            self.request.finish("abort")
-            if self.detokenizer is not None:
-                self.text += self.detokenizer.finish()
+            if not self.request.is_finished:
+                self._end("abort")
 
-    @property
-    def is_finished(self) -> bool:
-        return self.request.is_finished
+    def _end(self, reason: str, stop_reason: str | None = None) -> None:
+        self.request.finish(reason, stop_reason)
+        if self.detokenizer is not None:
+            self.text += self.detokenizer.finish()
 
     @property
     def _num_shown_chars(self) -> int:
         """The text so far that no stop string can cut any more."""
-        return len(self.text) if self.is_finished else max(len(self.text) - self._hold_back, 0)
+        return len(self.text) if self.request.is_finished else max(len(self.text) - self._hold_back, 0)
 
     def take(self) -> tuple[str, list[int]]:
         """The text since the last call that may be shown, and the tokens it came with.
@@ -78,37 +99,99 @@ class Generation:
         Tokens whose text is still held back stay, too.
         """
         with self._lock:
-            return self._take()
+            is_finished = self.request.is_finished
+            if self.detokenizer is not None and not is_finished:
+                if self._num_shown_chars == self._num_taken_chars:
+                    return "", []
+            new = self._take()
+            return new.text, new.token_ids
 
-    def _take(self) -> tuple[str, list[int]]:
-        end = self._num_shown_chars
-        text = self.text[self._num_taken_chars : end]
-        if self.detokenizer is not None and not text and not self.is_finished:
-            return "", []
-        tokens = self.request.output_token_ids[self._num_taken_tokens :]
-        self._num_taken_chars, self._num_taken_tokens = end, self._num_taken_tokens + len(tokens)
-        return text, tokens
+    def _take(self) -> CompletionOutput:
+        new = self._output(self._num_taken_chars, self._num_taken_tokens)
+        self._num_taken_chars += len(new.text)
+        self._num_taken_tokens += len(new.token_ids)
+        self._is_end_taken = self.request.is_finished
+        return new
 
-    def output(self) -> RequestOutput:
+    def take_output(self) -> CompletionOutput | None:
+        """What is new since the last call, every token at once; None if nothing is."""
+        with self._lock:
+            request = self.request
+            has_news = len(request.output_token_ids) > self._num_taken_tokens
+            has_ended = request.is_finished and not self._is_end_taken
+            return self._take() if has_news or has_ended else None
+
+    def output(self) -> CompletionOutput:
         """All that there is so far, but for text that may be the start of a stop string."""
         with self._lock:
             return self._output()
 
-    def _output(self) -> RequestOutput:
-        request = self.request
-        completion = CompletionOutput(
-            index=0,
-            text=self.text[: self._num_shown_chars],
-            token_ids=list(request.output_token_ids),
+    def _output(self, first_char: int = 0, first_token: int = 0) -> CompletionOutput:
+        request, logprobs = self.request, self.logprobs
+        return CompletionOutput(
+            index=self.index,
+            text=self.text[first_char : self._num_shown_chars],
+            token_ids=request.output_token_ids[first_token:],
+            cumulative_logprob=None if logprobs is None else logprobs.cumulative,
+            logprobs=None if logprobs is None else logprobs.positions[first_token:],
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
+
+
+@dataclass(eq=False)
+class Generation:
+    """What a caller has asked for with one request: a prompt and its `n` continuations."""
+
+    completions: list[Completion]
+    prompt_logprobs: PromptLogprobs | None = None
+    _is_prompt_taken: bool = False  # its logprobs, by an output that holds only what is new
+
+    @property
+    def request(self) -> Request:
+        """The first continuation's, whose id is that of the whole."""
+        return self.completions[0].request
+
+    @property
+    def is_finished(self) -> bool:
+        for completion in self.completions:  # a generator would cost more than it looks through
+            if not completion.request.is_finished:
+                return False
+        return True
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(len(completion.request.output_token_ids) for completion in self.completions)
+
+    def abort(self) -> None:
+        """Ends what has not ended by itself."""
+        for completion in self.completions:
+            completion.abort()
+
+    def output(self) -> RequestOutput:
+        """All that there is so far; with `output_kind` DELTA, what is new since the last call."""
+        is_finished = self.is_finished  # read first: what is read after it is then complete
+        if self.request.params.output_kind is RequestOutputKind.DELTA:
+            new = [completion.take_output() for completion in self.completions]
+            outputs = [output for output in new if output is not None]
+        else:
+            outputs = [completion.output() for completion in self.completions]
+        request = self.request
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
-            outputs=[completion],
-            finished=request.is_finished,
+            prompt_logprobs=self._prompt_logprobs() if self.prompt_logprobs is not None else None,
+            outputs=outputs,
+            finished=is_finished,
             num_cached_tokens=request.num_cached_tokens,
-            metrics=request.metrics,
+            metrics=merge_metrics([completion.request.metrics for completion in self.completions]),
         )
+
+    def _prompt_logprobs(self) -> LogprobsList | None:
+        assert self.prompt_logprobs is not None
+        if self.request.params.output_kind is not RequestOutputKind.DELTA:
+            return self.prompt_logprobs.result()
+        result = None if self._is_prompt_taken else self.prompt_logprobs.result()
+        self._is_prompt_taken |= result is not None
+        return result

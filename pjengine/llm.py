@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pjengine.config import EngineConfig
+from pjengine.config import EngineConfig, known_settings
 from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
 from pjengine.outputs import RequestOutput
@@ -24,6 +24,7 @@ class CompletionChunk:
     """What one prompt's completion has grown by."""
 
     index: int  # of the prompt
+    completion: int = 0  # of its `n` continuations
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
@@ -45,7 +46,9 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
-        self._engine: LLMEngine | None = LLMEngine(EngineConfig(model=os.fspath(model), **settings))
+        self._engine: LLMEngine | None = LLMEngine(
+            EngineConfig(model=os.fspath(model), **known_settings(settings))
+        )
 
     @property
     def engine(self) -> LLMEngine:
@@ -69,21 +72,24 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Completes each prompt; returns the outputs in the order of the prompts.
 
         Args:
           prompts: a text, a list of token ids, a dict with "prompt" or "prompt_token_ids", or a
             list of such, mixed as you like.
-          sampling_params: one for all, or one for each.
+          sampling_params: one for all, or one for each; None: `get_default_sampling_params()`.
           use_tqdm: show a progress bar; or what makes one, such as `partial(tqdm, leave=False)`.
+          priority: one for all, or one for each, under scheduling_policy="priority"; lower goes first.
 
         Raises:
           ValueError: a prompt or parameter is not possible. Nothing has been run then.
         """
-        generations = self._submit(as_prompts(prompts), sampling_params)
+        generations = self._prepare(as_prompts(prompts), sampling_params, priority)
         bar = _progress_bar(use_tqdm, len(generations))
         try:
+            self._submit(generations)
             self._run(generations, bar)
         finally:
             self._abort(generations)
@@ -97,9 +103,10 @@ class LLM:
     ) -> Iterator[CompletionChunk]:
         """Yields text as it is generated; never half a character, never the start of a stop string.
 
-        Takes what `generate` takes, and checks it when called. Leaving the loop early ends the requests.
+        Takes what `generate` takes, and checks it when called. The requests start with the first chunk
+        that is asked for, and end when the loop is left.
         """
-        return self._chunks(self._submit(as_prompts(prompts), sampling_params))
+        return self._chunks(self._prepare(as_prompts(prompts), sampling_params, 0))
 
     def chat(
         self,
@@ -121,6 +128,10 @@ class LLM:
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise ValueError("chat needs a tokenizer, and skip_tokenizer_init=True")
+        if isinstance(messages, str | Mapping):
+            raise TypeError(
+                f"messages must be a list of dicts, or a list of such lists; got {messages!r:.80}"
+            )
         if len(messages) == 0:
             raise ValueError("messages is empty: at least one message is needed")
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
@@ -142,36 +153,41 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds where a caller gives none: the model's generation_config.json says it."""
+        return self.engine.default_sampling_params
+
     def reset_prefix_cache(self) -> None:
         """Forgets the pages that requests could share, as after a change of the weights."""
         self.engine.reset_prefix_cache()
 
-    def _submit(
-        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Generation]:
-        """Checks all requests, then queues them all: one bad one leaves nothing behind."""
-        engine = self.engine
-        each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(
-                f"sampling_params must be one, or one for each of the {len(prompts)} prompts, got {len(each)}"
-            )
-        generations = [engine.prepare(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+    def _prepare(self, prompts: list[Prompt], params: Any, priority: int | Sequence[int]) -> list[Generation]:
+        """Checks all requests before any is queued."""
+        each = one_each("sampling_params", params, len(prompts))
+        for own in each:
+            if own is not None and not isinstance(own, SamplingParams):
+                raise TypeError(f"sampling_params must be SamplingParams, got {own!r:.80}")
+        priorities = one_each("priority", priority, len(prompts))
+        return [
+            self.engine.prepare(prompt, own, priority=rank)
+            for prompt, own, rank in zip(prompts, each, priorities, strict=True)
+        ]
+
+    def _submit(self, generations: list[Generation]) -> None:
         for generation in generations:
-            engine.submit(generation)
-        return generations
+            self.engine.submit(generation)
 
     def _run(self, generations: list[Generation], bar: Any) -> None:
         num_prompt_tokens = num_output_tokens = 0
         unfinished = generations
         while unfinished:
             self.engine.advance()
-            ended = [generation.request for generation in unfinished if generation.is_finished]
+            ended = [generation for generation in unfinished if generation.is_finished]
             if not ended:
                 continue
             unfinished = [generation for generation in unfinished if not generation.is_finished]
-            num_prompt_tokens += sum(len(request.prompt_token_ids) for request in ended)
-            num_output_tokens += sum(len(request.output_token_ids) for request in ended)
+            num_prompt_tokens += sum(len(generation.request.prompt_token_ids) for generation in ended)
+            num_output_tokens += sum(generation.num_output_tokens for generation in ended)
             elapsed = max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(
                 f"est. speed input: {num_prompt_tokens / elapsed:.2f} toks/s, "
@@ -181,22 +197,30 @@ class LLM:
             bar.update(len(ended))
 
     def _chunks(self, generations: list[Generation]) -> Iterator[CompletionChunk]:
-        open_ones = dict(enumerate(generations))
+        open_ones = [
+            (prompt, completion)
+            for prompt, generation in enumerate(generations)
+            for completion in generation.completions
+        ]
         try:
+            self._submit(generations)
             while open_ones:
-                for index, generation in list(open_ones.items()):
-                    text, token_ids = generation.take()
-                    request = generation.request
-                    if generation.is_finished:
-                        del open_ones[index]
-                    if token_ids or generation.is_finished:
+                still_open = []
+                for prompt, completion in open_ones:
+                    text, token_ids = completion.take()
+                    request = completion.request
+                    if not request.is_finished:
+                        still_open.append((prompt, completion))
+                    if token_ids or request.is_finished:
                         yield CompletionChunk(
-                            index=index,
+                            index=prompt,
+                            completion=completion.index,
                             text=text,
                             token_ids=token_ids,
                             finish_reason=request.finish_reason,
                             stop_reason=request.stop_reason,
                         )
+                open_ones = still_open
                 if open_ones:
                     self.engine.advance()
         finally:
@@ -232,6 +256,14 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         )
     is_one = len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
     return [prompts] if is_one else list(prompts)
+
+
+def one_each(name: str, values: Any, count: int) -> list[Any]:
+    """One value for all, or one for each, as a list of `count`."""
+    each = list(values) if isinstance(values, list | tuple) else [values] * count
+    if len(each) != count:
+        raise ValueError(f"{name} must be one, or one for each of the {count} prompts, got {len(each)}")
+    return each
 
 
 def _progress_bar(use_tqdm: bool | Callable[..., Any], total: int) -> Any:

@@ -12,15 +12,6 @@ from pjengine.models.state import page_bytes
 logger = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 512 * 2**20  # a CPU shares its memory with everything else
-# What CUDA reports as the card's whole memory; a little less than the name says.
-GPU_BYTES = {
-    "h200": 150_100_000_000,
-    "h100": 84_900_000_000,
-    "a100-80gb": 84_900_000_000,
-    "a100-40gb": 42_300_000_000,
-    "l40s": 47_600_000_000,
-    "l4": 23_800_000_000,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +102,9 @@ def plan_memory(
         raise ValueError(
             f"the KV cache gets {max(kv_bytes, 0):,} bytes beside {weights_bytes:,} of weights and "
             f"{activations:,} of activations, which hold {max(room, 0)} tokens; one request of "
-            f"max_model_len={least} needs {(-(-least // page_size) + 1) * one_page:,} bytes. Lower "
-            "max_model_len, raise gpu_memory_utilization or set kv_cache_memory_bytes"
+            f"{least} tokens needs {(-(-least // page_size) + 1) * one_page:,} bytes: "
+            + ("lower max_model_len, or " if max_model_len else "")
+            + ("raise kv_cache_memory_bytes" if kv_cache_memory_bytes else "raise gpu_memory_utilization")
         )
     if room < wanted_len:
         logger.warning("max_model_len=%d does not fit into the KV cache; it is now %d", wanted_len, room)
@@ -126,12 +118,12 @@ def plan_memory(
     )
 
 
-def device_budget(device: jax.Device, share: float, weights_bytes: int) -> int | None:
-    """What weights (loaded already), activations and KV pages may take together; None on a CPU.
+def device_budget(device: jax.Device, share: float) -> int | None:
+    """What weights, activations and KV pages may take together; None on a CPU.
 
-    `share` is of the memory that JAX holds; what others than our weights use is taken off.
+    `share` is of the memory that JAX holds; what others use of it already is taken off.
     """
     stats = device.memory_stats() if device.platform == "gpu" else None
     if not stats:
         return None
-    return int(stats["bytes_limit"] * min(share, 1.0)) - (stats["bytes_in_use"] - weights_bytes)
+    return int(stats["bytes_limit"] * min(share, 1.0)) - stats["bytes_in_use"]

@@ -1,7 +1,10 @@
 """What a caller gets back. Plain Python."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from pjengine.token_logprobs import LogprobsList
 
 
 @dataclass(kw_only=True)
@@ -57,6 +60,24 @@ def _between(start_s: float | None, end_s: float | None) -> float | None:
     return None if start_s is None or end_s is None else end_s - start_s
 
 
+def merge_metrics(parts: Sequence[RequestMetrics]) -> RequestMetrics:
+    """Those of a request from those of its continuations: first and last times, and sums."""
+    if len(parts) == 1:
+        return parts[0]
+    first_tokens = [part.first_token_s for part in parts if part.first_token_s is not None]
+    last_tokens = [part.last_token_s for part in parts if part.last_token_s is not None]
+    ends = [part.finished_s for part in parts if part.finished_s is not None]
+    return RequestMetrics(
+        arrival_s=parts[0].arrival_s,
+        scheduled_s=parts[0].scheduled_s,
+        first_token_s=min(first_tokens, default=None),
+        last_token_s=max(last_tokens, default=None),
+        finished_s=max(ends) if len(ends) == len(parts) else None,
+        num_generation_tokens=sum(part.num_generation_tokens for part in parts),
+        num_preemptions=sum(part.num_preemptions for part in parts),
+    )
+
+
 @dataclass(kw_only=True)
 class CompletionOutput:
     """One generated continuation."""
@@ -64,8 +85,10 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: str | None = None  # "stop", "length", "abort"; None while running
-    stop_reason: int | str | None = None  # the stop id or string that ended it; None for EOS
+    cumulative_logprob: float | None = None  # of all its tokens, where logprobs are asked for
+    logprobs: LogprobsList | None = None  # one entry for each of `token_ids`
+    finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while running
+    stop_reason: int | str | None = None  # the stop id or string, or the error; None for EOS
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -73,11 +96,12 @@ class CompletionOutput:
 
 @dataclass(kw_only=True)
 class RequestOutput:
-    """A request's prompt and what has been generated for it so far."""
+    """A request's prompt and what has been generated for it; how much of it, `output_kind` says."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    prompt_logprobs: LogprobsList | None = None  # one entry for each token; the first is None
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int  # of the prompt, whose pages the prefix cache had

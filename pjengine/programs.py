@@ -1,26 +1,23 @@
 """The compiled programs: loaded or made by threads of their own, in the order in which they are needed."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
-
-from jax.stages import Compiled, Lowered
-
-from pjengine.batching import Layout
+from typing import Any, Protocol, runtime_checkable
 
 
-class Maker(Protocol):
+@runtime_checkable
+class Maker[L: Hashable, P](Protocol):
     """How one program comes to be. Called from several threads, `lower` from one at a time."""
 
-    def load(self, layout: Layout) -> Compiled | None:
+    def load(self, layout: L) -> P | None:
         """From the cache, if it is there."""
 
-    def lower(self, layout: Layout) -> Lowered:
+    def lower(self, layout: L) -> Any:
         """Traced and lowered."""
 
-    def compile(self, layout: Layout, lowered: Lowered) -> Compiled:
+    def compile(self, layout: L, lowered: Any) -> P:
         """Compiled, and kept in the cache."""
 
 
@@ -31,16 +28,16 @@ class Stage(Enum):
 
 
 @dataclass(slots=True)
-class _Task:
+class _Task[L]:
     """A program under way."""
 
-    layout: Layout
+    layout: L
     stage: Stage = Stage.LOAD
-    lowered: Lowered | None = None
+    lowered: Any = None
     is_running: bool = False
 
 
-class Programs:
+class Programs[L: Hashable, P]:
     """Programs by layout, ready or under way.
 
     Loading and compiling run beside each other. Tracing holds the interpreter's lock, so that several
@@ -48,18 +45,18 @@ class Programs:
     there is work; they also end, after the stage that they are in, when the main thread does.
     """
 
-    def __init__(self, maker: Maker, num_threads: int) -> None:
-        self.ready: dict[Layout, Compiled] = {}
+    def __init__(self, maker: Maker[L, P], num_threads: int) -> None:
+        self.ready: dict[L, P] = {}
         self._maker = maker
         self._num_threads = num_threads
-        self._tasks: list[_Task] = []  # most urgent first
+        self._tasks: list[_Task[L]] = []  # most urgent first
         self._failures: list[BaseException] = []
         self._threads: list[threading.Thread] = []
         self._num_working = 0  # of the threads, those that will look for more to do
         self._is_closed = False
         self._changed = threading.Condition()  # guards all of the above
 
-    def start(self, layouts: Sequence[Layout]) -> None:
+    def start(self, layouts: Sequence[L]) -> None:
         """Puts `layouts` in front of all that is not begun yet, in this order, and returns.
 
         Raises:
@@ -79,7 +76,7 @@ class Programs:
                 self._num_working += 1
             self._changed.notify_all()
 
-    def wait(self, layouts: Sequence[Layout]) -> None:
+    def wait(self, layouts: Sequence[L]) -> None:
         """Returns once all of `layouts` are ready; makes them before any others.
 
         Raises what a thread met while it made a program, this or another, once; the program is made
@@ -120,29 +117,34 @@ class Programs:
             else:
                 self._put_back(task, program)
 
-    def _take(self) -> _Task | None:
+    def _take(self) -> _Task[L] | None:
         with self._changed:
             while self._tasks and not self._is_closed and threading.main_thread().is_alive():
-                is_lowering = any(task.is_running and task.stage is Stage.LOWER for task in self._tasks)
-                for task in self._tasks:
-                    if not task.is_running and not (is_lowering and task.stage is Stage.LOWER):
-                        task.is_running = True
-                        return task
+                if (task := self._most_urgent()) is not None:
+                    task.is_running = True
+                    return task
                 self._changed.wait()
             self._num_working -= 1
             return None
 
-    def _advance(self, task: _Task) -> Compiled | None:
+    def _most_urgent(self) -> _Task[L] | None:
+        can_lower = not any(task.is_running and task.stage is Stage.LOWER for task in self._tasks)
+        for task in self._tasks:
+            if not task.is_running and (can_lower or task.stage is not Stage.LOWER):
+                return task
+            can_lower &= task.stage is not Stage.LOAD  # it may turn out to be the next to be lowered
+        return None
+
+    def _advance(self, task: _Task[L]) -> P | None:
         if task.stage is Stage.LOAD:
             return self._maker.load(task.layout)
         if task.stage is Stage.LOWER:
             task.lowered = self._maker.lower(task.layout)
             return None
-        assert task.lowered is not None
         return self._maker.compile(task.layout, task.lowered)
 
     def _put_back(
-        self, task: _Task, program: Compiled | None = None, failure: BaseException | None = None
+        self, task: _Task[L], program: P | None = None, failure: BaseException | None = None
     ) -> None:
         with self._changed:
             task.is_running = False

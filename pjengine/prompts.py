@@ -1,5 +1,6 @@
 """What a caller gives as a prompt -> token ids, checked."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +24,25 @@ class EncodedPrompt:
 
 
 def encode_prompt(
-    prompt: Prompt, tokenizer: Tokenizer | None, *, vocab_size: int, max_tokens: int
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    max_tokens: int,
+    keep_last: int | None = None,
 ) -> EncodedPrompt:
     """Turns a prompt into at most `max_tokens` token ids of the vocabulary.
+
+    Of a longer one than `keep_last`, keeps so many tokens, the last; -1: `max_tokens`.
 
     Raises:
       ValueError: it is empty, too long, out of the vocabulary, or needs a tokenizer where there is none.
       TypeError: it is no prompt at all.
     """
     encoded = _encode(prompt, tokenizer)
+    if keep_last is not None:
+        kept = encoded.token_ids[-(max_tokens if keep_last == -1 else keep_last) :]
+        encoded = dataclasses.replace(encoded, token_ids=kept)
     num_tokens = len(encoded.token_ids)
     if num_tokens == 0:
         raise ValueError("the prompt is empty: at least one token is needed")
@@ -52,7 +63,7 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> EncodedPrompt:
         return EncodedPrompt(token_ids=tokenizer.encode(prompt), text=prompt)
     if isinstance(prompt, Mapping):
         return _encode_dict(prompt, tokenizer)
-    if not isinstance(prompt, Sequence | np.ndarray):
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray):
         raise TypeError(f"a prompt is a str, a list of token ids or a dict, got {type(prompt).__name__}")
     if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in prompt):
         raise TypeError(f"token ids must be whole numbers in one list, got {prompt!r:.80}")
@@ -67,10 +78,15 @@ def _encode_dict(prompt: Mapping[str, Any], tokenizer: Tokenizer | None) -> Enco
             f"a prompt dict holds 'prompt' or 'prompt_token_ids', and 'cache_salt' if wanted; got {got}"
         )
     salt = prompt.get("cache_salt", "")
-    if not isinstance(salt, str):
-        raise TypeError(f"cache_salt must be a str, got {salt!r:.80}")
+    text, ids = prompt.get("prompt", ""), prompt.get("prompt_token_ids", ())
+    if not isinstance(salt, str) or not isinstance(text, str):
+        raise TypeError(f"prompt and cache_salt must be str, got {text!r:.80} and {salt!r:.80}")
+    if isinstance(ids, str | Mapping):
+        raise TypeError(f"prompt_token_ids must be whole numbers in one list, got {ids!r:.80}")
+    if any("\ud800" <= letter <= "\udfff" for letter in salt):
+        raise ValueError(f"cache_salt holds half of a surrogate pair: {salt!r:.80}")
     if "prompt_token_ids" in prompt:
-        token_ids = _encode(prompt["prompt_token_ids"], tokenizer).token_ids
+        token_ids = _encode(ids, tokenizer).token_ids
         return EncodedPrompt(token_ids=token_ids, text=prompt.get("prompt"), cache_salt=salt)
-    encoded = _encode(prompt["prompt"], tokenizer)
+    encoded = _encode(text, tokenizer)
     return EncodedPrompt(token_ids=encoded.token_ids, text=encoded.text, cache_salt=salt)

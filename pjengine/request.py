@@ -2,6 +2,7 @@
 
 import enum
 import itertools
+import secrets
 import time
 from dataclasses import dataclass, field
 
@@ -118,7 +119,8 @@ class Request:
 
 
 _ids = itertools.count()
+_PROCESS = secrets.token_hex(4)  # no caller's own id looks like ours by chance
 
 
 def new_request_id() -> str:
-    return f"request-{next(_ids)}"
+    return f"request-{_PROCESS}-{next(_ids)}"

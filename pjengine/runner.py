@@ -1,18 +1,17 @@
 """The device side: one step, compiled once per program, its state donated through every call."""
 
 import dataclasses
-import logging
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain, zip_longest
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.stages import Compiled, Lowered
 from jaxtyping import Int
 
 from pjengine.batching import (
@@ -22,25 +21,17 @@ from pjengine.batching import (
     page_updates,
     update_page_table,
 )
+from pjengine.compile_cache import CompileCache
 from pjengine.config import RunnerConfig
 from pjengine.edits import NO_EDITS, sizes_of
 from pjengine.models.llama import Llama, Params
 from pjengine.models.state import KVCache, kv_shape
+from pjengine.programs import Programs
 from pjengine.scheduler import Schedule
-from pjengine.step import StepOutput, step
-
-logger = logging.getLogger(__name__)
+from pjengine.step import StepOutput
+from pjengine.step_compiler import StepCompiler
 
 EARLY_UPDATES = 1024  # page updates entered at once by the program that runs before a step
-COMPILER_OPTIONS = {
-    "gpu": {
-        # XLA's own Triton products take the slice of the stacked weights into each kernel, so every layer
-        # is compiled and autotuned anew: 30 s a program of 32 layers, where cuBLAS needs 5 and is as fast.
-        "xla_gpu_enable_triton_gemm": False,
-        # It counts the donated cache twice, finds no room, and warns at every program.
-        "xla_disable_hlo_passes": "rematerialization",
-    }
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +49,14 @@ class Launched:
 class Runner:
     """Owns parameters, KV pages, row state and the compiled programs."""
 
-    def __init__(self, model: Llama, params: Params, config: RunnerConfig, sharding: NamedSharding) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        params: Params,
+        config: RunnerConfig,
+        sharding: NamedSharding,
+        compile_cache: CompileCache | None = None,
+    ) -> None:
         self.model = model
         self.config = config
         self.sharding = sharding
@@ -70,10 +68,11 @@ class Runner:
             .lower(self.rows, early)
             .compile()
         )
-        self.programs: dict[Layout, jax.stages.Compiled] = {}
-        self.is_warm = False
+        self._compiler = StepCompiler(model, config, (params, self.cache, self.rows), sharding, compile_cache)
+        self._programs = Programs(self._compiler, num_threads=os.cpu_count() or 1)
+        self._is_warming = False
         self.recompiles_after_warmup = 0
-        self.compile_s = 0.0
+        self.compile_s = 0.0  # that a caller waited for programs
 
     def _new_state(self) -> tuple[KVCache, Rows]:
         config, dtype = self.config, self.model.dtype
@@ -90,10 +89,6 @@ class Runner:
         """Starts over with empty pages, after a step that failed half-way."""
         self._free(self.cache, self.rows)
         self.cache, self.rows = self._new_state()
-
-    @property
-    def platform(self) -> str:
-        return self.sharding.mesh.devices.flat[0].platform
 
     def launch(self, schedule: Schedule) -> Launched:
         """Starts a step and returns at once; the tokens follow by themselves."""
@@ -112,7 +107,7 @@ class Runner:
 
     def _update_early(
         self, updates: Int[np.ndarray, "3 updates"], max_left: int
-    ) -> Int[np.ndarray, "3 updates"]:
+    ) -> Int[np.ndarray, "3 left"]:
         """Enters page updates that are too many for the step (cached prefixes); returns the rest."""
         while updates.shape[1] > max_left:
             now, updates = updates[:, :EARLY_UPDATES], updates[:, EARLY_UPDATES:]
@@ -142,46 +137,60 @@ class Runner:
     def _layout(self, bucket: int, is_decode: bool) -> Layout:
         return Layout(bucket, self.config.max_num_seqs, self.config.page_size, is_decode)
 
-    def program(self, layout: Layout) -> jax.stages.Compiled:
-        """The compiled step for `layout`; compiles it at first use."""
+    def _by_need(self) -> list[Layout]:
+        """Every program; first the one that a first prompt needs, then the one that continues it."""
+        layouts = self.layouts()
+        decode = [layout for layout in layouts if layout.is_decode]
+        mixed = [layout for layout in layouts if not layout.is_decode]
+        pairs = zip_longest(mixed, decode)
+        return [layout for layout in chain.from_iterable(pairs) if layout is not None]
+
+    @property
+    def programs(self) -> dict[Layout, Compiled]:
+        """The programs that are ready."""
+        return self._programs.ready
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether every program is ready."""
+        return all(layout in self.programs for layout in self.layouts())
+
+    def program(self, layout: Layout) -> Compiled:
+        """The compiled step for `layout`; if it is not ready, it is made before all others.
+
+        Raises what making any program in the background has raised since the last call.
+        """
+        self._programs.raise_failure()
         if layout not in self.programs:
-            self.recompiles_after_warmup += self.is_warm
-            self._compile([layout])
+            self.recompiles_after_warmup += self._is_warming and layout not in self.layouts()
+            self._wait([layout])
         return self.programs[layout]
 
     def warm_up(self) -> None:
-        """Compiles every program; from here on a compilation is counted as a fault."""
-        self._compile([layout for layout in self.layouts() if layout not in self.programs])
-        self.is_warm = True
+        """Begins to make every program; returns when a first short request finds what it needs."""
+        layouts = self._by_need()
+        self._is_warming = True
+        self._programs.start(layouts)
+        self._wait(layouts[:2])
 
-    def _compile(self, layouts: list[Layout]) -> None:
-        """Traces the programs one after the other, and compiles them beside each other."""
+    def wait_until_warm(self) -> None:
+        """Makes every program and returns when all are ready."""
+        self._is_warming = True
+        self._wait(self._by_need())
+
+    def _wait(self, layouts: list[Layout]) -> None:
         start = time.perf_counter()
-        options = COMPILER_OPTIONS.get(self.platform)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            under_way = {layout: pool.submit(self.lower(layout).compile, options) for layout in layouts}
-            self.programs |= {layout: future.result() for layout, future in under_way.items()}
-        elapsed = time.perf_counter() - start
-        self.compile_s += elapsed
-        logger.info("compiled programs=%d seconds=%.1f", len(layouts), elapsed)
+        self._programs.wait(layouts)
+        self.compile_s += time.perf_counter() - start
 
-    def lower(self, layout: Layout) -> jax.stages.Lowered:
+    def lower(self, layout: Layout) -> Lowered:
         """The step for `layout`, traced and lowered; donates cache and rows."""
-        run = partial(
-            step,
-            model=self.model,
-            layout=layout,
-            num_pages=self.config.num_pages,
-            backend=self.config.kernel_backend,
-        )
-        blob = jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=self.sharding)
-        jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=self.sharding)
-        return jitted.lower(self.params, self.cache, self.rows, blob)
+        return self._compiler.lower(layout)
 
     def close(self) -> None:
-        """Frees the device memory that the runner owns."""
+        """Stops making programs and frees the device memory that the runner owns."""
+        self._programs.close()
         self._free(self.params, self.cache, self.rows)
-        self.programs.clear()
 
     @staticmethod
     def _free(*trees: Any) -> None:

@@ -1,87 +1,190 @@
-"""How to choose the tokens of one request. Plain Python."""
+"""How to choose the tokens of one request, and how to give them back. Plain Python."""
 
+import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from types import NoneType
+from typing import Any
 
 GREEDY_EPSILON = 1e-5  # temperatures below it mean: take the likeliest token
 MIN_TEMPERATURE = 0.01  # smaller ones overflow the scaled logits
+MAX_BIAS = 100.0
+MAX_N = 16384  # so that a slip of the keyboard does not fill the host's memory
+
+
+class RequestOutputKind(enum.Enum):
+    """What each output of a request holds, of those that come while it runs."""
+
+    CUMULATIVE = 0  # all there is so far
+    DELTA = 1  # what is new since the last
+    FINAL_ONLY = 2  # there is only one, at the end
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to choose the tokens of one request.
+    """How to choose the tokens of one request, and how to give them back.
 
     Raises:
       ValueError: a field is out of its range; the text names field, value and range.
       TypeError: a field has the wrong type.
     """
 
+    n: int = 1  # continuations of the same prompt; the seed of the i-th (from 0) is seed + i
+    presence_penalty: float = 0.0  # taken from the logits of tokens in the output
+    frequency_penalty: float = 0.0  # the same, times their number
+    repetition_penalty: float = 1.0  # divides the logits of tokens in prompt or output; above 1: rarer
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
     top_k: int = 0  # keep the k likeliest tokens; 0 or -1: all
     min_p: float = 0.0  # keep tokens at least this likely, relative to the likeliest
-    seed: int | None = None  # None: drawn from the engine's own seed
-    max_tokens: int | None = 16  # None: up to max_model_len
-    stop: str | Sequence[str] | None = None  # generation ends before any of these; not part of the text
+    seed: int | None = None  # None or -1: drawn from the engine's own seed
+    stop: str | Sequence[str] | None = None  # generation ends at any of these
     stop_token_ids: Sequence[int] | None = None  # generation ends after any of these
     ignore_eos: bool = False
+    max_tokens: int | None = 16  # None: up to max_model_len
+    min_tokens: int = 0  # so many before an EOS, a stop id, or a look for stop strings
+    logprobs: int | None = None  # of the k likeliest tokens and the chosen one; -1: of the vocabulary
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    logprob_token_ids: Sequence[int] | None = None  # logprobs of these and the chosen one instead
+    flat_logprobs: bool = False  # in a `FlatLogprobs`, not in a list of dicts
     detokenize: bool = True
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True  # where the tokenizer writes any; False: none
+    include_stop_str_in_output: bool = False  # what stopped the text is part of it
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    logit_bias: Mapping[int, float] | None = None  # added to logits, within [-100, 100]
+    allowed_token_ids: Sequence[int] | None = None  # all others are forbidden
+    bad_words: Sequence[str] | None = None  # never generated, at the start of a word or within one
+    truncate_prompt_tokens: int | None = None  # keep so many, the last; -1: as many as fit
+    skip_reading_prefix_cache: bool | None = None  # None: only if prompt_logprobs needs it
 
     def __post_init__(self) -> None:
-        self._check_types()
-        in_range = {
-            "temperature": (0 <= self.temperature <= 2, "in [0, 2]"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "top_k": (self.top_k >= -1, "at least 1, or 0 or -1 to keep all tokens"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "seed": (self.seed is None or -1 <= self.seed < 2**63, "in [0, 2**63), or -1 or None for any"),
-            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None"),
-            "stop": ("" not in self.stop_strings, "free of empty strings"),
-        }
-        for name, (is_valid, wanted) in in_range.items():
-            if not is_valid:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        for name, types in _TYPES.items():
+            _check_type(name, getattr(self, name), types)
+        for name, item_type in _ITEMS.items():
+            _check_items(name, self.stop_strings if name == "stop" else getattr(self, name) or (), item_type)
+        for name, is_valid, wanted in _RANGES:
+            if (value := getattr(self, name)) is not None and not is_valid(value):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raises ValueError where one field does not go with another."""
         if self.stop_strings and not self.detokenize:
             raise ValueError("stop strings are looked for in the text: they need detokenize=True")
+        if self.is_greedy and self.n > 1:
+            raise ValueError(
+                f"n={self.n} greedy continuations are all the same: raise temperature, got {self.temperature}"
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
+        if self.prompt_logprobs is not None and self.is_cache_read:
+            raise ValueError(
+                "prompt_logprobs needs the whole prompt computed: leave skip_reading_prefix_cache out, "
+                f"got {self.skip_reading_prefix_cache}"
+            )
+        if self.logprob_token_ids is not None and self.logprobs not in (None, len(self.logprob_token_ids)):
+            raise ValueError(
+                f"logprob_token_ids takes the place of the likeliest tokens: logprobs must be None or "
+                f"{len(self.logprob_token_ids)}, got {self.logprobs}"
+            )
 
-    def _check_types(self) -> None:
-        wanted: dict[str, tuple[type, ...]] = {
-            **dict.fromkeys(("temperature", "top_p", "min_p"), (int, float)),
-            "top_k": (int,),
-            **dict.fromkeys(("seed", "max_tokens"), (int, type(None))),
-            **dict.fromkeys(("ignore_eos", "detokenize", "skip_special_tokens"), (bool,)),
-            "stop": (str, list, tuple, type(None)),
-            "stop_token_ids": (list, tuple, set, frozenset, type(None)),
-        }
-        for name, types in wanted.items():
-            value = getattr(self, name)
-            is_flag = isinstance(value, bool) and bool not in types  # True is an int to Python, not to us
-            if not isinstance(value, types) or is_flag:
-                names = " or ".join("None" if t is type(None) else t.__name__ for t in types)
-                raise TypeError(f"{name} must be {names}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value!r}")
-        for name, items, item_type in (
-            ("stop", self.stop_strings, str),
-            ("stop_token_ids", self.stop_ids, int),
-        ):
-            for item in items:
-                if not isinstance(item, item_type) or isinstance(item, bool):
-                    raise TypeError(f"{name} must hold {item_type.__name__}, got {item!r}")
-
-    @property
+    @cached_property
     def stop_strings(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    @property
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         return frozenset(self.stop_token_ids or ())
 
     @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_EPSILON
+
+    @property
     def effective_temperature(self) -> float:
         """0 when greedy; never so small that scaled logits overflow."""
-        return 0.0 if self.temperature < GREEDY_EPSILON else max(self.temperature, MIN_TEMPERATURE)
+        return 0.0 if self.is_greedy else max(self.temperature, MIN_TEMPERATURE)
+
+    @property
+    def is_cache_read(self) -> bool:
+        """Cached pages are taken: their tokens are not computed, so they have no logprobs."""
+        if self.skip_reading_prefix_cache is None:
+            return self.prompt_logprobs is None
+        return not self.skip_reading_prefix_cache
+
+
+_NUMBER = (int, float)
+_FLAG = (bool,)
+_COUNT = (int, NoneType)
+_IDS = (list, tuple, set, frozenset, NoneType)
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("n", "top_k", "min_tokens"), (int,)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), _NUMBER),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _NUMBER),
+    **dict.fromkeys(("seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"), _COUNT),
+    **dict.fromkeys(("ignore_eos", "flat_logprobs", "detokenize", "skip_special_tokens"), _FLAG),
+    **dict.fromkeys(("spaces_between_special_tokens", "include_stop_str_in_output"), _FLAG),
+    "skip_reading_prefix_cache": (bool, NoneType),
+    "stop": (str, list, tuple, NoneType),
+    "stop_token_ids": _IDS,
+    "logprob_token_ids": (list, tuple, NoneType),
+    "allowed_token_ids": _IDS,
+    "logit_bias": (Mapping, NoneType),
+    "bad_words": (list, tuple, NoneType),
+    "output_kind": (RequestOutputKind,),
+}
+
+_ITEMS: dict[str, type] = {
+    "stop": str,
+    "bad_words": str,
+    **dict.fromkeys(("stop_token_ids", "logprob_token_ids", "allowed_token_ids", "logit_bias"), int),
+}
+
+# None stands for the default wherever it is allowed, and is not looked at.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("n", lambda n: 1 <= n <= MAX_N, f"in [1, {MAX_N}]"),
+    ("presence_penalty", lambda penalty: -2 <= penalty <= 2, "in [-2, 2]"),
+    ("frequency_penalty", lambda penalty: -2 <= penalty <= 2, "in [-2, 2]"),
+    ("repetition_penalty", lambda penalty: penalty > 0, "above 0"),
+    ("temperature", lambda temperature: 0 <= temperature <= 2, "in [0, 2]"),
+    ("top_p", lambda top_p: 0 < top_p <= 1, "in (0, 1]"),
+    ("top_k", lambda top_k: top_k >= -1, "at least 1, or 0 or -1 to keep all tokens"),
+    ("min_p", lambda min_p: 0 <= min_p <= 1, "in [0, 1]"),
+    ("seed", lambda seed: -1 <= seed < 2**63, "in [0, 2**63), or -1 or None for any"),
+    ("stop", lambda stop: "" not in ([stop] if isinstance(stop, str) else stop), "free of empty strings"),
+    ("max_tokens", lambda count: count >= 1, "at least 1, or None"),
+    ("min_tokens", lambda count: count >= 0, "at least 0"),
+    ("logprobs", lambda count: count >= -1, "at least 0, or -1 for the whole vocabulary"),
+    ("prompt_logprobs", lambda count: count >= -1, "at least 0, or -1 for the whole vocabulary"),
+    ("logprob_token_ids", lambda ids: len(ids) > 0, "None or at least one id"),
+    ("allowed_token_ids", lambda ids: len(ids) > 0, "None or at least one id"),
+    ("bad_words", lambda words: "" not in words, "free of empty strings"),
+    ("truncate_prompt_tokens", lambda count: count >= 1 or count == -1, "at least 1, or -1 for what fits"),
+)
+
+
+def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
+    is_flag = isinstance(value, bool) and bool not in types  # True is an int to Python, not to us
+    if not isinstance(value, types) or is_flag:
+        names = " or ".join("None" if t is NoneType else t.__name__ for t in types)
+        raise TypeError(f"{name} must be {names}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    if name == "logit_bias" and isinstance(value, Mapping):
+        for token, bias in value.items():
+            if not isinstance(bias, int | float) or isinstance(bias, bool):
+                raise TypeError(f"logit_bias must hold numbers, got {token!r}: {bias!r}")
+            if math.isnan(bias):
+                raise ValueError(f"logit_bias must hold numbers, got {token!r}: {bias!r}")
+
+
+def _check_items(name: str, items: Iterable[object], item_type: type) -> None:
+    for item in items:
+        if not isinstance(item, item_type) or isinstance(item, bool):
+            raise TypeError(f"{name} must hold {item_type.__name__}, got {item!r}")

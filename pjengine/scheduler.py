@@ -201,7 +201,8 @@ class Scheduler:
     def _register(self, request: Request) -> None:
         """Tells the prefix cache of the request's full pages, as far as the host knows their tokens.
 
-        The step that writes them is launched before any that could read them.
+        No step reads them before they are written: later ones run later, and within this one each
+        layer writes before it attends.
         """
         self._hash_pages(request)
         full = min(request.num_computed, request.num_known) // self.page_size

@@ -17,6 +17,9 @@ from pjengine.sampler import sample
 SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
 
 
+BROKEN = -1  # in place of a token: the logits hold NaN
+
+
 class StepOutput(NamedTuple):
     """What comes down to the host."""
 
@@ -61,6 +64,7 @@ def step(
         prompt_lens = rows.prompt_len.at[row].get(mode="clip")
         logits = apply_edits(raw, parts, layout.edits, batch, updated.token_ids, prompt_lens)
         tokens = sample(logits, positions=batch.kv_lens, backend=backend, **own)
+        tokens = jnp.where(jnp.isnan(jnp.max(raw, axis=-1)), BROKEN, tokens)
         logprobs = None
         if layout.edits.num_top is not None:
             logprobs = logprobs_of(raw, tokens, layout.edits.num_top, parts["asked"])

@@ -1,6 +1,5 @@
 """Text to token ids and back: encoding, chat templates, and decoding one token at a time."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pjengine.models.json_values import read_json_object
+
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+_JSON_FILES = (*_FILES, "added_tokens.json", "config.json", "special_tokens_map.json")
 _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no UTF-8, incomplete characters among them
 
 
@@ -142,7 +144,7 @@ def load_tokenizer(folder: str | Path, *, chat_template: str | None = None) -> T
 
     Raises:
       OSError: the folder holds no tokenizer.
-      ValueError: the tokenizer needs code of its own.
+      ValueError: a file of the tokenizer is broken, or the tokenizer needs code of its own.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in _FILES):
@@ -151,30 +153,45 @@ def load_tokenizer(folder: str | Path, *, chat_template: str | None = None) -> T
     logging.getLogger("transformers").addFilter(_is_no_advice)
     from transformers import AutoTokenizer
 
-    settings = _read_settings(folder)
+    path = folder / "tokenizer_config.json"
+    settings = read_json_object(path) if path.is_file() else {}
     is_llama = settings.get("tokenizer_class") in (
         None,
         "LlamaTokenizer",
         "LlamaTokenizerFast",
         "LLaMATokenizer",
     )
-    if is_llama and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-        hf = _load_sentencepiece(folder, settings)
-    else:
-        hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    is_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    try:
+        if is_llama and is_sentencepiece:
+            hf = _load_sentencepiece(folder, settings)
+        else:
+            hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # the Rust library raises Exception itself, transformers many kinds
+        raise _explain(folder, error) from error
     hf.model_max_length = 2**62  # the engine has its own limit, and refuses; this one only warns
     backend = getattr(hf, "backend_tokenizer", None)
     # Without a backend it is SentencePiece's own decoder, which has byte tokens too.
-    has_byte_tokens = backend is None or b'"ByteFallback"' in backend.decoder.__getstate__()
+    decoder = None if backend is None else backend.decoder  # which a tokenizer.json may do without
+    has_byte_tokens = backend is None or (decoder is not None and b'"ByteFallback"' in decoder.__getstate__())
     return Tokenizer(hf=hf, chat_template=chat_template, has_byte_tokens=has_byte_tokens)
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: wanted JSON, got something else: {error}") from error
+def _explain(folder: Path, error: Exception) -> Exception:
+    """Returns what to raise for a tokenizer that does not load, by the file that is to blame."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name in _JSON_FILES:
+            try:
+                read_json_object(path)
+            except ValueError as broken:
+                return broken
+    if isinstance(error, ImportError | OSError):
+        return error
+    files = ", ".join(name for name in _FILES if (folder / name).is_file())
+    reason = f"{type(error).__name__}: {str(error)[:500]}"
+    return ValueError(
+        f"{folder}: wanted a tokenizer that loads, got {files}, of which one is broken: {reason}"
+    )
 
 
 def _load_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> Any:

@@ -1,8 +1,6 @@
 """The command line. The only place that sets up logging."""
 
 import argparse
-import dataclasses
-import difflib
 import json
 import logging
 import os
@@ -10,111 +8,24 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import pjengine
 from pjengine.bench import DEFAULT_NUM_REQUESTS, WORKLOADS
 from pjengine.config import EngineConfig
 from pjengine.sampling_params import SamplingParams
+from pjengine.serving.options import (
+    ENGINE_OPTIONS,
+    SAMPLING_OPTIONS,
+    TOKENIZER_OPTIONS,
+    Option,
+    Parser,
+    add_options,
+    given,
+    positive,
+)
 
 MAX_TOKENS = 128  # of `generate`; SamplingParams' own 16 are few for a person who reads along
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is needed, got {text!r}")
-    return int(text)
-
-
-def json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"a JSON object is needed, got {text!r}")
-    return value
-
-
-class Option(NamedTuple):
-    """An option that is a field of EngineConfig or SamplingParams, which checks its value."""
-
-    field: str
-    kind: Any
-    metavar: str
-    help: str  # where the field's default is None it says what that means
-    flag: str | None = None  # None: the field's name
-
-    @property
-    def name(self) -> str:
-        return self.flag or f"--{self.field.replace('_', '-')}"
-
-
-ENGINE_OPTIONS = (
-    Option("dtype", str, "DTYPE", "auto (the checkpoint's own), bfloat16, float16 or float32"),
-    Option("load_format", str, "FORMAT", "auto, safetensors, bin, or dummy for random weights"),
-    Option("revision", str, "REV", "branch, tag or commit on the Hub (default: main)"),
-    Option("download_dir", str, "DIR", "where Hub downloads are kept (default: huggingface_hub's cache)"),
-    Option("hf_overrides", json_object, "JSON", "object that is laid over the model's config.json"),
-    Option("seed", int, "N", "seed of dummy weights and of requests without a seed of their own"),
-    Option("max_model_len", int, "N", "longest prompt and output together, in tokens (default: the model's)"),
-    Option("max_num_seqs", int, "N", "requests that run at once (default: by device; 16 on a CPU)"),
-    Option(
-        "max_num_batched_tokens", int, "N", "tokens computed in one step (default: by device; 512 on a CPU)"
-    ),
-    Option("gpu_memory_utilization", float, "X", "share of the GPU's memory for weights, KV and activations"),
-    Option("kv_cache_memory_bytes", int, "N", "bytes for KV pages (default: what the share above leaves)"),
-    Option("page_size", int, "N", "tokens per KV page"),
-    Option("kernel_backend", str, "NAME", "triton or reference (default: the best that fits)"),
-)
-TOKENIZER_OPTIONS = (
-    Option("tokenizer", str, "MODEL", "folder or Hub id of the tokenizer (default: the model's)"),
-    Option("tokenizer_revision", str, "REV", "branch, tag or commit of that tokenizer (default: main)"),
-)
-SAMPLING_OPTIONS = (
-    Option("temperature", float, "X", "0 takes the likeliest token; up to 2"),
-    Option("top_p", float, "X", "keep the likeliest tokens that together reach this probability"),
-    Option("top_k", int, "N", "keep the N likeliest tokens; 0: all"),
-    Option("min_p", float, "X", "keep tokens at least this likely, relative to the likeliest"),
-    Option("seed", int, "N", "seed of the requests (default: drawn from --seed)", "--sampling-seed"),
-)
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are one line, and a mistyped option gets the name that is closest."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if args is not None and self._subparsers is None:  # before a missing option is complained about
-            self._refuse_unknown(args)
-        return super().parse_known_args(args, namespace)
-
-    def _refuse_unknown(self, args: Sequence[str]) -> None:
-        for arg in args:
-            name = arg.partition("=")[0]
-            if arg == "--":
-                return
-            if not name.startswith("--") or " " in name or name in self._option_string_actions:
-                continue
-            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            self.error(f"no such option: {name}" + (f"; did you mean {close[0]}?" if close else ""))
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"pjengine: {message} (see {self.prog} --help)\n")
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Leaves room for the longest option, and says defaults that are not None."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        is_said = action.default in (None, False, argparse.SUPPRESS) or "(default" in (action.help or "")
-        return action.help if is_said else f"{action.help} (default: %(default)s)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,7 +82,7 @@ def _add_plan(commands: Any) -> None:
         "plan",
         help="what a model takes of a GPU's memory",
         usage="%(prog)s [options] MODEL",
-        description="Shows how an engine would divide the memory of a GPU. Needs neither the GPU nor weights.",
+        description="Shows how an engine would divide a GPU's memory. Needs neither the GPU nor weights.",
     )
     command.set_defaults(run=_plan)
     command.add_argument("model", metavar="MODEL", help='folder, Hub id, "demo", or a shape such as llama-8b')
@@ -180,11 +91,10 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from pjengine.loading import plan_without_device
-    from pjengine.models.shapes import SHAPES
+    from pjengine.planning import plan_without_device
 
-    settings = {"load_format": "dummy" if args.model in SHAPES else "auto", **_given(args, ENGINE_OPTIONS)}
-    print(plan_without_device(EngineConfig(model=args.model, **settings), args.gpu).table())
+    config = EngineConfig(model=args.model, **given(args, ENGINE_OPTIONS))
+    print(plan_without_device(config, args.gpu).table())
     return 0
 
 
@@ -211,7 +121,7 @@ def _add_generate(commands: Any) -> None:
     sampling.add_argument(
         "--stop", metavar="TEXT", action="append", help="end before this text; may be given several times"
     )
-    _add_options(sampling, SAMPLING_OPTIONS, SamplingParams)
+    add_options(sampling, SAMPLING_OPTIONS, SamplingParams)
     engine = _add_engine_options(command, *TOKENIZER_OPTIONS)
     engine.add_argument(
         "--warm-up",
@@ -295,38 +205,15 @@ def _add_startup(kinds: Any) -> None:
 
 def _add_engine_options(command: argparse.ArgumentParser, *more: Option) -> Any:
     engine = command.add_argument_group("engine")
-    _add_options(engine, (*ENGINE_OPTIONS, *more), EngineConfig)
+    add_options(engine, (*ENGINE_OPTIONS, *more), EngineConfig)
     command.add_argument("--verbose", action="store_true", help="log what happens, to standard error")
     return engine
 
 
-def _add_options(
-    group: Any, options: Iterable[Option], settings: type[EngineConfig | SamplingParams]
-) -> None:
-    """Adds options that are left out of the namespace unless given; the dataclass knows the defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
-    for option in options:
-        default = defaults[option.field]
-        is_said = default is None or default is dataclasses.MISSING
-        group.add_argument(
-            option.name,
-            metavar=option.metavar,
-            type=option.kind,
-            default=argparse.SUPPRESS,
-            help=option.help if is_said else f"{option.help} (default: {default})",
-        )
-
-
-def _given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
-    """The options that were given, by the names of their fields."""
-    named = {option.field: option.name.removeprefix("--").replace("-", "_") for option in options}
-    return {field: getattr(args, name) for field, name in named.items() if hasattr(args, name)}
-
-
 def _generate(args: argparse.Namespace) -> None:
-    sampling = _given(args, SAMPLING_OPTIONS)
+    sampling = given(args, SAMPLING_OPTIONS)
     params = SamplingParams(max_tokens=args.max_tokens, stop=args.stop, **sampling)
-    settings = _given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS))
+    settings = given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS))
     config = EngineConfig(model=args.model, warm_up=args.warm_up, **settings)  # refuses before jax is loaded
     prompts = args.prompt or [_read_prompt()]
     for prompt in prompts:
@@ -452,7 +339,7 @@ def _bench_settings(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model or args.shape,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,  # a prompt that is repeated is measured again
-        **_given(args, ENGINE_OPTIONS),
+        **given(args, ENGINE_OPTIONS),
     }
     if args.shape is not None:
         check_shape(args.shape)

@@ -2,6 +2,8 @@
 `--jaxtyping-packages` hook is in place before any of its modules is loaded."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,6 +16,14 @@ import tests.typechecker  # noqa: F401 - the hook looks it up as an attribute of
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache() -> Iterator[None]:
+    """One for all tests of the session, subprocesses included, and never the user's own."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", folder)
+        yield
 
 
 def has_gpu() -> bool:

@@ -50,6 +50,77 @@ def test_the_first_chunk_comes_before_the_last_token(demo: Any) -> None:
     assert not demo.engine.has_unfinished_requests()
 
 
+def test_a_stream_that_is_never_read_leaves_nothing_behind(demo: Any) -> None:
+    for _ in range(3):
+        demo.stream(PROMPTS, greedy())
+    assert not demo.engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"use_tqdm": None},
+        {"sampling_params": {"temperature": 1}},
+        {"sampling_params": [None, 3]},
+        {"priority": 1},
+        {"priority": [0]},
+    ],
+)
+def test_a_bad_argument_of_generate_leaves_nothing_behind(demo: Any, arguments: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        demo.generate(PROMPTS[:2], **arguments)
+    assert not demo.engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        b"bytes",
+        {"prompt": 5},
+        {"prompt_token_ids": "abc"},
+        {"prompt_token_ids": {"a": 1}},
+        {"prompt": "x", "cache_salt": "\ud800"},
+        "\ud800",
+    ],
+)
+def test_what_is_no_prompt_is_refused_before_anything_runs(demo: Any, prompt: Any) -> None:
+    stream = demo.stream(PROMPTS[0], greedy())
+    text = next(stream).text
+    with pytest.raises((TypeError, ValueError)):
+        demo.generate([prompt], greedy(), use_tqdm=False)
+    assert text + "".join(chunk.text for chunk in stream)  # undisturbed
+
+
+def test_a_second_thread_is_turned_away_and_disturbs_nobody(demo: Any) -> None:
+    """The other thread comes in the middle of a step, which a patched clock makes certain."""
+    import threading
+
+    errors = []
+
+    def intrude() -> None:
+        try:
+            demo.engine.advance()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    schedule = demo.engine.scheduler.schedule
+
+    def schedule_beside_an_intruder() -> Any:
+        thread = threading.Thread(target=intrude)
+        thread.start()
+        thread.join()
+        return schedule()
+
+    wanted = demo.generate(PROMPTS[0], greedy(), use_tqdm=False)[0].outputs[0].text
+    demo.engine.scheduler.schedule = schedule_beside_an_intruder
+    try:
+        [output] = demo.generate(PROMPTS[0], greedy(), use_tqdm=False)
+    finally:
+        del demo.engine.scheduler.schedule
+    assert output.outputs[0].text == wanted
+    assert errors and "AsyncLLM" in errors[0]
+
+
 def test_a_bad_prompt_is_refused_when_stream_is_called(demo: Any) -> None:
     with pytest.raises(ValueError, match="empty"):
         demo.stream("", greedy())
@@ -124,8 +195,10 @@ def test_progress_goes_to_whoever_is_asked(demo: Any) -> None:
 def test_an_unknown_setting_is_refused() -> None:
     from pjengine import LLM
 
-    with pytest.raises(TypeError, match="block_size"):
+    with pytest.raises(TypeError, match="no setting 'block_size'; did you mean 'page_size'"):
         LLM("demo", block_size=16)
+    with pytest.raises(TypeError, match="did you mean 'max_num_seqs'"):
+        LLM("demo", max_num_seq=16)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +208,16 @@ def test_an_unknown_setting_is_refused() -> None:
         ({"load_format": "gguf"}, "load_format must be one of"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"page_size": 24}, "page_size"),
+        ({"page_size": "16"}, "page_size"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"max_model_len": 1}, "max_model_len must be a whole number of at least 2"),
+        ({"max_model_len": "long"}, "max_model_len"),
+        ({"tokenizer_revision": "main"}, "tokenizer_revision"),
         ({"seed": -1}, "seed"),
         ({"max_model_len": 4096}, "4096 is beyond the 1024 positions"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "max_num_batched_tokens=32 must be at least"),
-        ({"kv_cache_memory_bytes": 1000}, "one request of max_model_len=16 needs"),
-        ({"kv_cache_memory_bytes": 10**6, "max_model_len": 1024}, "one request of max_model_len=1024 needs"),
+        ({"kv_cache_memory_bytes": 1000}, "one request of 16 tokens needs .* bytes: raise kv_cache"),
+        ({"kv_cache_memory_bytes": 10**6, "max_model_len": 1024}, "one request of 1024 tokens needs"),
         ({"hf_overrides": {"model_type": "llama", "flux_capacitor": 1}}, "flux_capacitor"),
         ({"hf_overrides": {"architectures": ["MambaForCausalLM"]}}, "MambaForCausalLM"),
         ({"kernel_backend": "cuda"}, "cuda"),
@@ -149,5 +226,26 @@ def test_an_unknown_setting_is_refused() -> None:
 def test_a_bad_setting_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
     from pjengine import LLM
 
-    with pytest.raises((ValueError, NotImplementedError), match=message):
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
         LLM("demo", **settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(-1, None), ("auto", None), ("8k", 8000), ("8K", 8192), ("25.6k", 25600), ("64", 64)],
+)
+def test_lengths_are_written_as_vllm_writes_them(value: Any, wanted: int | None) -> None:
+    from pjengine import EngineConfig
+
+    assert EngineConfig(model="demo", max_model_len=value).max_model_len == wanted
+
+
+def test_memory_that_does_not_suffice_is_found_before_the_weights_are_loaded() -> None:
+    import jax
+
+    from pjengine import LLM
+
+    before = len(jax.live_arrays())
+    with pytest.raises(ValueError, match="the KV cache gets") as error:
+        LLM("demo", kv_cache_memory_bytes=1000)
+    assert len(jax.live_arrays()) == before, error

@@ -42,7 +42,7 @@ def test_an_open_length_is_shortened_to_what_fits_and_says_so(caplog: pytest.Log
 
 
 def test_a_length_that_was_asked_for_must_fit() -> None:
-    with pytest.raises(ValueError, match="one request of max_model_len=8192 needs"):
+    with pytest.raises(ValueError, match="one request of 8192 tokens needs"):
         plan(budget_bytes=20 * 10**9, max_model_len=8192)
     with pytest.raises(ValueError, match="gets 0 bytes beside 16,060,522,496 of weights"):
         plan(budget_bytes=10**9)
@@ -50,7 +50,7 @@ def test_a_length_that_was_asked_for_must_fit() -> None:
 
 def test_a_plan_without_a_device_needs_no_weights() -> None:
     from pjengine.config import EngineConfig
-    from pjengine.loading import plan_without_device
+    from pjengine.planning import plan_without_device
 
     made = plan_without_device(EngineConfig(model="llama-8b", load_format="dummy"), "h200")
     assert made.weights_bytes == 16_060_522_496

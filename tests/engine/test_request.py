@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from pjengine.request import Request
@@ -27,6 +29,59 @@ BAD_VALUES = [
     ("stop_token_ids", 3, TypeError),
     ("ignore_eos", 1, TypeError),
     ("detokenize", None, TypeError),
+    ("n", 0, ValueError),
+    ("n", 16385, ValueError),
+    ("n", 1.0, TypeError),
+    ("n", True, TypeError),
+    ("presence_penalty", 2.1, ValueError),
+    ("presence_penalty", float("nan"), ValueError),
+    ("presence_penalty", None, TypeError),
+    ("frequency_penalty", -2.1, ValueError),
+    ("frequency_penalty", "1", TypeError),
+    ("repetition_penalty", 0.0, ValueError),
+    ("repetition_penalty", -1, ValueError),
+    ("repetition_penalty", float("inf"), ValueError),
+    ("repetition_penalty", [], TypeError),
+    ("min_tokens", -1, ValueError),
+    ("min_tokens", 17, ValueError),
+    ("min_tokens", None, TypeError),
+    ("logprobs", -2, ValueError),
+    ("logprobs", True, TypeError),
+    ("logprobs", "5", TypeError),
+    ("prompt_logprobs", -2, ValueError),
+    ("prompt_logprobs", 1.0, TypeError),
+    ("logprob_token_ids", [], ValueError),
+    ("logprob_token_ids", [1.5], TypeError),
+    ("logprob_token_ids", 7, TypeError),
+    ("flat_logprobs", 1, TypeError),
+    ("skip_special_tokens", 0, TypeError),
+    ("spaces_between_special_tokens", None, TypeError),
+    ("include_stop_str_in_output", "yes", TypeError),
+    ("output_kind", "delta", TypeError),
+    ("output_kind", 1, TypeError),
+    ("logit_bias", [1], TypeError),
+    ("logit_bias", {"1": 1.0}, TypeError),
+    ("logit_bias", {1: "x"}, TypeError),
+    ("logit_bias", {1: True}, TypeError),
+    ("logit_bias", {1: float("nan")}, ValueError),
+    ("allowed_token_ids", [], ValueError),
+    ("allowed_token_ids", ["a"], TypeError),
+    ("allowed_token_ids", 4, TypeError),
+    ("bad_words", "word", TypeError),
+    ("bad_words", [""], ValueError),
+    ("bad_words", [3], TypeError),
+    ("truncate_prompt_tokens", 0, ValueError),
+    ("truncate_prompt_tokens", -2, ValueError),
+    ("truncate_prompt_tokens", 1.0, TypeError),
+    ("skip_reading_prefix_cache", 1, TypeError),
+]
+
+BAD_PAIRS: list[tuple[dict[str, Any], str]] = [
+    ({"n": 2, "temperature": 0}, "n=2 greedy"),
+    ({"min_tokens": 4, "max_tokens": 3}, "min_tokens=4 must not exceed max_tokens=3"),
+    ({"logprobs": 3, "logprob_token_ids": [1, 2]}, "logprobs must be None or 2, got 3"),
+    ({"prompt_logprobs": 1, "skip_reading_prefix_cache": False}, "skip_reading_prefix_cache"),
+    ({"stop": ["x"], "detokenize": False}, "detokenize=True"),
 ]
 
 
@@ -36,9 +91,30 @@ def test_a_bad_value_is_refused_by_name(name: str, value: object, error: type[Ex
         SamplingParams(**{name: value})  # type: ignore[arg-type]
 
 
-def test_an_unknown_field_is_refused() -> None:
-    with pytest.raises(TypeError, match="beam_width"):
-        SamplingParams(beam_width=4)  # type: ignore[call-arg]
+@pytest.mark.parametrize(("fields", "message"), BAD_PAIRS, ids=lambda v: str(v)[:30])
+def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**fields)
+
+
+@pytest.mark.parametrize(
+    "name", ["best_of", "use_beam_search", "structured_outputs", "extra_args", "thinking_token_budget"]
+)
+def test_an_unknown_field_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        SamplingParams(**dict[str, Any]({name: None}))
+
+
+def test_every_field_takes_what_vllm_takes() -> None:
+    optional = "seed stop stop_token_ids max_tokens logprobs prompt_logprobs logprob_token_ids logit_bias"
+    optional += " allowed_token_ids bad_words truncate_prompt_tokens skip_reading_prefix_cache"
+    none: Any = dict.fromkeys(optional.split())
+    SamplingParams(**none)
+    SamplingParams(seed=-1, top_k=-1, stop=[], stop_token_ids=[], bad_words=[], logit_bias={}, logprobs=-1)
+    SamplingParams(prompt_logprobs=0, logprobs=2, logprob_token_ids=[4, 5], repetition_penalty=3, n=16384)
+    assert SamplingParams(prompt_logprobs=0).is_cache_read is False
+    assert SamplingParams(skip_reading_prefix_cache=True).is_cache_read is False
+    assert SamplingParams().is_cache_read is True
 
 
 def test_stop_strings_need_text() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 
 def make_runner(**sizes: int) -> Any:
-    from pjengine.config import RunnerConfig
+    from pjengine.compile_cache import open_compile_cache
+    from pjengine.config import RunnerConfig, compile_cache_folder
     from pjengine.models.registry import build_model
     from pjengine.models.shapes import SHAPES
     from pjengine.runner import Runner
@@ -22,7 +23,8 @@ def make_runner(**sizes: int) -> Any:
         "max_num_seqs": 4, "max_num_batched_tokens": 64,
     }  # fmt: skip
     config = RunnerConfig(**{**defaults, **sizes})
-    return Runner(model, params, config, replicated(make_mesh(jax.devices()[:1])))
+    cache = open_compile_cache(compile_cache_folder(None))
+    return Runner(model, params, config, replicated(make_mesh(jax.devices()[:1])), cache)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_at_most_24_programs_at_the_largest_default_sizes() -> None:
 
 def test_a_compilation_after_warm_up_is_counted() -> None:
     runner = make_runner(max_num_seqs=1, max_num_batched_tokens=16)
-    runner.warm_up()
+    runner.wait_until_warm()
     assert len(runner.programs) == len(runner.layouts()) == 2
     assert runner.recompiles_after_warmup == 0
     runner.program(dataclasses.replace(runner.layouts()[0], num_tokens=2))

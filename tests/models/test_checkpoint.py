@@ -19,7 +19,7 @@ def write_raw(path: Path, header: Any, body: bytes = b"") -> Path:
     return path
 
 
-def entry(begin: int, end: int, shape: list[Any], dtype: str = "F32") -> dict[str, Any]:
+def entry(begin: int, end: int, shape: list[Any], dtype: Any = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
@@ -141,6 +141,11 @@ def test_truncated_safetensors_are_an_error_wherever_they_end(tmp_path: Path) ->
         ({"a": entry(0, 4, [1], "F4")}, ValueError, "dtype must be one of .* got 'F4'"),
         ({"a": {"dtype": "F32"}}, ValueError, "wanted dtype, shape and data_offsets"),
         ({"a": 3}, ValueError, "wanted dtype, shape and data_offsets"),
+        ({"a": entry(0, 4, [1], ["F32"])}, ValueError, r"dtype must be one of .* got \['F32'\]"),
+        ({"a": entry(0, 4, [1], {})}, ValueError, "dtype must be one of"),
+        ({"a": {"dtype": "F32", "shape": [1] * 9999}}, ValueError, r"shape and data_offsets, got .{1,200}$"),
+        (b"[" * 100_000, ValueError, "wanted JSON"),
+        (b'{"a":' * 100_000, ValueError, "wanted JSON"),
         ([], ValueError, "wanted a JSON object"),
         (b'{"a": 1, "a": 2}', ValueError, "occurs twice"),
         (b"\xff\xfe", ValueError, "wanted JSON"),

@@ -1,6 +1,7 @@
 """ModelConfig.from_hf and the RoPE frequencies, against what transformers writes and computes."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,3 +242,76 @@ def test_named_shapes_have_the_size_that_their_names_say() -> None:
     assert num_params("llama2-13b") == pytest.approx(13.016e9, rel=1e-3)
     # 125M and an output layer that is not tied.
     assert num_params("opt-125m-llama") == pytest.approx(162e6, rel=1e-2)
+
+
+@pytest.mark.parametrize("config", [[], "abc", None, 3], ids=repr)
+def test_config_of_another_kind_is_refused(config: Any) -> None:
+    from pjengine.models.config import ModelConfig
+
+    with pytest.raises(ValueError, match=r"config\.json must hold a JSON object, got"):
+        ModelConfig.from_hf(config)
+
+
+@pytest.mark.parametrize("value", ["abc", [], [1], {"a": 1}, True, 1.5, float("nan"), 10**400], ids=repr)
+@pytest.mark.parametrize(
+    "key",
+    """architectures attention_bias dtype torch_dtype eos_token_id head_dim hidden_act hidden_size
+    intermediate_size max_position_embeddings max_sequence_length mlp_bias num_attention_heads
+    num_hidden_layers num_key_value_heads original_max_position_embeddings rms_norm_eps rope_scaling
+    rope_theta rope_parameters tie_word_embeddings vocab_size""".split(),
+)
+def test_value_of_another_type_never_escapes_as_another_error(key: str, value: Any) -> None:
+    from pjengine.models.config import ModelConfig
+
+    config = {**golden.load("gqa").config_v4, key: value}
+    try:
+        assert isinstance(
+            ModelConfig.from_hf(config), ModelConfig
+        )  # some are right, such as a bool for a flag
+    except (ValueError, NotImplementedError) as error:
+        named = "scaling" if key.startswith("rope_") else "dtype" if "dtype" in key else key
+        assert named in str(error) or key in str(error)
+        assert len(str(error)) < 500
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rope_scaling": "abc"}, "rope_scaling as a JSON object, got 'abc'"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps as a finite number >= 0, got 'x'"),
+        ({"attention_bias": 1}, "attention_bias as true or false, got 1"),
+        ({"eos_token_id": ["</s>"]}, r"eos_token_id as a token id or a list of them, got \['</s>'\]"),
+        ({"hidden_act": []}, r"hidden_act as a text, got \[\]"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures as a list of texts, got 'LlamaForCausalLM'"),
+        ({"architectures": [{}]}, "architectures as a list of texts"),
+        ({"rope_scaling": {"type": [], "factor": 2.0}}, r"rope scaling .* type as a text, got \[\]"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor as a finite number, got '2'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}}, "truncate as true or false"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0}}, "beta_fast must be > 0, got 0"),
+    ],
+    ids=str,
+)
+def test_value_of_another_type_is_named_with_what_is_wanted(fields: dict[str, Any], message: str) -> None:
+    from pjengine.models.config import ModelConfig
+
+    config = {key: value for key, value in golden.load("gqa").config_v4.items() if key != "rope_parameters"}
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf({**config, **fields})
+
+
+def test_null_is_the_default() -> None:
+    from pjengine.models.config import ModelConfig
+
+    assert ModelConfig.from_hf(changed(rms_norm_eps=None, hidden_act=None)).rms_norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff", b"[" * 10**5, b"1" * 5000], ids=lambda text: text[:2])
+def test_file_that_is_no_json_object_is_named(tmp_path: Path, text: bytes) -> None:
+    from pjengine.models.json_values import read_json_object
+
+    path = tmp_path / "config.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=r"config\.json: wanted (JSON|a JSON object), got"):
+        read_json_object(path)
+    path.write_text('{"a": 1}')
+    assert read_json_object(path) == {"a": 1}

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import resource
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,3 +239,138 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises((OSError, ValueError), match=r"w\.bin"):
             read_torch_file(path)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Ends with a MemoryError, not with a machine brought down, what takes memory without bounds."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"\x80\x02}r" + (2**27).to_bytes(4, "little") + b".",
+        b"\x80\x02}q\xff.",
+        b"}p999999999\n.",
+        b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"}.",
+        b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"ab.",
+        b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"ab.",
+        b"\x80\x04\x8d" + (2**62).to_bytes(8, "little") + b"ab.",
+        b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b"ab.",
+    ],
+    ids=["LONG_BINPUT", "BINPUT", "PUT", "FRAME", "BINBYTES8", "BYTEARRAY8", "BINUNICODE8", "LONG4"],
+)
+def test_pickle_that_claims_more_than_it_holds_is_refused_unread(
+    tmp_path: Path, state: bytes, is_zip: bool
+) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    path = tmp_path / "bomb.bin"
+    if is_zip:
+        write_zip(path, state)
+    else:
+        path.write_bytes(state)
+    with pytest.raises((OSError, ValueError), match=r"bomb\.bin: .*(more memory|not a whole)") as caught:
+        read_torch_file(path)
+    assert len(str(caught.value)) < 500 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RecursionError("too deep"), ValueError("bad"), KeyError("k" * 9999)], ids=repr
+)
+def test_pickle_that_fails_is_a_value_error_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from pjengine.models import unpickler
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(unpickler._Unpickler, "load", fail)
+    with pytest.raises(ValueError, match=r"w\.bin: wanted tensors only, got a pickle that does") as caught:
+        unpickler.read_torch_file(write_zip(tmp_path / "w.bin", b"\x80\x02}."))
+    assert type(error).__name__ in str(caught.value) and len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def nested(levels: int, *, is_shared: bool) -> bytes:
+    """Opcodes of tuples within tuples; shared ones double the size of the repr at each level."""
+    return b")" + (b"2\x86" if is_shared else b"\x85") * levels
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("value", [nested(200, is_shared=True), nested(100_000, is_shared=False)])
+@pytest.mark.parametrize("place", ["pid", "key", "size", "state"])
+def test_errors_stay_short_whatever_they_show(tmp_path: Path, value: bytes, place: str) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    class Raw(NamedTuple):
+        opcodes: bytes
+
+    whole = assemble({"w": tensor(size="PLACE") if place == "size" else tensor(key="PLACE")})
+    state = {
+        "pid": b"}" + assemble("w") + value + b"Qs",
+        "key": whole.replace(assemble("PLACE"), value),
+        "size": whole.replace(assemble("PLACE"), value),
+        "state": b"}" + assemble("w") + value + b"s",
+    }[place]
+    path = write_zip(tmp_path / "w.bin", b"\x80\x02" + state + b".", bytes(16))
+    with pytest.raises(ValueError, match=r"w\.bin") as caught:
+        read_torch_file(path)
+    assert len(str(caught.value)) < 1000 + len(str(path))
+
+
+@pytest.mark.parametrize("name", ["archive/byteorder", "archive/version", "archive/data.pkl"])
+def test_no_entry_is_read_before_all_are_known_to_be_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    path = tmp_path / "w.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry in ("archive/data.pkl", "archive/version", "archive/byteorder"):
+            is_bomb = entry == name
+            archive.writestr(
+                entry,
+                bytes(10**7) if is_bomb else b"\x80\x02}.",
+                zipfile.ZIP_DEFLATED if is_bomb else zipfile.ZIP_STORED,
+            )
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("an entry was read"))
+    with pytest.raises(ValueError, match=rf"w\.bin: '{name}' must be stored uncompressed"):
+        read_torch_file(path)
+
+
+@pytest.mark.parametrize(
+    "order, error, message",
+    [
+        (b"big", NotImplementedError, "must be little, got b'big'"),
+        (b"middle", ValueError, "little or big, got b'middle'"),
+        (b"", ValueError, "little or big, got b''"),
+        (bytes(10**6), ValueError, "little or big, got 1000000 bytes"),
+    ],
+)
+def test_byte_order_is_little(tmp_path: Path, order: bytes, error: type[Exception], message: str) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    path = write_zip(tmp_path / "w.bin", b"\x80\x02}.")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/byteorder", order)
+    with pytest.raises(error, match=message) as caught:
+        read_torch_file(path)
+    assert len(str(caught.value)) < 500 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"size": (1,) * 65, "stride": (0,) * 65}, {"size": (0, 2**62), "stride": (2**62, 1)}]
+)
+def test_shape_beyond_numpy_is_refused_by_name(tmp_path: Path, fields: dict[str, Any]) -> None:
+    from pjengine.models.unpickler import read_torch_file
+
+    with pytest.raises(ValueError, match=r"w\.bin: 'w'"):
+        read_torch_file(write_tensor(tmp_path / "w.bin", **fields))

@@ -1,0 +1,154 @@
+"""From what a caller asks for to requests that can be queued: encoded, checked, resolved. Nothing is run."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from pjengine.edits import NO_EDITS, Edits
+from pjengine.generation import Completion, Generation
+from pjengine.models.config import ModelConfig
+from pjengine.prompts import EncodedPrompt, Prompt, encode_prompt
+from pjengine.request import Request
+from pjengine.resolution import Resolver, default_params
+from pjengine.sampling_params import SamplingParams
+from pjengine.token_logprobs import DecodeToken, OutputLogprobs, PromptLogprobs
+from pjengine.tokenizer import IncrementalDetokenizer, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """All that is known about a model and its engine before a request comes."""
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
+    max_model_len: int
+    max_logprobs: int
+    generation_config: Mapping[str, Any]  # of the model; empty: neutral defaults
+    draw_seed: Callable[[], int]  # for requests that bring none
+
+    @cached_property
+    def default_params(self) -> SamplingParams:
+        return default_params(self.generation_config)
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Those of config.json, and those of generation_config.json."""
+        more = self.generation_config.get("eos_token_id")
+        more_ids: Iterable[int] = [more] if isinstance(more, int) else more or ()
+        return frozenset(self.model_config.eos_token_ids).union(more_ids)
+
+    @cached_property
+    def _resolver(self) -> Resolver:
+        return Resolver(
+            tokenizer=self.tokenizer,
+            vocab_size=self.model_config.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            max_logprobs=self.max_logprobs,
+        )
+
+    @cached_property
+    def _decode_token(self) -> DecodeToken | None:
+        """One token as it reads in the middle of a text."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return None
+        anchor, anchor_text = tokenizer.anchor
+        before = [] if anchor is None else [anchor]
+
+        @lru_cache(maxsize=1 << 17)
+        def decode(token: int) -> str:
+            return tokenizer.decode([*before, token], skip_special_tokens=False)[len(anchor_text) :]
+
+        return decode
+
+    def generation(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
+    ) -> Generation:
+        """A prompt and its continuations, ready to be queued.
+
+        Raises:
+          ValueError: the prompt is empty, too long or out of the vocabulary, or the parameters do not
+            suit the model or the engine.
+        """
+        if (params.truncate_prompt_tokens or 0) > self.max_model_len:
+            raise ValueError(
+                f"truncate_prompt_tokens={params.truncate_prompt_tokens} is more than "
+                f"max_model_len={self.max_model_len}"
+            )
+        edits = self._resolver.edits(params)
+        encoded = encode_prompt(
+            prompt,
+            self.tokenizer,
+            vocab_size=self.model_config.vocab_size,
+            max_tokens=self.max_model_len - 1,
+            keep_last=params.truncate_prompt_tokens,
+        )
+        seed = self.draw_seed() if params.seed is None or params.seed < 0 else params.seed
+        first = self._request(request_id, encoded, params, edits, seed, priority)
+        generation = Generation([self._completion(first)], self._prompt_logprobs(first))
+        if generation.prompt_logprobs is not None:  # one continuation is enough for them
+            edits = dataclasses.replace(edits, num_prompt_logprobs=None)
+            edits = NO_EDITS if edits == NO_EDITS else edits
+        for i in range(1, params.n):
+            other = self._request(f"{i}_{request_id}", encoded, params, edits, seed + i, priority)
+            other.is_cache_read = not params.skip_reading_prefix_cache
+            generation.completions.append(self._completion(other, i))
+        return generation
+
+    def _request(
+        self,
+        request_id: str,
+        encoded: EncodedPrompt,
+        params: SamplingParams,
+        edits: Edits,
+        seed: int,
+        priority: int,
+    ) -> Request:
+        num_prompt = len(encoded.token_ids)
+        limit = self.max_model_len
+        if params.max_tokens is not None:
+            limit = min(limit, num_prompt + params.max_tokens)
+        return Request(
+            request_id=request_id,
+            prompt=encoded.text,
+            prompt_token_ids=encoded.token_ids,
+            params=params,
+            max_total_tokens=limit,
+            eos_token_ids=self.eos_token_ids,
+            seed=seed,
+            priority=priority,
+            edits=edits,
+            salt=f"{encoded.cache_salt}/{self.model_config.rope.excess(num_prompt)}",
+            is_cache_read=params.is_cache_read,
+        )
+
+    def _completion(self, request: Request, index: int = 0) -> Completion:
+        params, edits = request.params, request.edits
+        detokenizer = logprobs = None
+        if params.detokenize and self.tokenizer is not None:
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                prompt_ids=request.prompt_token_ids[-16:],  # enough to tell whether the text starts here
+            )
+        if edits.num_logprobs is not None:
+            decode = self._decode_token if params.detokenize else None
+            logprobs = OutputLogprobs(edits, params.flat_logprobs, decode)
+        return Completion(request, detokenizer, index, logprobs)
+
+    def _prompt_logprobs(self, request: Request) -> PromptLogprobs | None:
+        params = request.params
+        if params.prompt_logprobs is None:
+            return None
+        decode = self._decode_token if params.detokenize else None
+        return PromptLogprobs(request.prompt_token_ids, params.prompt_logprobs, params.flat_logprobs, decode)
+
+
+def seed_source(seed: int) -> Callable[[], int]:
+    """Seeds for requests without one; the same for the same `seed`, in order of arrival."""
+    generator = np.random.default_rng(seed)
+    return lambda: int(generator.integers(2**63))

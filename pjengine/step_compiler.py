@@ -1,0 +1,110 @@
+"""How the step of one layout is compiled: shapes in, an executable out."""
+
+import logging
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.stages import Compiled, Lowered
+from jax.tree_util import PyTreeDef
+
+from pjengine.batching import Layout, Rows
+from pjengine.compile_cache import CompileCache, environment, fingerprint
+from pjengine.config import RunnerConfig
+from pjengine.logprobs import Logprobs
+from pjengine.models.llama import Llama, Params
+from pjengine.models.state import KVCache
+from pjengine.step import StepOutput, step
+
+logger = logging.getLogger(__name__)
+
+COMPILER_OPTIONS = {
+    "gpu": {
+        # XLA's own Triton products take the slice of the stacked weights into each kernel, so every layer
+        # is compiled and autotuned anew: 30 s a program of 32 layers, where cuBLAS needs 5 and is as fast.
+        "xla_gpu_enable_triton_gemm": False,
+        # It counts the donated cache twice, finds no room, and warns at every program.
+        "xla_disable_hlo_passes": "rematerialization",
+    }
+}
+
+
+class StepCompiler:
+    """Makes the compiled step of a layout, from the cache or from the source. Holds shapes, no arrays.
+
+    It may be called in several threads. JAX's context managers do not reach these; `jax.config` does.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        config: RunnerConfig,
+        state: tuple[Params, KVCache, Rows],
+        sharding: NamedSharding,
+        cache: CompileCache | None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.state = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
+        self.sharding = sharding
+        self.cache = cache
+        self.devices = list(sharding.mesh.devices.flat)
+        self.options = COMPILER_OPTIONS.get(self.devices[0].platform, {})
+
+    def load(self, layout: Layout) -> Compiled | None:
+        """The step for `layout` as an earlier run compiled it."""
+        if self.cache is None:
+            return None
+        return self.cache.load(self._key(layout), *self._trees(layout), self.devices)
+
+    def lower(self, layout: Layout) -> Lowered:
+        """The step for `layout`, traced and lowered; donates cache and rows."""
+        run = partial(step, **self._settings(layout))
+        jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=self.sharding)
+        return jitted.lower(*self._arguments(layout))
+
+    def compile(self, layout: Layout, lowered: Lowered) -> Compiled:
+        """The step for `layout`, which later runs load."""
+        start, options = time.perf_counter(), dict(self.options)
+        if self.cache is not None and self.devices[0].platform == "gpu":
+            options["xla_gpu_per_fusion_autotune_cache_dir"] = str(self.cache.autotune_folder)
+        program = lowered.compile(options or None)
+        logger.info("compiled %s seconds=%.1f", layout, time.perf_counter() - start)
+        if self.cache is not None:
+            self.cache.store(self._key(layout), program, *self._trees(layout))
+        return program
+
+    def _arguments(self, layout: Layout) -> tuple[Any, ...]:
+        return *self.state, jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=self.sharding)
+
+    def _settings(self, layout: Layout) -> dict[str, Any]:
+        """What `step` is bound to."""
+        return {
+            "model": self.model,
+            "layout": layout,
+            "num_pages": self.config.num_pages,
+            "backend": self.config.kernel_backend,
+        }
+
+    def _key(self, layout: Layout) -> str:
+        """What the cache knows the program by: all that `lower` and `compile` go by."""
+        leaves = jax.tree.leaves_with_path(self._arguments(layout))
+        shapes = [(str(path), leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in leaves]
+        return fingerprint(*environment(self.devices, self.options), self._settings(layout), shapes)
+
+    def _trees(self, layout: Layout) -> tuple[PyTreeDef, PyTreeDef]:
+        """Of the arguments and of the results."""
+        _, cache, rows = self.state
+        leaf: Any = 0  # the trees hold no leaves
+        logprobs, edits = Logprobs(*[leaf] * len(Logprobs._fields)), layout.edits
+        output = StepOutput(
+            tokens=leaf,
+            logprobs=None if edits.num_top is None else logprobs,
+            prompt_logprobs=None if edits.num_prompt_top is None else logprobs,
+        )
+        return jax.tree.structure((self._arguments(layout), {})), jax.tree.structure((cache, rows, output))
