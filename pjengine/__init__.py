@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from pjengine.outputs import CompletionOutput as CompletionOutput
     from pjengine.outputs import RequestMetrics as RequestMetrics
     from pjengine.outputs import RequestOutput as RequestOutput
+    from pjengine.sampling_params import RequestOutputKind as RequestOutputKind
     from pjengine.sampling_params import SamplingParams as SamplingParams
+    from pjengine.token_logprobs import FlatLogprobs as FlatLogprobs
+    from pjengine.token_logprobs import Logprob as Logprob
 
 # Loaded when first used, so that `import pjengine` and the command line's --help are quick.
 _HOMES = {
@@ -28,7 +31,10 @@ _HOMES = {
     "CompletionOutput": "pjengine.outputs",
     "RequestMetrics": "pjengine.outputs",
     "RequestOutput": "pjengine.outputs",
+    "RequestOutputKind": "pjengine.sampling_params",
     "SamplingParams": "pjengine.sampling_params",
+    "FlatLogprobs": "pjengine.token_logprobs",
+    "Logprob": "pjengine.token_logprobs",
 }
 __all__ = [
     "LLM",
@@ -38,9 +44,12 @@ __all__ = [
     "EngineConfig",
     "EngineDeadError",
     "EngineGenerateError",
+    "FlatLogprobs",
     "LLMEngine",
+    "Logprob",
     "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
 ]
 

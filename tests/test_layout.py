@@ -18,6 +18,9 @@ ALLOWED: dict[str, set[str]] = {
     "serving": {"pjengine"},
 }
 HOST_ONLY = (
+    "edits.py",
+    "resolution.py",
+    "token_logprobs.py",
     "sampling_params.py",
     "outputs.py",
     "request.py",

@@ -238,3 +238,22 @@ def test_unseeded_requests_follow_the_engine_s_seed(gqa_folder: Path) -> None:
     assert first == run(0)
     assert first != run(1)
     assert first[0] != first[1]
+
+
+def test_nan_logits_end_their_own_request_and_no_other(gqa_folder: Path) -> None:
+    from pjengine import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    clean = [[1, 2, 3], [4, 5, 6, 7], [8] * 20]
+    with open_llm(gqa_folder) as llm:
+        wanted = [output.outputs[0].token_ids for output in llm.generate(clean, params, use_tqdm=False)]
+        used = {token for tokens in [*wanted, *clean] for token in tokens}
+        poison = next(token for token in range(llm.engine.model_config.vocab_size) if token not in used)
+        embed = llm.params["embed"]
+        llm.params["embed"] = embed.at[poison].set(np.nan)
+        for _ in range(2):
+            first, broken, *rest = llm.generate(
+                [clean[0], [9, poison, 10], *clean[1:]], params, use_tqdm=False
+            )
+            assert broken.outputs[0].finish_reason == "error" and broken.outputs[0].token_ids == []
+            assert [output.outputs[0].token_ids for output in (first, *rest)] == wanted
