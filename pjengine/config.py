@@ -116,7 +116,7 @@ class RunnerConfig:
 
 
 # vLLM's name -> ours.
-RENAMED = {"block_size": "page_size", "max_seq_len": "max_model_len", "load_in": "load_format"}
+RENAMED = {"block_size": "page_size"}
 
 
 def known_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:

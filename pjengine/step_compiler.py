@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 COMPILER_OPTIONS = {
     "gpu": {
         # XLA's own Triton products take the slice of the stacked weights into each kernel, so every layer
-        # is compiled and autotuned anew: 30 s a program of 32 layers, where cuBLAS needs 5 and is as fast.
+        # is compiled and autotuned anew: 30 s a program of 32 layers. With cuBLAS, 21 of them take 27 s.
         "xla_gpu_enable_triton_gemm": False,
         # It counts the donated cache twice, finds no room, and warns at every program.
         "xla_disable_hlo_passes": "rematerialization",
