@@ -1,4 +1,4 @@
-"""What every architecture is made of: linear products, norms, rotary positions."""
+"""What every architecture is made of: linear products, norms, tables of rotary positions."""
 
 import jax
 import jax.numpy as jnp
@@ -67,18 +67,6 @@ def rotary_table(
         inv_freq = jnp.asarray(table, jnp.float32).reshape((1,) * positions.ndim + table.shape)
     angle = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angle) * np.float32(amplitude), jnp.sin(angle) * np.float32(amplitude)
-
-
-def rotate(
-    x: Float[Array, "*t h d"], cos: Float[Array, "*t r"], sin: Float[Array, "*t r"]
-) -> Float[Array, "*t h d"]:
-    """Rotates the first 2r of d dimensions, dimension i paired with i + r (GPT-NeoX order)."""
-    half = cos.shape[-1]
-    wide = x[..., : 2 * half].astype(jnp.float32)
-    first, second = wide[..., :half], wide[..., half:]
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
 def swiglu(gate_up: Float[Array, "*t 2 i"]) -> Float[Array, "*t i"]:

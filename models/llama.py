@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pjengine.models.attention import Attend, dense_attend
+from pjengine.models.attention import Attend, PagedAttend, Rotary, dense_attend
 from pjengine.models.config import ModelConfig
-from pjengine.models.layers import linear, rms_norm, rotary_table, rotate, swiglu, unembed
+from pjengine.models.fused_decode import fused_layers, is_fused
+from pjengine.models.layers import linear, rms_norm, rotary_table, swiglu, unembed
 from pjengine.models.loader import Leaf, Source, WeightTable
 from pjengine.models.state import KVCache
 
@@ -33,7 +34,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "*t e"],
-        rotary: tuple[Float[Array, "*t r"], Float[Array, "*t r"]],
+        rotary: Rotary,
         cache: KVCache | None,
         attend: Attend,
         layer: int,
@@ -46,9 +47,7 @@ class Block(nn.Module):
         # One product for q, k and v, grouped by KV head: [..., kv_heads, group + 2, head_dim].
         qkv_shape = (c.num_kv_heads, group + 2, c.head_dim)
         qkv = linear(h, self.weight("qkv", c.hidden_size, *qkv_shape), self.bias("qkv_bias", *qkv_shape))
-        q = rotate(qkv[..., :group, :].reshape(*lead, c.num_heads, c.head_dim), *rotary)
-        k = rotate(qkv[..., group, :], *rotary)
-        out, cache = attend(q, k, qkv[..., group + 1, :], cache, layer)
+        out, cache = attend(qkv, rotary, cache, layer)
         out = out.reshape(*lead, c.num_kv_heads, group, c.head_dim)
         out_weight = self.weight("out", c.num_kv_heads, group, c.head_dim, c.hidden_size)
         x = x + linear(out, out_weight, self.bias("out_bias", c.hidden_size), contract=3)
@@ -113,6 +112,8 @@ class Llama:
         """
         x = params["embed"][tokens]
         rotary = self.rotary(positions, rope_lens)
+        if isinstance(attend, PagedAttend) and cache is not None and is_fused(self.config, x, attend):
+            return fused_layers(params, self.config, x, rotary, cache, attend)
         block = Block(self.config, self.dtype)
         for layer in range(self.config.num_layers):
             weights = jax.tree.map(lambda stacked, layer=layer: stacked[layer], params["layers"])
@@ -133,9 +134,7 @@ class Llama:
         hidden, _ = self.forward(params, tokens, positions, rope_lens, None, self.dense_attend)
         return self.logits(params, hidden)
 
-    def rotary(
-        self, positions: Int[Array, "*t"], rope_lens: Int[Array, "*t"]
-    ) -> tuple[Float[Array, "*t r"], Float[Array, "*t r"]]:
+    def rotary(self, positions: Int[Array, "*t"], rope_lens: Int[Array, "*t"]) -> Rotary:
         return rotary_table(self.config.rope, positions, rope_lens)
 
     @property

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pjengine.pallas_kernels.dispatch import check_hopper
+from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, check_mosaic_can, ragged_mosaic
 from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
 from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
@@ -36,6 +38,7 @@ DECODE_CASES: Sequence[tuple[int, int]] = (
 PREFILL_CASES: Mapping[str, tuple[list[int], list[int]]] = {
     "prefill 2048": ([2048], [2048]),
     "prefill 8192": ([8192], [8192]),
+    "prefill 32 of 512": ([512] * 32, [512] * 32),
     "chunk of 2048 after 6144": ([2048], [8192]),
     "mixed: 1920 after 0, 128 decodes at 1024": ([1920] + [1] * 128, [1920] + [1024] * 128),
 }
@@ -118,6 +121,19 @@ def prefill_tiles(chosen: PrefillTiles, *, is_tuning: bool) -> Iterator[PrefillT
             yield PrefillTiles(block_m=block_m, block_kv=block_kv, num_warps=block_m // 16, num_stages=stages)
 
 
+def mosaic_tiles(q: Array, cache: Cache, *, is_tuning: bool) -> Iterator[MosaicTiles]:
+    """None where the kernel cannot run."""
+    try:
+        check_hopper()
+        check_mosaic_can(q, cache.k_pages, cache.v_pages)
+    except NotImplementedError:
+        return
+    yield MosaicTiles()
+    if is_tuning:
+        for block_kv, stages in ((64, 2), (64, 3), (64, 4)):
+            yield MosaicTiles(block_kv=block_kv, num_stages=stages)
+
+
 def bench_decode(name: str, batch: int, context: int, *, is_tuning: bool, interpret: bool) -> None:
     heads = SHAPES[name]
     cache = Cache.make(heads, [context] * batch, num_calls=2 if interpret else CALLS)
@@ -154,16 +170,20 @@ def bench_prefill(
     )
     pairs = sum(q * kv - q * (q - 1) // 2 for q, kv in zip(q_lens, kv_lens, strict=True))
     tflop = 4 * pairs * heads.num_heads * heads.head_dim / 1e12
+    row = {"op": "prefill", "shape": name, "case": case}
+    for mosaic in mosaic_tiles(q, cache, is_tuning=is_tuning):
+        attend = functools.partial(ragged_mosaic, scale=0.1, tiles=mosaic)
+        measure = functools.partial(time_calls, attend, cache, q, cu_q_lens)
+        report({**row, "backend": "mosaic"}, mosaic, measure, unit="tflop_per_s", amount=tflop)
     for tiles in prefill_tiles(chosen, is_tuning=is_tuning):
         attend = functools.partial(ragged_triton, scale=0.1, tiles=tiles, interpret=interpret)
-        row = {"op": "prefill", "shape": name, "case": case}
         measure = functools.partial(time_calls, attend, cache, q, cu_q_lens)
-        report(row, tiles, measure, unit="tflop_per_s", amount=tflop)
+        report({**row, "backend": "triton"}, tiles, measure, unit="tflop_per_s", amount=tflop)
 
 
 def report(
     case: Mapping[str, object],
-    tiles: DecodeTiles | PrefillTiles,
+    tiles: DecodeTiles | PrefillTiles | MosaicTiles,
     measure: Callable[[], float],
     *,
     unit: str,

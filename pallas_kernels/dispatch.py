@@ -1,16 +1,21 @@
-"""Which backend runs an op: the Pallas kernel on a GPU, the jnp reference on any platform.
+"""Which backend runs an op: a Pallas kernel on a GPU, the jnp reference on any platform.
 
-`triton` (Pallas, Triton lowering) is tried first on a GPU, then `reference`; elsewhere only `reference`.
-`triton_interpret` runs the same kernel in Pallas's interpreter, for tests; nothing chooses it by itself.
+On a GPU `mosaic` (Pallas, Mosaic GPU lowering: Hopper only) is tried first where an op has it, then `triton`
+(Pallas, Triton lowering), then `reference`; elsewhere only `reference`. `triton_interpret` and
+`mosaic_interpret` run the same kernels in Pallas's interpreters, for tests; nothing chooses them by itself.
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 
 import jax
 
+# Those that every op has, and that an engine can be told to use. `mosaic` is one op's own.
 BACKENDS = ("triton", "reference", "triton_interpret")
-_TRIED = {"gpu": ("triton", "reference")}  # per platform, best first; any other platform: `reference`
+_TRIED = {"gpu": ("mosaic", "triton", "reference")}  # best first; any other platform: `reference`
+
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # names of devices of compute capability 9.0
 
 _logger = logging.getLogger(__name__)
 _chosen: dict[str, str] = {}
@@ -34,9 +39,30 @@ def check_backend(name: str | None) -> None:
       ValueError: the name is unknown, or of another platform.
     """
     here = platform()
-    available = ("triton_interpret", *_TRIED.get(here, ("reference",)))
+    tried = _TRIED.get(here, ("reference",))
+    available = ("triton_interpret", *(tried_name for tried_name in tried if tried_name in BACKENDS))
     if name is not None and name not in available:
         raise ValueError(f"kernel backend {name!r} cannot run on {here}; available: {', '.join(available)}")
+
+
+def check_hopper() -> None:
+    """Refuses GPUs other than Hopper; as in `platform`, a mesh that names its device decides.
+
+    Raises:
+      NotImplementedError: the GPU's compute capability is not 9.0, or its CUDA miscompiles causal masks (as
+        JAX's own attention kernel for Hopper says of 12.8.0 to 12.9.0).
+    """
+    named = jax.sharding.get_abstract_mesh().abstract_device
+    if named is not None and named.platform is not None:
+        kind, is_hopper = named.device_kind, _HOPPER.search(named.device_kind) is not None
+    else:
+        device = jax.devices()[0]
+        kind, is_hopper = device.device_kind, getattr(device, "compute_capability", None) == "9.0"
+        cuda = re.search(r"cuda (\d+)", device.client.platform_version)
+        if cuda is not None and 12080 <= int(cuda[1]) < 12091:
+            raise NotImplementedError(f"mosaic: CUDA {cuda[1]} miscompiles masks: wanted 13, or below 12080")
+    if not is_hopper:
+        raise NotImplementedError(f"mosaic: device {kind}: wanted a Hopper GPU (compute capability 9.0)")
 
 
 def chosen_backends() -> dict[str, str]:
@@ -65,6 +91,8 @@ def dispatch[Out](op: str, implementations: Mapping[str, Callable[[], Out]], bac
     here = platform()
     refusals: list[NotImplementedError] = []
     for name in _TRIED.get(here, ("reference",)):
+        if name not in implementations:
+            continue
         try:
             result = implementations[name]()
         except NotImplementedError as error:

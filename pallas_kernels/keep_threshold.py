@@ -14,7 +14,8 @@ from pjengine.pallas_kernels.dispatch import dispatch
 
 LOWEST = -3.4028235e38  # float32's own; below every finite logit, and above -inf
 SIGN = 0x7FFFFFFF
-BLOCK = 4096  # logits that a program holds at a time
+LOG2_E = 1.4426950408889634
+BLOCK = (4, 1024)  # logits that a program holds at a time; the first axis is summed within a thread
 
 
 def keep_threshold(
@@ -82,7 +83,7 @@ def reference(
     return lax.cond(jnp.any(wanted), search, lambda wanted: jnp.full(wanted.shape, -jnp.inf), wanted)
 
 
-def bisect(low: Any, high: Any, reaches: Any, num_steps: Any = 32) -> Any:
+def bisect(low: Any, high: Any, reaches: Any) -> Any:
     """The largest float in [low, high] that `reaches`, which holds at `low` and falls off upwards.
 
     Halves the interval in the order of the floats' bits, so 32 steps leave a single float.
@@ -90,12 +91,16 @@ def bisect(low: Any, high: Any, reaches: Any, num_steps: Any = 32) -> Any:
 
     def step(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
         low, high = bounds
-        middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
+        middle = _middle(low, high)
         is_reached = reaches(_to_float(middle))
         return jnp.where(is_reached, middle, low), jnp.where(is_reached, high, middle - 1)
 
-    low, _ = lax.fori_loop(0, num_steps, step, (_to_order(low), _to_order(high)))
+    low, _ = lax.fori_loop(0, 32, step, (_to_order(low), _to_order(high)))
     return _to_float(low)
+
+
+def _middle(low: Any, high: Any) -> Any:
+    return (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
 
 
 def _to_order(x: Any) -> Any:
@@ -151,34 +156,100 @@ def _threshold_kernel(
     # The lowering takes a stored float constant for an integer: make it a value that depends on data.
     out_ref[row] = heat - jnp.inf
 
-    def scan(update: Any, start: Any) -> Any:
-        """Folds the row, a block at a time, into BLOCK lanes."""
-
-        def body(i: Any, carry: Any) -> Any:
-            at = i * BLOCK + jnp.arange(BLOCK)
-            x = plt.load(logits_ref.at[row, at], mask=at < vocab_size, other=-jnp.inf)
-            return update(x, carry)
-
-        return lax.fori_loop(0, pl.cdiv(vocab_size, BLOCK), body, jnp.full((BLOCK,), start, jnp.float32))
-
     @pl.when(wanted)
     def _() -> None:
-        best = jnp.max(scan(jnp.maximum, -jnp.inf))
+        best, least = _scan(logits_ref, row, vocab_size, _extremes, (-jnp.inf, jnp.inf), (jnp.max, jnp.min))
+        scale = LOG2_E / heat
 
-        def count(threshold: Any) -> Any:
-            return jnp.sum(scan(lambda x, n: n + jnp.where(x >= threshold, 1.0, 0.0), 0.0))
+        def counts(x: Any, probes: list[Any]) -> list[Any]:
+            return [jnp.where(x >= probe, 1.0, 0.0) for probe in probes]
 
-        def mass(threshold: Any) -> Any:
-            return jnp.sum(
-                scan(lambda x, n: n + jnp.where(x >= threshold, jnp.exp((x - best) / heat), 0.0), 0.0)
-            )
+        def masses(x: Any, probes: list[Any]) -> list[Any]:
+            mass = jnp.exp2((x - best) * scale)
+            return [jnp.where(x >= probe, mass, 0.0) for probe in probes]
+
+        def totals(terms: Any, probes: list[Any]) -> list[Any]:
+            def add(x: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+                return tuple(n + jnp.sum(term, axis=0) for n, term in zip(sums, terms(x, probes), strict=True))
+
+            length = len(terms(jnp.zeros(()), probes))
+            return _scan(logits_ref, row, vocab_size, add, (0.0,) * length, (jnp.sum,) * length)
+
+        def reach_k(probes: list[Any]) -> tuple[list[Any], list[Any]]:
+            num_kept = totals(counts, probes)
+            return [count >= top_k.astype(jnp.float32) for count in num_kept], num_kept
 
         keep = jnp.maximum(best + heat * jnp.log(min_p), LOWEST)
-        # No steps where a filter is off: `low` comes back as it went in.
-        num_steps = 32 * (top_k < vocab_size).astype(jnp.int32)
-        low = jnp.where(top_k < vocab_size, jnp.float32(LOWEST), keep)
-        keep = jnp.maximum(
-            keep, bisect(low, best, lambda t: count(t) >= top_k.astype(jnp.float32), num_steps)
-        )
-        target = top_p * mass(keep)
-        out_ref[row] = bisect(keep, best, lambda t: mass(t) >= target, 32 * (top_p < 1).astype(jnp.int32))
+        start = jnp.where(top_k < vocab_size, jnp.maximum(least, LOWEST), best)
+        keep = jnp.maximum(keep, jnp.where(top_k < vocab_size, _narrow(start, best, reach_k), keep))
+
+        @pl.when(top_p >= 1)
+        def _() -> None:
+            out_ref[row] = keep
+
+        @pl.when(top_p < 1)
+        def _() -> None:
+            (whole,) = totals(masses, [keep])
+
+            def reach_p(probes: list[Any]) -> tuple[list[Any], list[Any]]:
+                both = totals(lambda x, probes: masses(x, probes) + counts(x, probes), probes)
+                return [mass >= top_p * whole for mass in both[: len(probes)]], both[len(probes) :]
+
+            out_ref[row] = _narrow(jnp.maximum(keep, least), best, reach_p)
+
+
+def _scan(logits_ref: Any, row: Any, vocab_size: int, update: Any, start: Any, reduce: Any) -> list[Any]:
+    """Folds a row, a block at a time, into the lanes of a block's last axis, then reduces these."""
+    height, width = BLOCK
+
+    def body(i: Any, carry: Any) -> Any:
+        at = i * (height * width) + jnp.arange(height)[:, None] * width + jnp.arange(width)[None, :]
+        x = plt.load(logits_ref.at[row, at], mask=at < vocab_size, other=-jnp.inf)
+        return update(x, carry)
+
+    lanes = tuple(jnp.full((width,), value, jnp.float32) for value in start)
+    lanes = lax.fori_loop(0, pl.cdiv(vocab_size, height * width), body, lanes)
+    return [fold(lane) for fold, lane in zip(reduce, lanes, strict=True)]
+
+
+def _extremes(x: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The largest logit, and the smallest that is not masked."""
+    best, least = carry
+    is_finite = x >= LOWEST
+    return (
+        jnp.maximum(best, jnp.max(x, axis=0)),
+        jnp.minimum(least, jnp.min(jnp.where(is_finite, x, jnp.inf), axis=0)),
+    )
+
+
+def _narrow(start: Any, best: Any, reach: Any) -> Any:
+    """A float in [start, best] that keeps as few logits as one that reaches does; `start` does.
+
+    `reach` says of several floats whether they reach, and how many logits each keeps. Each round has three
+    that quarter the interval in the order of the floats' bits, which ends in 16 rounds whatever the logits
+    are, and four that cut it evenly, which leaves few logits in it after few rounds.
+    """
+
+    def is_open(state: tuple[Any, ...]) -> Any:
+        low, high, num_low, num_high = state
+        return (_middle(low, high) < high) & (num_low - num_high > 1)
+
+    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        low, high, num_low, num_high = state
+        middle = _middle(low, high)
+        inner = [_middle(low, middle), middle, _middle(middle, high)]
+        bottom, top = _to_float(low), _to_float(high)
+        inner += [_to_order(bottom * (1 - i / 5) + top * (i / 5)) for i in range(1, 5)]
+        inner = [jnp.minimum(jnp.maximum(probe, low + 1), high - 1) for probe in inner]
+        is_reached, num_kept = reach([_to_float(probe) for probe in inner])
+        for probe, is_low, count in zip(inner, is_reached, num_kept, strict=True):
+            low = jnp.where(is_low, jnp.maximum(low, probe), low)
+            high = jnp.where(is_low, high, jnp.minimum(high, probe))
+            num_low = jnp.where(is_low, jnp.minimum(num_low, count), num_low)
+            num_high = jnp.where(is_low, num_high, jnp.maximum(num_high, count))
+        return low, high, num_low, num_high
+
+    beyond = _to_order(best) + 1
+    state = (_to_order(start), beyond, best * 0 + jnp.inf, best * 0)
+    low, *_ = lax.while_loop(is_open, step, state)
+    return _to_float(low)

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import dispatch
+from pjengine.pallas_kernels.mosaic_prefill import ragged_mosaic
 from pjengine.pallas_kernels.paged_attention import (
     LOWEST,
     attend_blocks,
@@ -56,6 +58,10 @@ def ragged_paged_attention(
             "triton": functools.partial(ragged_triton, *args, scale=scale),
             "reference": functools.partial(reference, *args, scale=scale),
             "triton_interpret": functools.partial(ragged_triton, *args, scale=scale, interpret=True),
+            "mosaic": functools.partial(ragged_mosaic, *args, scale=scale),
+            "mosaic_interpret": functools.partial(
+                ragged_mosaic, *args, scale=scale, interpret=plgpu.InterpretGPUParams()
+            ),
         },
         backend,
     )

@@ -117,6 +117,14 @@ class AsyncLLM:
         """
         self._thread.abort(request_id)
 
+    async def reset_prefix_cache(self) -> None:
+        """Forgets the pages that requests could share, as after a change of the weights.
+
+        Raises:
+          EngineDeadError: the engine is closed, or has failed for good.
+        """
+        await asyncio.wrap_future(self._thread.call(self.engine.reset_prefix_cache))
+
     @property
     def is_running(self) -> bool:
         """Whether requests are taken."""
@@ -202,8 +210,9 @@ class _EngineThread:
         self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: the end
         self.is_closed = False
         self.failure: BaseException | None = None  # what ended the thread before its time
-        self._lock = threading.Lock()  # of `is_closed` and `_open`
+        self._lock = threading.Lock()  # of `is_closed`, `_open` and `_calls`
         self._open: dict[str, _Stream] = {}  # whose consumer still waits
+        self._calls: list[Future[None]] = []  # that somebody waits for
         self._live: dict[str, _Stream] = {}  # whose request the engine has; of the engine's thread alone
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="pjengine-tokenize")
         self._thread = threading.Thread(target=self._run, name="pjengine-engine", daemon=True)
@@ -240,6 +249,25 @@ class _EngineThread:
             stream = self._open.get(request_id)
         if stream is not None:
             self._request_abort(stream)
+
+    def call(self, function: Callable[[], None]) -> Future[None]:
+        """Has the engine's thread call a function between two steps."""
+        done: Future[None] = Future()
+
+        def call() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                function()
+                done.set_result(None)
+            except Exception as error:  # of the caller
+                done.set_exception(error)
+
+        with self._lock:
+            self.check()
+            self._calls = [call for call in self._calls if not call.done()] + [done]
+            self.inbox.put(call)
+        return done
 
     def _request_abort(self, stream: _Stream) -> None:
         stream.is_aborted = True
@@ -278,7 +306,11 @@ class _EngineThread:
         with self._lock:
             self.is_closed = True
             left = list(self._open.values())
+            calls = [call for call in self._calls if not call.done()]
         try:
+            for call in calls:
+                if call.set_running_or_notify_cancel():
+                    call.set_exception(self._dead_error())
             for stream in left:
                 self._give_up(stream)
             self.engine.close()

@@ -55,6 +55,7 @@ class Layout:
     page_size: int
     is_decode: bool
     edits: EditSizes = NO_SIZES
+    depth: int = 1  # tokens computed of each sequence, one after the other; more than one in decodes alone
 
     @property
     def num_seqs(self) -> int:
@@ -64,12 +65,18 @@ class Layout:
     def max_page_updates(self) -> int:
         return self.parts["page_updates"][1]
 
+    def covers(self, other: "Layout") -> bool:
+        """Whether a step that `other` was chosen for may run as this one."""
+        is_alike = (self.is_decode, self.depth) == (other.is_decode, other.depth)
+        return is_alike and self.num_tokens >= other.num_tokens and self.edits.covers(other.edits)
+
     @cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
         seqs = (self.num_seqs,)
         edits = self.edits.parts(self.num_seqs, self.num_tokens) if self.edits != NO_SIZES else {}
         if self.is_decode:
-            return {"rows": seqs, "page_updates": (3, self.num_seqs), **edits}
+            lengths = {"lengths": seqs} if self.depth > 1 else {}
+            return {"rows": seqs, **lengths, "page_updates": (3, self.num_seqs), **edits}
         return {
             **edits,
             "tokens": (self.num_tokens,),
@@ -106,8 +113,7 @@ class Layout:
 
 def page_updates(schedule: Schedule) -> Int[np.ndarray, "3 updates"]:
     """The entries of the page table that a schedule changes: row, column, page."""
-    updates = [(chunk.row, column, page) for chunk in schedule.chunks for column, page in chunk.new_pages]
-    return np.array(updates, np.int32).reshape(-1, 3).T
+    return np.array(schedule.new_pages, np.int32).reshape(-1, 3).T
 
 
 def pack(
@@ -115,43 +121,50 @@ def pack(
 ) -> Int[np.ndarray, " size"]:
     """Writes a schedule and its page updates, as many as the layout holds at most, into a fresh vector."""
     blob, parts = layout.empty()
-    chunks = schedule.chunks
-    parts["rows"][: len(chunks)] = [chunk.row for chunk in chunks]
+    decodes, num_decodes = schedule.decodes, len(schedule.decodes.requests)
+    parts["rows"][:num_decodes] = decodes.rows
     parts["page_updates"][:, : updates.shape[1]] = updates
+    if layout.depth > 1:
+        parts["lengths"][:num_decodes] = decodes.lengths
     if layout.edits != NO_SIZES:
-        wishes = [(chunk.request.edits, chunk.num_outputs) for chunk in chunks]
-        pack_edits(parts, wishes, layout.num_seqs)
-    if layout.is_decode:
-        return blob
+        pack_edits(parts, schedule.edits, layout.num_seqs)
+    if not layout.is_decode:
+        _pack_chunks(parts, schedule, layout, vocab_size)
+    return blob
 
-    lengths = [chunk.length for chunk in chunks]
+
+def _pack_chunks(parts: dict[str, np.ndarray], schedule: Schedule, layout: Layout, vocab_size: int) -> None:
+    """Writes what a mixed step has beyond one of decodes alone."""
+    decodes, chunks = schedule.decodes, schedule.chunks
+    first, end = len(decodes.requests), schedule.num_seqs
+    parts["rows"][first:end] = parts["sampled_rows"][first:end] = [chunk.row for chunk in chunks]
+    parts["starts"][:first] = decodes.starts
+    parts["starts"][first:end] = [chunk.start for chunk in chunks]
     cu_q_lens = parts["cu_q_lens"]
-    cu_q_lens[0] = 0
-    np.cumsum(lengths, out=cu_q_lens[1 : len(chunks) + 1])
-    cu_q_lens[len(chunks) + 1 :] = cu_q_lens[len(chunks)]
-    parts["starts"][: len(chunks)] = [chunk.start for chunk in chunks]
+    cu_q_lens[: first + 1] = np.arange(first + 1)
+    np.cumsum([first, *(chunk.length for chunk in chunks)], out=cu_q_lens[first : end + 1])
+    cu_q_lens[end + 1 :] = cu_q_lens[end]
     tokens = parts["tokens"]
-    tokens[:] = 0
-    for chunk, start in zip(chunks, cu_q_lens, strict=False):
-        tokens[start : start + chunk.length] = (
-            FROM_DEVICE
-            if chunk.is_decode
-            else chunk.request.known_tokens(chunk.start, chunk.start + chunk.length)
+    tokens[:first] = FROM_DEVICE
+    tokens[first:] = 0
+    for chunk, start in zip(chunks, cu_q_lens[first:end], strict=True):
+        tokens[start : start + chunk.length] = chunk.request.known_tokens(
+            chunk.start, chunk.start + chunk.length
         )
     if layout.edits.num_prompt_top is not None:
-        _pack_targets(parts["targets"], chunks, cu_q_lens)
-    sampled = [chunk.row if chunk.is_sampled else layout.num_rows for chunk in chunks]
-    parts["sampled_rows"][: len(chunks)] = sampled
+        _pack_targets(parts["targets"], chunks, cu_q_lens[first:end])
+    parts["sampled_rows"][:first] = decodes.rows
+    unsampled = [seq for seq, chunk in enumerate(chunks, first) if not chunk.is_sampled]
+    parts["sampled_rows"][unsampled] = layout.num_rows
     admitted = [_row_record(chunk, vocab_size) for chunk in chunks if chunk.is_admitted]
     if admitted:
         parts["admitted"][:, : len(admitted)] = np.stack(admitted, axis=1)
-    return blob
 
 
 def _pack_targets(targets: np.ndarray, chunks: list[Chunk], starts: np.ndarray) -> None:
     """For each token of a prompt, the one that follows it; 0 where nothing is asked."""
     targets[:] = 0
-    for chunk, start in zip(chunks, starts, strict=False):
+    for chunk, start in zip(chunks, starts, strict=True):
         if chunk.request.edits.num_prompt_logprobs is not None:
             following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
             targets[start : start + len(following)] = following
@@ -185,9 +198,15 @@ def update_page_table(rows: Rows, updates: Int[Array, "3 updates"]) -> Rows:
     return rows._replace(page_table=rows.page_table.at[row, column].set(page, mode="drop"))
 
 
-def unpack(rows: Rows, parts: dict[str, Array], layout: Layout) -> Batch:
-    """The tokens of the step, from the vector and the rows. On the device."""
-    row = parts["rows"]
+def live_rows(parts: dict[str, Array], layout: Layout, index: int | Array) -> Int[Array, " seqs"]:
+    """The rows of the step that compute a token for the `index`-th time; out of range: the others."""
+    if layout.depth == 1:
+        return parts["rows"]
+    return jnp.where(index < parts["lengths"], parts["rows"], layout.num_rows)
+
+
+def unpack(rows: Rows, row: Int[Array, " seqs"], parts: dict[str, Array], layout: Layout) -> Batch:
+    """The tokens to compute now, from the vector and the rows; `row` as `live_rows`. On the device."""
     is_real = row < layout.num_rows
     page_table = rows.page_table.at[row].get(mode="fill", fill_value=0)
     if layout.is_decode:

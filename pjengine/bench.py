@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from pjengine.config import EngineConfig
 from pjengine.sampling_params import SamplingParams
 
 FIRST_TOKEN_ID = 10  # below are the special tokens of most vocabularies
@@ -117,9 +118,17 @@ def throughput(
 
 
 def latency(
-    llm: Any, batch_size: int, *, prompt_len: int = 512, output_len: int = 128, repeats: int = 3
-) -> dict[str, float | int]:
-    """Greedy decoding of one batch: TPOT = (T(all tokens) - T(1 token)) / (tokens - 1), T being medians.
+    llm: Any,
+    batch_size: int,
+    *,
+    prompt_len: int = 512,
+    output_len: int = 128,
+    repeats: int = 3,
+    sampling: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Decoding of one batch: TPOT = (T(all tokens) - T(1 token)) / (tokens - 1), T being medians.
+
+    `sampling` are fields of SamplingParams; without, it is greedy.
 
     Raises:
       ValueError: the batch does not run at once, or its requests are longer than `max_model_len`.
@@ -130,7 +139,7 @@ def latency(
 
     def run(length: int) -> float:
         start = time.perf_counter()
-        llm.generate(prompts, _fixed_length(length, 0.0), use_tqdm=False)
+        llm.generate(prompts, _fixed_length(length, **(sampling or {})), use_tqdm=False)
         return time.perf_counter() - start
 
     run(output_len)  # the first pass touches fresh pages and programs
@@ -141,6 +150,7 @@ def latency(
     range_s = max(whole) - min(whole) + max(first) - min(first)
     return {
         "batch_size": batch_size,
+        "sampling": dict(sampling or {}),
         "prompt_len": prompt_len,
         "output_len": output_len,
         "repeats": repeats,
@@ -220,8 +230,62 @@ def start_once(begun: float, settings: Mapping[str, Any], cache_dir: str) -> dic
         }
 
 
-def _fixed_length(length: int, temperature: float) -> SamplingParams:
-    return SamplingParams(max_tokens=length, temperature=temperature, ignore_eos=True, detokenize=False)
+def host_share(num_running: int, *, num_steps: int = 128, repeats: int = 3) -> dict[str, float | int]:
+    """What the host does in a step of `num_running` decodes, on a device that answers at once.
+
+    Everything that `LLMEngine.advance` does is in it, up to the call of the compiled step.
+
+    Raises:
+      ValueError: the requests would not run through all steps.
+    """
+    import jax.numpy as jnp
+
+    from pjengine.engine import LLMEngine
+    from pjengine.step import StepOutput
+
+    config = EngineConfig(
+        model="tiny", load_format="dummy", skip_tokenizer_init=True, warm_up=False, decode_steps=1,
+        max_num_seqs=num_running, max_num_batched_tokens=max(8192, num_running), kv_cache_memory_bytes=2**30,
+    )  # fmt: skip
+    engine = LLMEngine(config)
+    programs: dict[Any, Any] = engine.runner.programs
+    for layout in engine.runner.layouts():
+        answer = StepOutput(jnp.full((layout.depth, layout.num_seqs), FIRST_TOKEN_ID, jnp.int32))
+        programs[layout] = lambda params, cache, rows, blob, answer=answer: (
+            cache,
+            rows,
+            answer,
+        )
+    lens = random.Random(0).choices(range(16, 64), k=num_running)  # so that pages fill at different steps
+    output_len = engine.max_model_len - max(lens)
+    if repeats * num_steps + 2 > output_len:
+        raise ValueError(f"repeats * num_steps must be at most {output_len - 2}, got {repeats * num_steps}")
+    for prompt in random_tokens(engine.model_config.vocab_size, lens, seed=0):
+        engine.add_request(prompt, _fixed_length(output_len))
+    while engine.scheduler.waiting or engine.scheduler.rows.prefilling():
+        engine.advance()
+    engine.advance()  # reads the last of the prompts
+    times = []
+    for _ in range(repeats * num_steps):
+        start = time.perf_counter()
+        engine.advance()
+        times.append(1e3 * (time.perf_counter() - start))
+    engine.close()
+    medians = [statistics.median(times[i::repeats]) for i in range(repeats)]
+    return {
+        "num_running": num_running,
+        "num_steps": len(times),
+        "median_ms": statistics.median(times),
+        "median_spread_ms": max(medians) - min(medians),
+        "mean_ms": statistics.mean(times),
+        "p99_ms": statistics.quantiles(times, n=100)[-1],
+    }
+
+
+def _fixed_length(length: int, temperature: float = 0.0, **sampling: Any) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=length, temperature=temperature, ignore_eos=True, detokenize=False, **sampling
+    )
 
 
 def environment() -> dict[str, str | int]:

@@ -42,6 +42,7 @@ class EngineConfig:
     max_model_len: int | str | None = None
     max_num_seqs: int | None = None  # requests that run at once
     max_num_batched_tokens: int | None = None  # tokens computed in one step
+    decode_steps: int | None = None  # tokens a request gets from one launch, when none has a prompt to read
     page_size: int = 16  # tokens per page
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
@@ -71,6 +72,7 @@ class EngineConfig:
             "max_model_len": 2,
             "max_num_seqs": 1,
             "max_num_batched_tokens": 1,
+            "decode_steps": 1,
         }
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -78,6 +80,10 @@ class EngineConfig:
                 raise ValueError(
                     f"{name} must be a whole number of at least {lowest}, or None, got {value!r}"
                 )
+        if self.decode_steps is not None and self.decode_steps > self.page_size:
+            raise ValueError(
+                f"decode_steps must be at most page_size={self.page_size}, got {self.decode_steps}"
+            )
         if self.tokenizer_revision is not None and self.tokenizer is None:
             raise ValueError(
                 f"tokenizer_revision={self.tokenizer_revision!r} is of the tokenizer that `tokenizer` names, "
@@ -98,6 +104,7 @@ class RunnerConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    decode_steps: int = 1
     kernel_backend: str | None = None
 
     @property

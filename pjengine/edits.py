@@ -4,7 +4,7 @@ A step whose requests ask for nothing of this runs a program that knows nothing 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 
@@ -45,6 +45,13 @@ class EditSizes:
     num_top: int | None = None  # logprobs; None: none
     num_asked: int = 0
     num_prompt_top: int | None = None
+
+    def covers(self, other: "EditSizes") -> bool:
+        """Whether there is room for all that `other` has room for."""
+        return all(
+            theirs is None or (mine is not None and mine >= theirs)
+            for mine, theirs in zip(astuple(self), astuple(other), strict=True)
+        )
 
     def parts(self, num_seqs: int, num_tokens: int) -> dict[str, tuple[int, ...]]:
         """Shapes of what travels in the step's vector."""
@@ -87,16 +94,16 @@ def _room(count: int) -> int:
     return 0 if count == 0 else 1 << (count - 1).bit_length()
 
 
-def pack_edits(parts: dict[str, np.ndarray], seqs: Sequence[tuple[Edits, int]], num_seqs: int) -> None:
-    """Writes the edits of each sequence, with the number of its outputs so far, into the vector's parts."""
+def pack_edits(
+    parts: dict[str, np.ndarray], all_edits: Sequence[tuple[int, Edits, int]], num_seqs: int
+) -> None:
+    """Writes edits into the vector's parts, each with its sequence and the number of outputs so far."""
     bias: list[tuple[int, int, float]] = []
     allowed: list[tuple[int, int]] = []
     words: list[tuple[int, tuple[int, ...]]] = []
     penalties = np.tile(np.array([[1.0], [0.0], [0.0]], np.float32), (1, parts["penalties"].shape[1]))
     parts["asked"][:] = 0
-    for seq, (edits, num_outputs) in enumerate(seqs):
-        if edits is NO_EDITS:
-            continue
+    for seq, edits, num_outputs in all_edits:
         bias += [(seq, token, value) for token, value in edits.bias.items()]
         if num_outputs < edits.min_tokens:
             bias += [(seq, token, -np.inf) for token in edits.stops]

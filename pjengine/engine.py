@@ -3,6 +3,10 @@
 import logging
 import threading
 import time
+from itertools import compress
+
+import numpy as np
+from jaxtyping import Bool, Int
 
 from pjengine.compile_cache import open_compile_cache
 from pjengine.config import EngineConfig, compile_cache_folder
@@ -12,10 +16,10 @@ from pjengine.outputs import RequestOutput
 from pjengine.page_pool import PagePool
 from pjengine.preparation import Preparation, seed_source
 from pjengine.prompts import Prompt
-from pjengine.request import new_request_id
+from pjengine.request import Request, new_request_id
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
-from pjengine.scheduler import Chunk, Scheduler
+from pjengine.scheduler import Decodes, Schedule, Scheduler
 from pjengine.token_logprobs import LogprobArrays, to_host
 
 logger = logging.getLogger(__name__)
@@ -67,6 +71,8 @@ class LLMEngine:
             sizes.max_num_seqs,
             sizes.max_num_batched_tokens,
             is_caching=self.config.enable_prefix_caching,
+            decode_steps=sizes.decode_steps,
+            can_edit=self.runner.can_edit,
         )
 
     def add_request(
@@ -154,8 +160,10 @@ class LLMEngine:
     def _advance(self) -> list[Generation]:
         try:
             schedule = self.scheduler.schedule()
-            launched = self.runner.launch(schedule) if schedule.chunks else None
+            launched = self.runner.launch(schedule) if schedule.num_seqs else None
             self._in_flight, ended = launched, self._in_flight
+            if launched is ended is None:
+                self.runner.wait_for_programs()
             return self._take_results(ended) if ended is not None else []
         except BaseException as error:
             if isinstance(error, Exception):  # not Ctrl-C
@@ -164,29 +172,59 @@ class LLMEngine:
             raise
 
     def _take_results(self, ended: Launched) -> list[Generation]:
-        grown: dict[Generation, None] = {}
-        finished: list[Completion] = []
-        output, chunks = ended.read(), ended.schedule.chunks
-        tokens, now = output.tokens.tolist(), time.perf_counter()
+        schedule, output, now = ended.schedule, ended.read(), time.perf_counter()
+        sampled = np.asarray(output.tokens)
         arrays = None if output.logprobs is None else to_host(output.logprobs)
         if output.prompt_logprobs is not None:
-            self._take_prompt_logprobs(chunks, to_host(output.prompt_logprobs))
-        for row, (chunk, token) in enumerate(zip(chunks, tokens, strict=False)):  # the rest is padding
-            request = chunk.request
-            if not chunk.is_sampled or chunk.epoch != request.epoch or request.is_finished:
-                continue  # the middle of a prompt, preempted since, or ended by the token before
-            request.num_pending -= 1
-            completion, generation = self._completions[request.request_id]
-            completion.push(token, now, arrays, row)
-            grown[generation] = None
-            if request.is_finished:
-                finished.append(completion)
-        self._drop(finished)
-        return list(grown)
+            self._take_prompt_logprobs(schedule, to_host(output.prompt_logprobs))
+        grown: list[Generation] = []
+        finished: list[Completion] = []
 
-    def _take_prompt_logprobs(self, chunks: list[Chunk], arrays: LogprobArrays) -> None:
-        first_row = 0
-        for chunk in chunks:
+        def look(request: Request, seq: int, length: int) -> None:
+            completion, generation = self._completions[request.request_id]
+            for token in sampled[:length, seq].tolist():
+                completion.push(token, now, arrays, seq)
+                if request.is_finished:
+                    finished.append(completion)
+                    break
+            grown.append(generation)
+
+        decodes, table = schedule.decodes, self.scheduler.rows
+        is_live = table.admissions[decodes.rows] == decodes.admissions  # not ended or preempted since
+        is_plain = is_live & ~self._needs_look(decodes, sampled)
+        plain = np.flatnonzero(is_plain)
+        completions, depth = self._completions, len(sampled)
+        for request, tokens in zip(
+            compress(decodes.requests, is_plain.tolist()), sampled[:, plain].T.tolist(), strict=True
+        ):
+            request.output_token_ids += tokens
+            metrics = request.metrics
+            metrics.last_token_s = now
+            metrics.num_generation_tokens += depth
+            grown.append(completions[request.request_id][1])
+        for seq in np.flatnonzero(is_live & ~is_plain).tolist():
+            look(decodes.requests[seq], seq, int(decodes.lengths[seq]))
+        for seq, chunk in enumerate(schedule.chunks, len(decodes.requests)):
+            if chunk.is_sampled and table.admissions[chunk.row] == chunk.admission:
+                look(chunk.request, seq, 1)
+        self._drop(finished)
+        return list(dict.fromkeys(grown))
+
+    def _needs_look(
+        self, decodes: Decodes, tokens: Int[np.ndarray, "depth seqs"]
+    ) -> Bool[np.ndarray, " decodes"]:
+        """Where a token may be the last, or is more than a token."""
+        rows, ends, table = decodes.rows, decodes.starts + decodes.lengths, self.scheduler.rows
+        own = tokens[:, : len(rows)]
+        is_marked = own < 0
+        for token in self._preparation.eos_token_ids:
+            is_marked |= own == token
+        is_short = decodes.lengths < len(tokens)
+        return table.is_watched[rows] | (ends >= table.limit[rows]) | is_short | is_marked.any(axis=0)
+
+    def _take_prompt_logprobs(self, schedule: Schedule, arrays: LogprobArrays) -> None:
+        first_row = len(schedule.decodes.requests)
+        for chunk in schedule.chunks:
             if chunk.request.edits.num_prompt_logprobs is not None and not chunk.request.is_finished:
                 _, generation = self._completions[chunk.request.request_id]
                 assert generation.prompt_logprobs is not None

@@ -17,14 +17,18 @@ NOT_A_NUMBER = "the model's logits are not a number (NaN): check its weights, an
 class Completion:
     """One continuation of a prompt, so far; its consumer takes what is new whenever it likes.
 
-    The consumer may be another thread than the engine's: each call sees whole tokens.
+    The consumer may be another thread than the engine's: each call sees whole tokens. The engine may also
+    append to the request's tokens itself, all but the last. Tokens become text when the consumer asks,
+    but for those in which stop strings are looked for.
     """
 
     request: Request
     detokenizer: IncrementalDetokenizer | None = None  # None: token ids only
     index: int = 0
     logprobs: OutputLogprobs | None = None  # None: not asked for
-    text: str = ""
+    _text: str = ""
+    _num_read: int = 0  # tokens that are in `_text`
+    _is_text_complete: bool = False
     _num_taken_chars: int = 0
     _num_taken_tokens: int = 0
     _is_end_taken: bool = False
@@ -45,7 +49,7 @@ class Completion:
         """
         with self._lock:
             if token < 0:
-                self._end("error", NOT_A_NUMBER)
+                self.request.finish("error", NOT_A_NUMBER)
                 return
             if self.logprobs is not None and arrays is not None:
                 self.logprobs.add(arrays, row, token)
@@ -54,44 +58,49 @@ class Completion:
     def _push(self, token: int, now: float | None) -> None:
         request = self.request
         request.append(token, now)
-        if self.detokenizer is None:
+        if request.params.stop_strings:
+            searched = len(self._text)
+            self._read_text(len(request.output_token_ids))
+            if len(request.output_token_ids) > request.params.min_tokens:
+                self._find_stop_string(searched)
+
+    def _read_text(self, num_tokens: int) -> None:
+        """Makes text of the first `num_tokens`; all of it once the request is finished."""
+        request = self.request
+        if self.detokenizer is None or self._is_text_complete:
             return
         # The text ends before the token that stopped it.
-        is_shown = request.finish_reason != "stop" or request.params.include_stop_str_in_output
-        searched = len(self.text)
-        self.text += self.detokenizer.push([token]) if is_shown else ""
+        if request.finish_reason == "stop" and not request.params.include_stop_str_in_output:
+            num_tokens -= 1
+        self._text += self.detokenizer.push(request.output_token_ids[self._num_read : num_tokens])
+        self._num_read = num_tokens
         if request.is_finished:
-            self.text += self.detokenizer.finish()
-        if request.params.stop_strings and len(request.output_token_ids) > request.params.min_tokens:
-            self._find_stop_string(searched)
+            self._text += self.detokenizer.finish()
+            self._is_text_complete = True
 
     def _find_stop_string(self, searched: int) -> None:
         """Cuts the text at the first stop string that ends after its first `searched` characters."""
         params = self.request.params
         found = [
-            (self.text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in params.stop_strings
+            (self._text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in params.stop_strings
         ]
         found = [(index, stop) for index, stop in found if index >= 0]
         if found:
             index, stop = min(found)
-            self.text = self.text[: index + len(stop) if params.include_stop_str_in_output else index]
+            self._text = self._text[: index + len(stop) if params.include_stop_str_in_output else index]
+            self._is_text_complete = True
             self.request.finish("stop", stop)
 
     def abort(self) -> None:
         """Ends it where it stands, if it has not ended by itself."""
         with self._lock:
             if not self.request.is_finished:
-                self._end("abort")
+                self.request.finish("abort")
 
-    def _end(self, reason: str, stop_reason: str | None = None) -> None:
-        self.request.finish(reason, stop_reason)
-        if self.detokenizer is not None:
-            self.text += self.detokenizer.finish()
-
-    @property
-    def _num_shown_chars(self) -> int:
-        """The text so far that no stop string can cut any more."""
-        return len(self.text) if self.request.is_finished else max(len(self.text) - self._hold_back, 0)
+    def _num_shown_chars(self, num_tokens: int) -> int:
+        """The text of the first `num_tokens` that no stop string can cut any more."""
+        self._read_text(num_tokens)
+        return len(self._text) if self.request.is_finished else max(len(self._text) - self._hold_back, 0)
 
     def take(self) -> tuple[str, list[int]]:
         """The text since the last call that may be shown, and the tokens it came with.
@@ -101,7 +110,8 @@ class Completion:
         with self._lock:
             is_finished = self.request.is_finished
             if self.detokenizer is not None and not is_finished:
-                if self._num_shown_chars == self._num_taken_chars:
+                num_tokens = len(self.request.output_token_ids)
+                if self._num_shown_chars(num_tokens) == self._num_taken_chars:
                     return "", []
             new = self._take()
             return new.text, new.token_ids
@@ -128,10 +138,12 @@ class Completion:
 
     def _output(self, first_char: int = 0, first_token: int = 0) -> CompletionOutput:
         request, logprobs = self.request, self.logprobs
+        num_tokens = len(request.output_token_ids)
+        num_chars = self._num_shown_chars(num_tokens)
         return CompletionOutput(
             index=self.index,
-            text=self.text[first_char : self._num_shown_chars],
-            token_ids=request.output_token_ids[first_token:],
+            text=self._text[first_char:num_chars],
+            token_ids=request.output_token_ids[first_token:num_tokens],
             cumulative_logprob=None if logprobs is None else logprobs.cumulative,
             logprobs=None if logprobs is None else logprobs.positions[first_token:],
             finish_reason=request.finish_reason,

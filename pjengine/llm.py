@@ -90,11 +90,11 @@ class LLM:
         bar = _progress_bar(use_tqdm, len(generations))
         try:
             self._submit(generations)
-            self._run(generations, bar)
+            outputs = self._run(generations, bar)
         finally:
             self._abort(generations)
             bar.close()
-        return [generation.output() for generation in generations]
+        return [outputs[generation] for generation in generations]
 
     def stream(
         self,
@@ -177,15 +177,17 @@ class LLM:
         for generation in generations:
             self.engine.submit(generation)
 
-    def _run(self, generations: list[Generation], bar: Any) -> None:
+    def _run(self, generations: list[Generation], bar: Any) -> dict[Generation, RequestOutput]:
+        """Runs until all have ended; makes each one's output as it ends, while the device computes."""
         num_prompt_tokens = num_output_tokens = 0
-        unfinished = generations
-        while unfinished:
-            self.engine.advance()
-            ended = [generation for generation in unfinished if generation.is_finished]
+        outputs: dict[Generation, RequestOutput] = {}
+        own = set(generations)
+        while len(outputs) < len(generations):
+            ended = [generation for generation in self.engine.advance() if generation.is_finished]
+            ended = [generation for generation in ended if generation in own]
             if not ended:
                 continue
-            unfinished = [generation for generation in unfinished if not generation.is_finished]
+            outputs |= {generation: generation.output() for generation in ended}
             num_prompt_tokens += sum(len(generation.request.prompt_token_ids) for generation in ended)
             num_output_tokens += sum(generation.num_output_tokens for generation in ended)
             elapsed = max(bar.format_dict["elapsed"], 1e-9)
@@ -195,6 +197,7 @@ class LLM:
                 refresh=False,
             )
             bar.update(len(ended))
+        return outputs
 
     def _chunks(self, generations: list[Generation]) -> Iterator[CompletionChunk]:
         open_ones = [

@@ -83,6 +83,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         num_pages=plan.num_pages,
         page_size=plan.page_size,
         max_model_len=plan.max_model_len,
+        decode_steps=config.decode_steps or 1,
         kernel_backend=config.kernel_backend,
         **sizes,
     )

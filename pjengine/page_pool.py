@@ -11,16 +11,16 @@ type PageHash = bytes
 
 
 def page_hashes(
-    token_ids: Sequence[int], page_size: int, salt: str, known: Sequence[PageHash] = ()
+    token_ids: Sequence[int], page_size: int, salt: str, before: PageHash | None = None
 ) -> list[PageHash]:
     """A name for the content of each full page: its own tokens and all before them, under `salt`.
 
     Two sequences share a name exactly where they agree up to the end of that page (SHA-256).
-    `known` are the names of the first pages, when they have been computed before.
+    `before` is the name of the page before `token_ids`; None: they begin the sequence.
     """
-    names = list(known)
-    name = names[-1] if names else hashlib.sha256(salt.encode()).digest()
-    for start in range(len(names) * page_size, len(token_ids) - page_size + 1, page_size):
+    name = hashlib.sha256(salt.encode()).digest() if before is None else before
+    names = []
+    for start in range(0, len(token_ids) - page_size + 1, page_size):
         name = hashlib.sha256(name + array("q", token_ids[start : start + page_size]).tobytes()).digest()
         names.append(name)
     return names

@@ -91,6 +91,13 @@ class Programs[L: Hashable, P]:
                 if self._tasks and not self._is_closed:
                     self._changed.wait()
 
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Returns once a stage of a program is done, or after `timeout_s`; raises as `raise_failure`."""
+        with self._changed:
+            self.raise_failure()
+            if self._tasks and not self._is_closed:
+                self._changed.wait(timeout_s)
+
     def raise_failure(self) -> None:
         """Raises what a thread met while it made a program, if that has not been raised yet."""
         with self._changed:

@@ -21,13 +21,8 @@ class RequestStatus(enum.Enum):
 class Request:
     """The host's state of one request.
 
-        prompt             output                pending
-        |------------------|---------------------|-------|
-        0                                num_known      num_tokens
-        |------ num_computed: their K and V are, or will be, in the pages -----|
-
-    Pending tokens are sampled by steps whose result the host has not read yet: only the device
-    knows them. `epoch` counts preemptions; a result of an older epoch is thrown away.
+    Its tokens are the prompt and what the host has read of the output; steps under way may have sampled
+    more. While it runs, the scheduler's `RowTable` counts how far it is.
     """
 
     request_id: str
@@ -43,10 +38,6 @@ class Request:
     stop_reason: int | str | None = None
     row: int = -1
     pages: list[int] = field(default_factory=list)
-    num_computed: int = 0
-    num_pending: int = 0
-    epoch: int = 0
-    is_decoding: bool = False  # the row on the device holds its last token
     priority: int = 0  # lower ones go first
     order: int = -1  # of arrival
     edits: Edits = NO_EDITS  # what is done to its logits
@@ -62,21 +53,14 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
-    def num_tokens(self) -> int:
-        return self.num_known + self.num_pending
-
-    @property
-    def num_to_compute(self) -> int:
-        return self.num_tokens - self.num_computed
-
-    @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
 
     @property
-    def is_at_limit(self) -> bool:
-        """The pending tokens complete it: nothing more to schedule."""
-        return self.num_tokens >= self.max_total_tokens
+    def is_watched(self) -> bool:
+        """Whether each of its tokens has to be looked at, not only EOS tokens and the last one."""
+        params = self.params
+        return bool(params.stop_strings or params.stop_ids or self.edits.num_logprobs is not None)
 
     @property
     def rank(self) -> tuple[int, int]:

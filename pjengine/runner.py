@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -23,7 +25,7 @@ from pjengine.batching import (
 )
 from pjengine.compile_cache import CompileCache
 from pjengine.config import RunnerConfig
-from pjengine.edits import NO_EDITS, sizes_of
+from pjengine.edits import NO_SIZES, Edits, EditSizes, sizes_of
 from pjengine.models.llama import Llama, Params
 from pjengine.models.state import KVCache, kv_shape
 from pjengine.programs import Programs
@@ -31,6 +33,7 @@ from pjengine.scheduler import Schedule
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
 
+PATIENCE = 32  # steps that run as larger ones before their own program is made
 EARLY_UPDATES = 1024  # page updates entered at once by the program that runs before a step
 
 
@@ -73,6 +76,8 @@ class Runner:
         self._is_warming = False
         self.recompiles_after_warmup = 0
         self.compile_s = 0.0  # that a caller waited for programs
+        self._asked: set[Layout] = set()
+        self._num_misses: Counter[Layout] = Counter()
 
     def _new_state(self) -> tuple[KVCache, Rows]:
         config, dtype = self.config, self.model.dtype
@@ -92,12 +97,11 @@ class Runner:
 
     def launch(self, schedule: Schedule) -> Launched:
         """Starts a step and returns at once; the tokens follow by themselves."""
-        layout = self.layout_for(schedule)
+        layout, program = self.program_for(self.layout_for(schedule))
         updates = page_updates(schedule)
         if updates.shape[1] > layout.max_page_updates:
             updates = self._update_early(updates, layout.max_page_updates)
         blob = pack(schedule, updates, layout, self.model.config.vocab_size)
-        program = self.program(layout)
         self.cache, self.rows, output = program(
             self.params, self.cache, self.rows, jax.device_put(blob, self.sharding)
         )
@@ -118,24 +122,22 @@ class Runner:
 
     def layout_for(self, schedule: Schedule) -> Layout:
         """The smallest program that holds the schedule."""
-        wanted = len(schedule.chunks) if schedule.is_decode else schedule.num_tokens
+        wanted = schedule.num_seqs if schedule.is_decode else schedule.num_tokens
         buckets = self.config.decode_buckets if schedule.is_decode else self.config.mixed_buckets
-        layout = self._layout(next(bucket for bucket in buckets if bucket >= wanted), schedule.is_decode)
-        edits = [chunk.request.edits for chunk in schedule.chunks if chunk.request.edits is not NO_EDITS]
-        if not edits:
-            return layout
-        sizes = sizes_of(edits, self.model.config.vocab_size)
-        if schedule.is_past_prompts:
-            sizes = dataclasses.replace(sizes, num_prompt_top=None)
-        return dataclasses.replace(layout, edits=sizes)
+        bucket = next(bucket for bucket in buckets if bucket >= wanted)
+        sizes = sizes_of([edits for _, edits, _ in schedule.edits], self.model.config.vocab_size)
+        if all(chunk.start >= len(chunk.request.prompt_token_ids) for chunk in schedule.chunks):
+            sizes = _past_prompts(sizes)
+        return self._layout(bucket, schedule.is_decode, sizes)
 
     def layouts(self) -> list[Layout]:
         """Every program that a schedule can need."""
         decode = [self._layout(bucket, True) for bucket in self.config.decode_buckets]
         return decode + [self._layout(bucket, False) for bucket in self.config.mixed_buckets]
 
-    def _layout(self, bucket: int, is_decode: bool) -> Layout:
-        return Layout(bucket, self.config.max_num_seqs, self.config.page_size, is_decode)
+    def _layout(self, bucket: int, is_decode: bool, edits: EditSizes = NO_SIZES) -> Layout:
+        depth = self.config.decode_steps if is_decode and edits == NO_SIZES else 1
+        return Layout(bucket, self.config.max_num_seqs, self.config.page_size, is_decode, edits, depth)
 
     def _by_need(self) -> list[Layout]:
         """Every program; first the one that a first prompt needs, then the one that continues it."""
@@ -155,16 +157,59 @@ class Runner:
         """Whether every program is ready."""
         return all(layout in self.programs for layout in self.layouts())
 
-    def program(self, layout: Layout) -> Compiled:
-        """The compiled step for `layout`; if it is not ready, it is made before all others.
+    def program_for(self, layout: Layout) -> tuple[Layout, Compiled]:
+        """The compiled step for `layout`, or while that is not ready, for one with more room.
 
+        Where there is none, waits for the program to be made, before all others.
         Raises what making any program in the background has raised since the last call.
         """
         self._programs.raise_failure()
         if layout not in self.programs:
-            self.recompiles_after_warmup += self._is_warming and layout not in self.layouts()
-            self._wait([layout])
-        return self.programs[layout]
+            if covers := [other for other in list(self.programs) if other.covers(layout)]:
+                self._num_misses[layout] += 1
+                if self._num_misses[layout] == PATIENCE:
+                    self._make([layout])
+                layout = min(covers, key=lambda other: (other.num_tokens, other.size))
+            else:
+                self._make([layout])
+                self._wait([layout])
+        return layout, self.programs[layout]
+
+    def can_edit(self, now: Sequence[Edits], soon: Sequence[Edits]) -> bool:
+        """Whether every step of requests with the edits `now` has a program.
+
+        If not, begins to make those for `soon`, which are more: every new union would be compiled otherwise.
+        """
+        ready = list(self.programs)
+        if all(any(program.covers(layout) for program in ready) for layout in self._largest(now)):
+            return True
+        if all(layout in self.programs for layout in self._asked):
+            self._make(self._largest(soon))
+        return False
+
+    def _largest(self, all_edits: Sequence[Edits]) -> list[Layout]:
+        """What any step of requests with these edits could run as."""
+        sizes = sizes_of(all_edits, self.model.config.vocab_size)
+        return [
+            self._layout(self.config.mixed_buckets[-1], False, sizes),
+            self._layout(self.config.decode_buckets[-1], True, _past_prompts(sizes)),
+        ]
+
+    def wait_for_programs(self) -> None:
+        """Returns once there is a new program, or after a moment.
+
+        Raises what making any program in the background has raised since the last call.
+        """
+        start = time.perf_counter()
+        self._programs.wait_for_change(timeout_s=0.05)
+        self.compile_s += time.perf_counter() - start
+
+    def _make(self, layouts: Sequence[Layout]) -> None:
+        """Begins to make programs, before all others."""
+        new = [layout for layout in layouts if layout not in self._asked]
+        self._asked.update(new)
+        self.recompiles_after_warmup += self._is_warming * len(set(new).difference(self.layouts()))
+        self._programs.start(layouts)
 
     def warm_up(self) -> None:
         """Begins to make every program; returns when a first short request finds what it needs."""
@@ -197,3 +242,8 @@ class Runner:
         for leaf in jax.tree.leaves(trees):
             if not leaf.is_deleted():
                 leaf.delete()
+
+
+def _past_prompts(sizes: EditSizes) -> EditSizes:
+    """Without what only prompts need."""
+    return dataclasses.replace(sizes, num_prompt_top=None)

@@ -1,62 +1,91 @@
-"""Which tokens run in the next step. Plain Python: it decides, the device computes.
+"""Which tokens run in the next step. Plain Python and numpy: it decides, the device computes.
 
-A step is either all decodes (one token of every running request) or mixed: the decodes first,
-then chunks of prompts up to `max_num_batched_tokens`, so that a long prompt never stalls the others.
+A step is either all decodes or mixed: one token of every row that decodes, then chunks of prompts up to
+`max_num_batched_tokens`. So a row that decodes gets on with every step, however many prompts wait, and
+waits at most as long as a step of that many tokens takes.
 """
 
 import heapq
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Int
+
+from pjengine.edits import NO_EDITS, Edits
 from pjengine.page_pool import PagePool, page_hashes
 from pjengine.request import Request, RequestStatus
+from pjengine.row_table import RowIndices, RowTable
 
 
 class Chunk(NamedTuple):
-    """Tokens start to start + length of one request, to be computed in one step."""
+    """Tokens start to start + length of one request, all known to the host, to be computed in one step."""
 
     request: Request
-    epoch: int  # the request's when scheduled
     row: int
+    admission: int
     start: int
     length: int
-    is_decode: bool  # its one token is known to the device only
     is_sampled: bool  # it reaches the end of the request's tokens, so the next one is sampled
     is_admitted: bool  # the row is new to the request: its parameters must be set
-    new_pages: tuple[tuple[int, int], ...]  # (column of the page table, page)
 
-    @property
-    def num_outputs(self) -> int:
-        """Outputs before the one that this chunk's last token leads to."""
-        return self.start + self.length - len(self.request.prompt_token_ids)
+
+class Decodes(NamedTuple):
+    """Rows whose next token is known to the device only, in order of rows."""
+
+    requests: list[Request]
+    rows: Int[np.ndarray, " decodes"]
+    admissions: Int[np.ndarray, " decodes"]
+    starts: Int[np.ndarray, " decodes"]  # position of the token to compute first
+    lengths: Int[np.ndarray, " decodes"]  # how many: each leads to the next
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The chunks of one step, decodes first."""
+    """One step: the decodes, then the chunks."""
 
+    decodes: Decodes
     chunks: list[Chunk]
+    new_pages: list[tuple[int, int, int]]  # row, column of the page table, page
+    has_edits: bool = False
     num_preempted: int = 0
 
     @property
-    def is_decode(self) -> bool:
-        return all(chunk.is_decode for chunk in self.chunks)
-
-    @property
-    def is_past_prompts(self) -> bool:
-        return all(chunk.start >= len(chunk.request.prompt_token_ids) for chunk in self.chunks)
+    def num_seqs(self) -> int:
+        return len(self.decodes.requests) + len(self.chunks)
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
+        return int(self.decodes.lengths.sum()) + sum(chunk.length for chunk in self.chunks)
+
+    @property
+    def is_decode(self) -> bool:
+        return not self.chunks
+
+    @property
+    def edits(self) -> list[tuple[int, Edits, int]]:
+        """Of sequences that have any: index in the step, edits, and how many outputs came before."""
+        if not self.has_edits:
+            return []
+        decodes = [
+            (seq, request.edits, int(self.decodes.starts[seq]) + 1 - len(request.prompt_token_ids))
+            for seq, request in enumerate(self.decodes.requests)
+            if request.edits is not NO_EDITS
+        ]
+        chunks = [
+            (seq, chunk.request.edits, chunk.start + chunk.length - len(chunk.request.prompt_token_ids))
+            for seq, chunk in enumerate(self.chunks, len(self.decodes.requests))
+            if chunk.request.edits is not NO_EDITS
+        ]
+        return decodes + chunks
 
 
 @dataclass
 class Scheduler:
-    """Owns the queues, the rows and the page pool.
+    """Owns the queue, the rows and the page pool.
 
     Invariants, recounted by `check_integrity`: a running request owns one row and exactly the pages
     that its computed tokens need; a waiting or finished one owns neither.
@@ -65,21 +94,28 @@ class Scheduler:
     pool: PagePool
     page_size: int
     max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_batched_tokens: int  # at least max_num_seqs
     is_caching: bool = True  # prefixes
-    running: list[Request] = field(default_factory=list)  # in order of admission
+    decode_steps: int = 1  # tokens of a row in one step of decodes alone; at most a page
+    # Whether there are programs for steps with all of the first; if not, they are made for the second.
+    can_edit: Callable[[list[Edits], list[Edits]], bool] = lambda now, soon: True
     num_cache_queries: int = 0  # tokens looked up in the prefix cache
     num_cache_hits: int = 0  # tokens found there
+    rows: RowTable = field(init=False)
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
-    _free_rows: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._free_rows = list(range(self.max_num_seqs))  # a heap: low rows first
+        self.rows = RowTable(self.max_num_seqs)
 
     @property
     def has_requests(self) -> bool:
-        return bool(self._waiting or self.running)
+        return bool(self._waiting) or self.rows.num_free < self.rows.num_rows
+
+    @property
+    def running(self) -> list[Request]:
+        """Those with a row, in order of admission."""
+        return self.rows.running()
 
     @property
     def waiting(self) -> list[Request]:
@@ -108,131 +144,178 @@ class Scheduler:
             )
 
     def schedule(self) -> Schedule:
-        """The next step's chunks; empty when nothing can run until a result is read."""
+        """The next step; without any sequences when nothing can run until a result is read."""
         chunks: list[Chunk] = []
-        budget = self.max_num_batched_tokens
-        num_preempted = 0
-        # Decodes first, then unfinished prompts, each in order of admission.
-        ready = [
-            request for request in self.running if request.num_to_compute > 0 and not request.is_at_limit
-        ]
-        for request in sorted(ready, key=lambda request: not request.is_decoding):
-            if request.status is not RequestStatus.RUNNING or budget == 0:
+        new_pages: list[tuple[int, int, int]] = []
+        num_preempted = self._make_room_for_decodes()
+        rows = self.rows.decoding()
+        self._grow(rows[self.rows.computed[rows] == self.rows.room[rows]], new_pages)
+        budget = self.max_num_batched_tokens - len(rows)
+        for row in self.rows.prefilling():
+            request = self.rows.requests[row]
+            if request is None or budget == 0:
                 continue  # preempted by one before it
-            length = min(request.num_to_compute, budget)
-            if self._shortfall(request, length) > 0:
-                num_preempted += self._make_room(request, length, chunks)
-            if request.status is RequestStatus.RUNNING:
-                chunks.append(self._take(request, length, is_admitted=False))
+            length = min(int(self.rows.prefill_end[row] - self.rows.computed[row]), budget)
+            num_preempted += self._make_room(request, length, chunks)
+            if request.row == row:
+                chunks.append(self._take(request, length, new_pages))
                 budget -= length
         if num_preempted == 0:
-            self._admit(chunks, budget)
-        return Schedule(chunks, num_preempted)
+            self._admit(chunks, budget, new_pages)
+        has_edits = bool(self.rows.has_edits[rows].any()) or any(
+            c.request.edits is not NO_EDITS for c in chunks
+        )
+        # Several tokens where the host has no part in them.
+        depth = 1 if chunks or has_edits else self.decode_steps
+        return Schedule(self._book(rows, depth, new_pages), chunks, new_pages, has_edits, num_preempted)
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+    def _book(self, rows: RowIndices, depth: int, new_pages: list[tuple[int, int, int]]) -> Decodes:
+        """Counts up to `depth` tokens of each row as computed; at least one, for which there is room."""
+        table = self.rows
+        starts = table.computed[rows]
+        lengths = np.minimum(depth, table.limit[rows] - starts)
+        if depth > 1:
+            short = rows[starts + lengths > table.room[rows]]
+            self._grow(short[: self.pool.num_free], new_pages)
+            lengths = np.minimum(lengths, table.room[rows] - starts)
+        table.computed[rows] += lengths
+        requests: Any = [table.requests[row] for row in rows.tolist()]
+        return Decodes(requests, rows, table.admissions[rows], starts, lengths)
+
+    def _grow(self, rows: RowIndices, new_pages: list[tuple[int, int, int]]) -> None:
+        """Gives each of these rows, whose pages are full, one more."""
+        for row in rows.tolist():
+            request = self.rows.owner(row)
+            self._add_pages(request, 1, new_pages)
+
+    def _add_pages(self, request: Request, count: int, new_pages: list[tuple[int, int, int]]) -> None:
+        held = len(request.pages)
+        request.pages += self.pool.allocate(count)
+        self.rows.room[request.row] += count * self.page_size
+        new_pages += [(request.row, column, request.pages[column]) for column in range(held, held + count)]
+
+    def _make_room_for_decodes(self) -> int:
+        """Preempts the highest ranks until every row that decodes has a page for its next token.
+
+        Spares those that are about to finish: their pages return by themselves.
+        """
+        num_preempted, table = 0, self.rows
+        while True:
+            rows = table.decoding()
+            if np.count_nonzero(table.computed[rows] == table.room[rows]) <= self.pool.num_free:
+                return num_preempted
+            candidates = [table.owner(row) for row in [*rows.tolist(), *table.prefilling()]]
+            self._preempt(max(candidates, key=lambda other: other.rank))
+            num_preempted += 1
+
+    def _admit(self, chunks: list[Chunk], budget: int, new_pages: list[tuple[int, int, int]]) -> None:
         """Starts waiting requests while there are rows, tokens, and pages for all they have to compute."""
         if not self._waiting:
             return
-        promised = sum(self._pages_for(other.num_tokens) - len(other.pages) for other in self.running)
-        while self._waiting and budget and self._free_rows:
+        promised = self.rows.promised(self.page_size)
+        held_back: list[tuple[tuple[int, int], Request]] = []
+        while self._waiting and budget and self.rows.num_free:
             _, request = self._waiting[0]
+            if request.edits is not NO_EDITS and (held_back or not self._can_run(request.edits)):
+                held_back.append(heapq.heappop(self._waiting))
+                continue
             found = self._find_cached(request)
-            promised += self._pages_for(request.num_tokens) - len(found)
+            promised += self._pages_for(request.num_known) - len(found)
             if promised + self.pool.num_cached(found) > self.pool.num_free:
-                return
+                break
             heapq.heappop(self._waiting)
-            self._start(request, found)
-            length = min(request.num_to_compute, budget)
-            chunks.append(self._take(request, length, is_admitted=True))
+            self._start(request, found, new_pages)
+            length = min(request.num_known - len(found) * self.page_size, budget)
+            chunks.append(self._take(request, length, new_pages, is_admitted=True))
             promised -= len(request.pages) - len(found)
             budget -= length
+        for entry in held_back:
+            heapq.heappush(self._waiting, entry)
+
+    def _can_run(self, edits: Edits) -> bool:
+        """Whether there are programs for these edits among those that run."""
+        rows = np.flatnonzero(self.rows.has_edits & (self.rows.admissions > 0))
+        running = [self.rows.owner(row).edits for row in rows.tolist()]
+        waiting = [request.edits for _, request in self._waiting if request.edits is not NO_EDITS]
+        return self.can_edit([*running, edits], [*running, *waiting][: self.max_num_seqs])
 
     def _find_cached(self, request: Request) -> list[int]:
         """The pages of the cache that hold the request's beginning; at least one token is left to compute."""
         if not self.is_caching or not request.is_cache_read:
             return []
         self._hash_pages(request)
-        return self.pool.match(request.page_hashes[: (request.num_tokens - 1) // self.page_size])
+        return self.pool.match(request.page_hashes[: (request.num_known - 1) // self.page_size])
 
-    def _start(self, request: Request, found: list[int]) -> None:
+    def _start(self, request: Request, found: list[int], new_pages: list[tuple[int, int, int]]) -> None:
         """Gives a waiting request a row and the cached pages of its beginning."""
         self.pool.retain(found)
+        num_cached = len(found) * self.page_size
         request.status = RequestStatus.RUNNING
-        request.row = heapq.heappop(self._free_rows)
         request.pages = list(found)
         request.num_registered = len(found)
-        request.num_computed = len(found) * self.page_size
-        self.num_cache_queries += request.num_tokens
-        self.num_cache_hits += request.num_computed
+        request.row = self.rows.admit(request, num_cached, room=num_cached)
+        new_pages += [(request.row, column, page) for column, page in enumerate(found)]
+        self.num_cache_queries += request.num_known
+        self.num_cache_hits += num_cached
         if request.metrics.scheduled_s is None:
             request.metrics.scheduled_s = time.perf_counter()
-            request.num_cached_tokens = request.num_computed
-        self.running.append(request)
+            request.num_cached_tokens = num_cached
 
-    def _take(self, request: Request, length: int, *, is_admitted: bool) -> Chunk:
-        """Books `length` tokens of a running request: pages, counters, and the chunk that says so."""
-        start = request.num_computed
-        # An admitted row learns of the cached pages, too.
-        held = told = len(request.pages)
-        if is_admitted:
-            told = 0
-        if (needed := self._pages_for(start + length)) > held:
-            request.pages += self.pool.allocate(needed - held)
-        is_sampled = start + length == request.num_tokens
-        chunk = Chunk(
+    def _take(
+        self,
+        request: Request,
+        length: int,
+        new_pages: list[tuple[int, int, int]],
+        *,
+        is_admitted: bool = False,
+    ) -> Chunk:
+        """Books `length` known tokens of a running request: pages, counters, and the chunk that says so."""
+        table, row = self.rows, request.row
+        start = int(table.computed[row])
+        self._add_pages(request, self._pages_for(start + length) - len(request.pages), new_pages)
+        table.computed[row] += length
+        if self.is_caching:
+            self._register(request)
+        return Chunk(
             request=request,
-            epoch=request.epoch,
-            row=request.row,
+            row=row,
+            admission=int(table.admissions[row]),
             start=start,
             length=length,
-            is_decode=request.is_decoding,
-            is_sampled=is_sampled,
+            is_sampled=start + length == table.prefill_end[row],
             is_admitted=is_admitted,
-            new_pages=tuple(enumerate(request.pages[told:], told)) if needed > told else (),
         )
-        request.num_computed += length
-        if self.is_caching and (start + length) // self.page_size > request.num_registered:
-            self._register(request)
-        if is_sampled:
-            request.num_pending += 1
-            request.is_decoding = True
-        return chunk
 
     def _register(self, request: Request) -> None:
         """Tells the prefix cache of the request's full pages, as far as the host knows their tokens.
 
+        Those of prompts at once, those of outputs when the request leaves its row.
         No step reads them before they are written: later ones run later, and within this one each
         layer writes before it attends.
         """
         self._hash_pages(request)
-        full = min(request.num_computed, request.num_known) // self.page_size
+        full = min(int(self.rows.computed[request.row]), request.num_known) // self.page_size
         for index in range(request.num_registered, full):
             self.pool.register(request.pages[index], request.page_hashes[index])
         request.num_registered = max(full, request.num_registered)
 
     def _hash_pages(self, request: Request) -> None:
-        if (len(request.page_hashes) + 1) * self.page_size <= request.num_known:
-            tokens = request.known_tokens(0, request.num_known)
-            request.page_hashes = page_hashes(tokens, self.page_size, request.salt, request.page_hashes)
-
-    def _shortfall(self, request: Request, length: int) -> int:
-        """Pages that must be freed before `length` more tokens of `request` fit."""
-        return self._pages_for(request.num_computed + length) - len(request.pages) - self.pool.num_free
+        names = request.page_hashes
+        start, stop = len(names) * self.page_size, request.num_known
+        if start + self.page_size <= stop:
+            tokens = request.known_tokens(start, stop)
+            names += page_hashes(tokens, self.page_size, request.salt, names[-1] if names else None)
 
     def _make_room(self, request: Request, length: int, chunks: list[Chunk]) -> int:
-        """Preempts the highest ranks until `length` more tokens of `request` fit; returns how many.
+        """Preempts the highest ranks until `length` more known tokens of `request` fit; returns how many.
 
-        Spares those that have a chunk in this step already and those that are about to finish; when
-        only `request` itself is left, gives it up.
+        Spares those that are in this step already; when only `request` itself is left, gives it up.
         """
-        spared = {chunk.request.request_id for chunk in chunks}
+        needed = self._pages_for(int(self.rows.computed[request.row]) + length) - len(request.pages)
+        taken = {chunk.row for chunk in chunks}
         num_preempted = 0
-        while request.status is RequestStatus.RUNNING and self._shortfall(request, length) > 0:
-            candidates = (
-                other
-                for other in self.running
-                if other.request_id not in spared and (other is request or not other.is_at_limit)
-            )
+        while request.row >= 0 and needed > self.pool.num_free:
+            candidates = [self.rows.owner(row) for row in self.rows.prefilling() if row not in taken]
             self._preempt(max(candidates, key=lambda other: other.rank))
             num_preempted += 1
         return num_preempted
@@ -240,23 +323,20 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Takes a request's row and pages; it will recompute its tokens, and sample the same ones."""
         self._free(request)
-        self.running.remove(request)
         request.status = RequestStatus.WAITING
-        request.epoch += 1
-        request.num_computed = request.num_pending = 0
-        request.is_decoding = False
         request.metrics.num_preemptions += 1
         heapq.heappush(self._waiting, (request.rank, request))
 
     def finish(self, requests: Iterable[Request]) -> None:
         """Frees what finished or aborted requests hold, wherever they are."""
-        ended = {request.request_id for request in requests}
-        for request in self.running:
-            if request.request_id in ended:
+        queued = set()
+        for request in requests:
+            if request.row >= 0:
                 self._free(request)
-        self.running = [request for request in self.running if request.request_id not in ended]
-        if any(request.request_id in ended for _, request in self._waiting):
-            self._waiting = [entry for entry in self._waiting if entry[1].request_id not in ended]
+            else:
+                queued.add(request.request_id)
+        if any(request.request_id in queued for _, request in self._waiting):
+            self._waiting = [entry for entry in self._waiting if entry[1].request_id not in queued]
             heapq.heapify(self._waiting)
 
     def reset_prefix_cache(self) -> None:
@@ -270,7 +350,7 @@ class Scheduler:
             self._register(request)
         self.pool.release(request.pages)
         request.pages = []
-        heapq.heappush(self._free_rows, request.row)
+        self.rows.vacate(request.row)
         request.row = -1
 
     def _pages_for(self, num_tokens: int) -> int:
@@ -280,19 +360,14 @@ class Scheduler:
         """Recounts pages and rows.
 
         Raises:
-          RuntimeError: an invariant of this class or of the pool is broken.
+          RuntimeError: an invariant of this class, of its rows or of the pool is broken.
         """
-        self.pool.check_integrity(request.pages for request in self.running)
-        rows = [request.row for request in self.running]
-        if sorted(rows + self._free_rows) != list(range(self.max_num_seqs)):
-            raise RuntimeError(f"rows are lost or shared: running {rows}, free {self._free_rows}")
-        for request in self.running:
+        running = self.running
+        self.pool.check_integrity(request.pages for request in running)
+        self.rows.check_integrity(self.page_size)
+        for request in running:
             if request.status is not RequestStatus.RUNNING:
                 raise RuntimeError(f"{request.request_id} is {request.status} and runs")
-            if len(request.pages) != self._pages_for(request.num_computed):
-                raise RuntimeError(
-                    f"{request.request_id} holds {len(request.pages)} pages for {request.num_computed} tokens"
-                )
         for request in self.waiting:
             if request.pages or request.row >= 0 or request.status is not RequestStatus.WAITING:
                 raise RuntimeError(

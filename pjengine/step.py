@@ -1,30 +1,30 @@
 """One engine step on the device: the heart of pjengine."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
-from pjengine.batching import Layout, Rows, unpack, update_rows
+from pjengine.batching import Layout, Rows, live_rows, unpack, update_rows
 from pjengine.logits import apply_edits
 from pjengine.logprobs import Logprobs, logprobs_of, prompt_logprobs_of
-from pjengine.models.attention import paged_attend
+from pjengine.models.attention import PagedAttend
 from pjengine.models.llama import Llama, Params
 from pjengine.models.state import Batch, KVCache
 from pjengine.sampler import sample
 
 SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
-
-
 BROKEN = -1  # in place of a token: the logits hold NaN
 
 
 class StepOutput(NamedTuple):
     """What comes down to the host."""
 
-    tokens: Int[Array, " seqs"]  # one for each sequence of the layout, sampled after its last token
-    logprobs: Logprobs | None = None  # of these tokens, where a request asks
+    tokens: Int[Array, "depth seqs"]  # for each sequence of the layout, those sampled one after the other
+    logprobs: Logprobs | None = None  # of the tokens sampled first, where a request asks
     prompt_logprobs: Logprobs | None = None  # by token of the batch: of the token after it
 
 
@@ -39,14 +39,47 @@ def step(
     num_pages: int,
     backend: str | None,
 ) -> tuple[KVCache, Rows, StepOutput]:
-    """Computes the batch in `blob` and samples. Donates `cache` and `rows`.
+    """Computes the batch in `blob` and samples, `layout.depth` times. Donates `cache` and `rows`.
 
     The only function the engine jits, once for each layout.
     """
     parts = layout.split(blob)
     rows = update_rows(rows, parts, layout)
-    batch = unpack(rows, parts, layout)
-    attend = paged_attend(batch, num_pages=num_pages, scale=model.scale, backend=backend)
+    once = partial(
+        compute_tokens, params, parts=parts, model=model, layout=layout, num_pages=num_pages, backend=backend
+    )
+    if layout.depth == 1:
+        cache, rows, output = once(cache, rows, 0)
+        return cache, rows, output._replace(tokens=output.tokens[None])
+
+    def again(
+        index: Int[Array, ""], carry: tuple[KVCache, Rows, Int[Array, "depth seqs"]]
+    ) -> tuple[KVCache, Rows, Int[Array, "depth seqs"]]:
+        cache, rows, tokens = carry
+        cache, rows, output = once(cache, rows, index)
+        return cache, rows, tokens.at[index].set(output.tokens)
+
+    tokens = jnp.zeros((layout.depth, layout.num_seqs), jnp.int32)
+    cache, rows, tokens = lax.fori_loop(0, layout.depth, again, (cache, rows, tokens))
+    return cache, rows, StepOutput(tokens)
+
+
+def compute_tokens(
+    params: Params,
+    cache: KVCache,
+    rows: Rows,
+    index: int | Int[Array, ""],
+    *,
+    parts: dict[str, Array],
+    model: Llama,
+    layout: Layout,
+    num_pages: int,
+    backend: str | None,
+) -> tuple[KVCache, Rows, StepOutput]:
+    """The model once, and a token for each sequence, those without a `depth` axis."""
+    row = live_rows(parts, layout, index)
+    batch = unpack(rows, row, parts, layout)
+    attend = PagedAttend(batch, num_pages=num_pages, scale=model.scale, backend=backend)
     hidden, updated = model.forward(params, batch.tokens, batch.positions, batch.rope_lens, cache, attend)
     assert updated is not None
     updated = updated._replace(token_ids=write_tokens(updated.token_ids, batch))
@@ -57,7 +90,6 @@ def step(
         )
     if batch.cu_q_lens is not None:
         hidden = hidden[jnp.maximum(batch.cu_q_lens[1:] - 1, 0)]  # each sequence's last token
-    row = parts["rows"]
     own = {name: getattr(rows, name).at[row].get(mode="clip") for name in SAMPLED_BY}
     with jax.named_scope("sample"):
         raw = model.logits(params, hidden)

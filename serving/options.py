@@ -57,6 +57,12 @@ ENGINE_OPTIONS = (
     Option("gpu_memory_utilization", float, "X", "share of the GPU's memory for weights, KV and activations"),
     Option("kv_cache_memory_bytes", int, "N", "bytes for KV pages (default: what the share above leaves)"),
     Option("page_size", int, "N", "tokens per KV page"),
+    Option("decode_steps", int, "N", "tokens a request gets from one launch (default: by the model's size)"),
+    Option("scheduling_policy", str, "NAME", "fcfs, or priority: lower priorities go first"),
+    Option("enable_prefix_caching", argparse.BooleanOptionalAction, "", "share pages of equal beginnings"),
+    Option("max_logprobs", int, "N", "most that a request may ask for at a position; -1: the vocabulary"),
+    Option("generation_config", str, "NAME", "auto: the model's own sampling defaults; vllm: neutral ones"),
+    Option("compile_cache_dir", str, "DIR", "keeps compiled programs (default: ~/.cache/pjengine; '': none)"),
     Option("kernel_backend", str, "NAME", "triton or reference (default: the best that fits)"),
 )
 TOKENIZER_OPTIONS = (
@@ -114,12 +120,13 @@ def add_options(group: Any, options: Iterable[Option], settings: type[EngineConf
     for option in options:
         default = defaults[option.field]
         is_said = default is None or default is dataclasses.MISSING
+        is_switch = isinstance(option.kind, type) and issubclass(option.kind, argparse.Action)
+        how = {"action": option.kind} if is_switch else {"metavar": option.metavar, "type": option.kind}
         group.add_argument(
             option.name,
-            metavar=option.metavar,
-            type=option.kind,
             default=argparse.SUPPRESS,
             help=option.help if is_said else f"{option.help} (default: {default})",
+            **how,
         )
 
 
@@ -127,3 +134,11 @@ def given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]
     """The options that were given, by the names of their fields."""
     named = {option.field: option.name.removeprefix("--").replace("-", "_") for option in options}
     return {field: getattr(args, name) for field, name in named.items() if hasattr(args, name)}
+
+
+def add_engine_options(command: argparse.ArgumentParser, *more: Option) -> Any:
+    """Adds the options of the engine and `--verbose`; returns the group."""
+    engine = command.add_argument_group("engine")
+    add_options(engine, (*ENGINE_OPTIONS, *more), EngineConfig)
+    command.add_argument("--verbose", action="store_true", help="log what happens, to standard error")
+    return engine

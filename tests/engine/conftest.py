@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 
 from tests.golden import golden as goldens
@@ -22,3 +23,11 @@ def demo() -> Iterator[Any]:
         yield llm
         assert not llm.engine.has_unfinished_requests()
         llm.engine.scheduler.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def unchecked_types() -> Iterator[None]:
+    """No checks of annotations: for host code that runs a million times, of which they take nine tenths."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

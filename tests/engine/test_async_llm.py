@@ -294,6 +294,22 @@ def test_two_event_loops_in_two_threads(llm: Any) -> None:
     assert results == {0: wanted, 1: wanted}
 
 
+def test_the_prefix_cache_is_reset_between_two_steps(llm: Any) -> None:
+    async def main() -> list[int]:
+        from pjengine import SamplingParams
+
+        prompt, own = "import os\n" * 20, SamplingParams(max_tokens=2, temperature=0)
+        cached = []
+        for is_reset in (True, False, True):
+            if is_reset:
+                await llm.reset_prefix_cache()
+            cached.append((await last(llm.generate(prompt, own))).num_cached_tokens)
+        return cached
+
+    first, second, third = run(main())
+    assert first == third == 0 < second
+
+
 def test_a_slow_consumer_gets_the_newest_output(llm: Any) -> None:
     async def main() -> None:
         wanted = (await last(llm.generate(PROMPTS[0], params(40)))).outputs

@@ -58,14 +58,41 @@ def test_64_requests_through_a_quarter_of_the_pages_equal_each_alone(gqa_folder:
         pages = [-(-(len(p) + s.max_tokens - 1) // 16) for p, s in zip(prompts, params, strict=True)]
         quarter = kv_bytes(llm, sum(pages) * 16 // 4)
     sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 64, "max_model_len": 80}
-    with open_llm(gqa_folder, kv_cache_memory_bytes=quarter, **sizes) as llm:
-        assert llm.engine.runner.config.num_pages - 1 <= sum(pages) // 4
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert [output.outputs[0].token_ids for output in outputs] == alone
-        assert sum(output.metrics.num_preemptions for output in outputs) > 0, "the pool was not tight enough"
-        scheduler = llm.engine.scheduler
-        scheduler.check_integrity()
-        assert scheduler.pool.num_free == scheduler.pool.num_usable
+    for decode_steps in (1, 5):
+        settings = {"kv_cache_memory_bytes": quarter, "decode_steps": decode_steps, **sizes}
+        with open_llm(gqa_folder, **settings) as llm:
+            assert llm.engine.runner.config.num_pages - 1 <= sum(pages) // 4
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == alone
+            assert sum(output.metrics.num_preemptions for output in outputs) > 0, "the pool was too large"
+            scheduler = llm.engine.scheduler
+            scheduler.check_integrity()
+            assert scheduler.pool.num_free == scheduler.pool.num_usable
+
+
+def test_what_ends_among_several_tokens_of_one_launch_ends_there(demo: Any) -> None:
+    from pjengine import LLM, SamplingParams
+
+    prompt = "def add(a, b):"
+    greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 40}
+    (plain,) = demo.generate(prompt, SamplingParams(**greedy), use_tqdm=False)
+    text, ids = plain.outputs[0].text, plain.outputs[0].token_ids
+    wanted = [
+        SamplingParams(**greedy),
+        SamplingParams(**greedy, stop=text[9:14]),
+        SamplingParams(**greedy, stop_token_ids=[ids[6]]),
+        SamplingParams(**{**greedy, "max_tokens": 11}),
+        SamplingParams(**greedy, logprobs=1),
+        SamplingParams(temperature=1.0, seed=5, max_tokens=40),  # meets the end of the text
+    ]
+    alone = [demo.generate(prompt, params, use_tqdm=False)[0].outputs[0] for params in wanted]
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "warm_up": False}
+    with LLM("demo", dtype="float32", decode_steps=8, **sizes) as llm:
+        outputs = llm.generate([prompt] * len(wanted), wanted, use_tqdm=False)
+    for output, own in zip(outputs, alone, strict=True):
+        got = output.outputs[0]
+        assert (got.text, got.token_ids) == (own.text, own.token_ids)
+        assert (got.finish_reason, got.stop_reason) == (own.finish_reason, own.stop_reason)
 
 
 def test_nothing_is_compiled_after_warm_up(gqa_folder: Path) -> None:

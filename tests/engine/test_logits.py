@@ -27,7 +27,7 @@ def apply(wishes: list[Any], logits: np.ndarray, token_ids: np.ndarray, table: n
     sizes = sizes_of(wishes, VOCAB)
     parts = {name: np.full(shape, 77, np.int32) for name, shape in sizes.parts(NUM_SEQS, 8).items()}
     outputs = [max(0, length - prompt) for length, prompt in zip(LENS, PROMPT_LENS, strict=True)]
-    pack_edits(parts, list(zip(wishes, outputs, strict=True)), NUM_SEQS)
+    pack_edits(parts, list(zip(range(NUM_SEQS), wishes, outputs, strict=True)), NUM_SEQS)
     empty = jnp.zeros(0, jnp.int32)
     batch = Batch(empty, empty, empty, empty, jnp.asarray(table), jnp.asarray(LENS, jnp.int32), None)
     on_device = {name: jnp.asarray(part) for name, part in parts.items()}

@@ -32,9 +32,9 @@ def runner() -> Any:
     return make_runner()
 
 
-@pytest.mark.parametrize("index", range(5))
-def test_the_cache_is_updated_in_place_and_never_copied(runner: Any, index: int) -> None:
-    layout = runner.layouts()[index]
+@pytest.mark.parametrize(("index", "depth"), [*((index, 1) for index in range(5)), (2, 4)])
+def test_the_cache_is_updated_in_place_and_never_copied(runner: Any, index: int, depth: int) -> None:
+    layout = dataclasses.replace(runner.layouts()[index], depth=depth)
     assert len(runner.layouts()) == 5 and layout.is_decode == (index < 3)
     memory = runner.lower(layout).compile().memory_analysis()
     kv_bytes = runner.cache.k.nbytes + runner.cache.v.nbytes
@@ -44,10 +44,11 @@ def test_the_cache_is_updated_in_place_and_never_copied(runner: Any, index: int)
 
 
 def test_donated_state_is_gone_after_a_step(runner: Any) -> None:
-    from pjengine.scheduler import Schedule
+    from pjengine.page_pool import PagePool
+    from pjengine.scheduler import Scheduler
 
     before = runner.cache.k
-    runner.launch(Schedule([]))
+    runner.launch(Scheduler(PagePool(2), 16, max_num_seqs=4, max_num_batched_tokens=64).schedule())
     assert before.is_deleted() and not runner.cache.k.is_deleted()
 
 
@@ -73,8 +74,40 @@ def test_a_compilation_after_warm_up_is_counted() -> None:
     runner.wait_until_warm()
     assert len(runner.programs) == len(runner.layouts()) == 2
     assert runner.recompiles_after_warmup == 0
-    runner.program(dataclasses.replace(runner.layouts()[0], num_tokens=2))
+    layout = dataclasses.replace(runner.layouts()[0], num_tokens=2)
+    assert runner.program_for(layout)[0] == layout
     assert runner.recompiles_after_warmup == 1
+
+
+def test_a_step_runs_as_a_larger_one_until_its_own_program_pays() -> None:
+    from pjengine.runner import PATIENCE
+
+    runner = make_runner(max_num_seqs=2, max_num_batched_tokens=16)
+    one, two, _ = runner.layouts()
+    assert runner.program_for(two)[0] == two
+    for _ in range(PATIENCE):
+        assert runner.program_for(one)[0] == two
+    while one not in runner.programs:
+        runner.wait_for_programs()
+    assert runner.program_for(one)[0] == one
+
+
+def test_edits_can_be_made_once_their_largest_programs_are_there() -> None:
+    from pjengine.edits import Edits, sizes_of
+
+    runner = make_runner(max_num_seqs=2, max_num_batched_tokens=16)
+    wanted = [Edits(bias={1: 1.0, 2: 1.0}), Edits(num_logprobs=3, num_prompt_logprobs=1)]
+    while not runner.can_edit(wanted[:1], wanted):
+        runner.wait_for_programs()
+    sizes = sizes_of(wanted, 64)
+    (decode,) = (layout for layout in runner.programs if layout.is_decode)
+    (mixed,) = (layout for layout in runner.programs if not layout.is_decode)
+    assert (mixed.num_tokens, mixed.edits) == (16, sizes)
+    assert (decode.num_tokens, decode.edits) == (2, dataclasses.replace(sizes, num_prompt_top=None))
+    assert runner.can_edit(wanted, wanted) and runner.can_edit([], [])  # with the same ones
+    other = [Edits(allowed=(1,))]
+    assert not runner.can_edit(other, other)
+    runner.close()
 
 
 def test_a_reset_runner_starts_with_empty_pages(runner: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.golden import golden as goldens
+
 PROMPT = [7, 3, 11, 150, 45, 9, 9, 31]
 LONG = np.random.default_rng(5).integers(0, 160, 75).tolist()
 
@@ -148,6 +150,23 @@ def check_prompt_logprobs(llm: Any, prompt: list[int], got: Any, num_top: int) -
         assert got[i][prompt[i]].rank == order.index(prompt[i]) + 1
         for token, entry in got[i].items():
             assert entry.logprob == pytest.approx(wanted[i - 1][token], abs=1e-4)
+
+
+def test_logprobs_and_ranks_of_the_whole_vocabulary_equal_those_of_hugging_face(llm: Any) -> None:
+    golden = goldens.load("gqa")
+    prompt, wanted = golden.prompt, log_softmax(golden.last_logits.astype(np.float64))
+    own = params(max_tokens=1, logprobs=-1, prompt_logprobs=-1)
+    [output] = llm.generate([prompt], own, use_tqdm=False)
+    [token] = output.outputs[0].token_ids
+    assert token == golden.tokens[0]
+    # The last four positions of the prompt: what they make of its last three tokens, and of the next one.
+    got = [*output.prompt_logprobs[-3:], *output.outputs[0].logprobs]
+    for actual, position, row in zip([*prompt[-3:], token], got, wanted, strict=True):
+        assert next(iter(position)) == actual
+        ids = sorted(position)
+        assert ids == list(range(len(row)))
+        np.testing.assert_allclose([position[i].logprob for i in ids], row, rtol=0, atol=1e-4)
+        assert [position[i].rank for i in ids] == (1 + np.argsort(np.argsort(-row))).tolist()
 
 
 def test_prompt_logprobs_of_chunks_equal_the_dense_forward(llm: Any) -> None:

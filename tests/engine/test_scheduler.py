@@ -1,6 +1,5 @@
 """The scheduler alone, against a device that is a dictionary: no JAX."""
 
-import functools
 import random
 from typing import Any
 
@@ -8,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pjengine.edits import Edits
 from pjengine.page_pool import PagePool
 from pjengine.request import Request, RequestStatus
 from pjengine.sampling_params import SamplingParams
-from pjengine.scheduler import Schedule, Scheduler
+from pjengine.scheduler import Scheduler
+from tests.engine.stub_device import StubDevice, expected
 
 
 def make_request(name: str, num_prompt: int, max_tokens: int, **fields: Any) -> Request:
@@ -32,83 +33,10 @@ def make_scheduler(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 16,
     is_caching: bool = True,
+    decode_steps: int = 1,
 ) -> Scheduler:
-    return Scheduler(PagePool(num_pages), page_size, max_num_seqs, max_num_batched_tokens, is_caching)
-
-
-class StubDevice:
-    """Runs schedules one step late, as the engine does.
-
-    Each slot of its "KV cache" holds a digest of all tokens up to there, made from the token and the
-    digest in the slot before, read through the page table: a wrong page shows in every later token.
-    A random earlier slot is checked, too, each time: a page that was overwritten shows as well.
-    """
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self.cache: dict[tuple[int, int], int] = {}
-        self.tables: dict[int, dict[int, int]] = {}
-        self.last_tokens: dict[int, int] = {}
-        self.in_flight: list[tuple[Schedule, list[int]]] = []
-        self.rng = random.Random(0)
-
-    def run(self, schedule: Schedule) -> list[int]:
-        size = self.scheduler.page_size
-        tokens = []
-        for chunk in schedule.chunks:
-            if chunk.is_admitted:
-                self.tables[chunk.row] = {}
-            table = self.tables[chunk.row]
-            table.update(chunk.new_pages)
-            request, end = chunk.request, chunk.start + chunk.length
-            known = (
-                [self.last_tokens[chunk.row]] if chunk.is_decode else request.known_tokens(chunk.start, end)
-            )
-            digest = 0
-            for position, token in enumerate(known, chunk.start):
-                before = position - 1
-                digest = self.cache[table[before // size], before % size] if position else 0
-                digest = extend(digest, token)
-                self.cache[table[position // size], position % size] = digest
-            if chunk.start:
-                spot = self.rng.randrange(min(chunk.start, request.num_known))
-                wanted = functools.reduce(extend, request.known_tokens(0, spot + 1), 0)
-                assert self.cache[table[spot // size], spot % size] == wanted
-            tokens.append(digest % 997)
-            if chunk.is_sampled:
-                self.last_tokens[chunk.row] = tokens[-1]
-        return tokens
-
-    def step(self) -> Schedule:
-        schedule = self.scheduler.schedule()
-        assert schedule.num_tokens <= self.scheduler.max_num_batched_tokens
-        self.in_flight.append((schedule, self.run(schedule)))
-        if len(self.in_flight) > 1 or not schedule.chunks:
-            self.read()
-        self.scheduler.check_integrity()
-        return schedule
-
-    def read(self) -> None:
-        schedule, tokens = self.in_flight.pop(0)
-        for chunk, token in zip(schedule.chunks, tokens, strict=True):
-            request = chunk.request
-            if chunk.is_sampled and chunk.epoch == request.epoch and not request.is_finished:
-                request.num_pending -= 1
-                request.append(token)
-        self.scheduler.finish([c.request for c in schedule.chunks if c.request.is_finished])
-
-
-def extend(digest: int, token: int) -> int:
-    return hash((digest, token))
-
-
-def expected(request: Request) -> list[int]:
-    digest = functools.reduce(extend, request.prompt_token_ids, 0)
-    tokens: list[int] = []
-    while len(tokens) < request.max_total_tokens - len(request.prompt_token_ids):
-        tokens.append(digest % 997)
-        digest = extend(digest, tokens[-1])
-    return tokens
+    pool = PagePool(num_pages)
+    return Scheduler(pool, page_size, max_num_seqs, max_num_batched_tokens, is_caching, decode_steps)
 
 
 def test_decodes_go_first_and_a_long_prompt_is_cut_to_the_budget() -> None:
@@ -118,12 +46,9 @@ def test_decodes_go_first_and_a_long_prompt_is_cut_to_the_budget() -> None:
     device.step()
     scheduler.add(make_request("long", 40, 4))
     schedule = device.step()
-    assert [(c.request.request_id, c.length, c.is_decode) for c in schedule.chunks] == [
-        ("short", 1, True),
-        ("long", 15, False),
-    ]
+    assert [request.request_id for request in schedule.decodes.requests] == ["short"]
+    assert [(c.request.request_id, c.length, c.is_sampled) for c in schedule.chunks] == [("long", 15, False)]
     assert not schedule.is_decode
-    assert [c.is_sampled for c in schedule.chunks] == [True, False]
 
 
 def test_the_latest_request_is_preempted_and_resumes_with_the_same_tokens() -> None:
@@ -154,7 +79,7 @@ def test_nothing_is_scheduled_beyond_the_token_limit() -> None:
     request = make_request("one", 4, 1)
     scheduler.add(request)
     assert device.step().num_tokens == 4
-    assert device.step().chunks == []
+    assert device.step().num_seqs == 0
     assert request.is_finished and not scheduler.has_requests
 
 
@@ -256,6 +181,56 @@ def test_lower_priorities_are_admitted_first_and_preempted_last() -> None:
     assert [low.output_token_ids, high.output_token_ids] == [expected(low), expected(high)]
 
 
+def test_a_request_whose_program_is_not_ready_waits_and_holds_up_nobody() -> None:
+    scheduler = make_scheduler()
+    device = StubDevice(scheduler)
+    asked: list[tuple[list[Edits], list[Edits]]] = []
+    ready: list[Edits] = []
+
+    def can_edit(now: list[Edits], soon: list[Edits]) -> bool:
+        asked.append((now, soon))
+        return all(edits in ready for edits in now)
+
+    scheduler.can_edit = can_edit
+    biased, banned = Edits(bias={1: 1.0}), Edits(allowed=(1,))
+    first, second = make_request("first", 4, 9, edits=biased), make_request("second", 4, 4, edits=banned)
+    plain = make_request("plain", 4, 4)
+    for request in (first, second, plain):
+        scheduler.add(request)
+    assert [chunk.request for chunk in device.step().chunks] == [plain]
+    assert asked == [([biased], [biased, banned])] and scheduler.waiting == [first, second]
+    ready.append(biased)
+    assert [chunk.request for chunk in device.step().chunks] == [first]
+    assert asked[-1][0] == [biased, banned]  # for the steps that both would be in
+    ready.append(banned)
+    while scheduler.has_requests:
+        device.step()
+    assert [r.output_token_ids for r in (first, second, plain)] == [
+        expected(first),
+        expected(second),
+        expected(plain),
+    ]
+
+
+def test_rows_that_decode_alone_get_several_tokens_as_far_as_limit_and_pages_go() -> None:
+    scheduler = make_scheduler(num_pages=8, decode_steps=4)  # 28 tokens of room, 4 a page
+    device = StubDevice(scheduler)
+    short, long = make_request("short", 5, 3), make_request("long", 5, 12)
+    scheduler.add(short)
+    scheduler.add(long)
+    assert device.step().num_tokens == 10
+    assert device.step().decodes.lengths.tolist() == [2, 4]  # the last token is never computed
+    edited = make_request("edited", 3, 6, edits=Edits(bias={1: 1.0}))
+    scheduler.add(edited)
+    while scheduler.has_requests:
+        schedule = device.step()
+        if edited in schedule.decodes.requests or schedule.chunks:
+            assert (schedule.decodes.lengths == 1).all()
+    for request in (short, long, edited):
+        assert request.output_token_ids == expected(request)
+
+
+@pytest.mark.usefixtures("unchecked_types")
 @settings(max_examples=2000, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
@@ -263,12 +238,18 @@ def test_lower_priorities_are_admitted_first_and_preempted_last() -> None:
     max_num_seqs=st.integers(1, 9),
     max_num_batched_tokens=st.integers(9, 40),
     is_caching=st.booleans(),
+    decode_steps=st.integers(1, 4),
 )
 def test_any_schedule_gives_each_request_what_it_would_get_alone(
-    seed: int, num_pages: int, max_num_seqs: int, max_num_batched_tokens: int, is_caching: bool
+    seed: int,
+    num_pages: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    is_caching: bool,
+    decode_steps: int,
 ) -> None:
     rng = random.Random(seed)
-    scheduler = make_scheduler(num_pages, 4, max_num_seqs, max_num_batched_tokens, is_caching)
+    scheduler = make_scheduler(num_pages, 4, max_num_seqs, max_num_batched_tokens, is_caching, decode_steps)
     device = StubDevice(scheduler)
     limit = 4 * (num_pages - 1)
     requests: list[Request] = []
@@ -297,7 +278,12 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
             scheduler.finish([victim])
         if rng.random() < 0.01:
             scheduler.reset_prefix_cache()
-        device.step()
+        decoding = scheduler.rows.decoding()
+        owners = [scheduler.rows.requests[row] for row in decoding]
+        schedule = device.step()
+        # Whatever prompts come beside it, a row that decodes gets on, or has given its pages up.
+        booked = set(schedule.decodes.rows.tolist())
+        assert all(owner.row < 0 or row in booked for row, owner in zip(decoding, owners, strict=True))
     for _ in range(20_000):
         if not scheduler.has_requests:
             break

@@ -135,7 +135,7 @@ def test_every_named_shape_lowers_for_cuda_once_for_all_layers(name: str) -> Non
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 
     def two_layers(*args: jax.Array) -> jax.Array:
-        attend = functools.partial(ragged_paged_attention, *args, scale=1.0)
+        attend = functools.partial(ragged_paged_attention, *args, scale=1.0, backend="triton")
         return attend(page_offset=jnp.int32(0)) + attend(page_offset=jnp.int32(128))
 
     with cuda_target():

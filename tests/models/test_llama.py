@@ -55,7 +55,7 @@ def test_chunked_prefill_and_paged_decode_give_hugging_face_s_tokens(name: str, 
 @pytest.mark.parametrize("name", ["mqa", "gqa", "attention_bias"])
 def test_paged_logits_equal_one_dense_forward(name: str, tmp_path: Path) -> None:
     """Chunks of 5 tokens, then single tokens: the same logits at every position as all at once."""
-    from pjengine.models.attention import paged_attend
+    from pjengine.models.attention import PagedAttend
     from pjengine.models.state import Batch, KVCache, kv_shape
 
     golden = goldens.load(name)
@@ -82,7 +82,7 @@ def test_paged_logits_equal_one_dense_forward(name: str, tmp_path: Path) -> None
             kv_lens=kv_lens,
             cu_q_lens=None if len(tokens) == 1 else jnp.asarray([0, len(tokens)], jnp.int32),
         )
-        attend = paged_attend(batch, num_pages=num_pages, scale=model.scale)
+        attend = PagedAttend(batch, num_pages=num_pages, scale=model.scale)
         hidden, cache = model.forward(params, tokens, positions, batch.rope_lens, cache, attend)
         return model.logits(params, hidden), cache
 

@@ -1,0 +1,85 @@
+"""Llama's layers in a decode step of few tokens, as few kernels: seven a layer, and one a product in splits.
+
+Computes what `llama.Block` does, from the same parameters, and is no other model: `tests/models` holds the
+two together. The Block is the one to read, to train and to change first.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pjengine.models.attention import PagedAttend, Rotary
+from pjengine.models.config import ModelConfig
+from pjengine.models.state import KVCache
+from pjengine.pallas_kernels.dispatch import platform
+from pjengine.pallas_kernels.skinny_linear import (
+    MAX_ROWS,
+    Residual,
+    SkinnyTiles,
+    skinny_linear,
+    skinny_residual,
+    start_norm,
+)
+
+
+def is_fused(config: ModelConfig, x: Array, attend: PagedAttend) -> bool:
+    """Whether the kernels can run these layers, and on this platform would."""
+    backend = attend.backend or ("triton" if platform() == "gpu" else "reference")
+    if backend == "reference" or attend.batch.cu_q_lens is not None:
+        return False
+    if x.dtype != jnp.bfloat16 or len(x) > MAX_ROWS:
+        return False
+    e, i, q = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    products = ((e, q + 2 * config.num_kv_heads * config.head_dim), (q, e), (e, i), (i, e))
+    try:
+        for (k, n), is_gated in zip(products, (False, False, True, False), strict=True):
+            SkinnyTiles.choose(num_rows=len(x), k=k, n=n, is_gated=is_gated)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def fused_layers(
+    params: dict[str, Any],
+    config: ModelConfig,
+    x: Float[Array, "t e"],
+    rotary: Rotary,
+    cache: KVCache | None,
+    attend: PagedAttend,
+) -> tuple[Float[Array, "t e"], KVCache | None]:
+    """Embedded tokens to final hidden states, before the last norm."""
+    c, layers, backend = config, params["layers"], attend.backend
+    group = c.num_heads // c.num_kv_heads
+
+    def stack(name: str, k: int) -> Array:
+        return layers[name].reshape(c.num_layers, k, -1)
+
+    def biases(name: str) -> Array | None:
+        return layers[name].reshape(c.num_layers, -1) if name in layers else None
+
+    normed = start_norm(x, layers["attn_norm"][0])
+    for layer in range(c.num_layers):
+        with jax.named_scope(f"layer_{layer}"):
+            qkv = skinny_linear(
+                normed, stack("qkv", c.hidden_size), layer,
+                biases=biases("qkv_bias"), eps=c.rms_norm_eps, backend=backend,
+            )  # fmt: skip
+            qkv = qkv.reshape(len(x), c.num_kv_heads, group + 2, c.head_dim)
+            out, cache = attend(qkv, rotary, cache, layer)
+            x, normed = skinny_residual(
+                out.reshape(len(x), -1), stack("out", c.num_heads * c.head_dim), layer,
+                Residual(x, layers["mlp_norm"], layer), biases=biases("out_bias"), backend=backend,
+            )  # fmt: skip
+            h = skinny_linear(
+                normed, stack("gate_up", c.hidden_size), layer,
+                biases=biases("gate_up_bias"), eps=c.rms_norm_eps, is_gated=True, backend=backend,
+            )  # fmt: skip
+            # The last layer starts a norm that nobody finishes.
+            x, normed = skinny_residual(
+                h, stack("down", c.intermediate_size), layer,
+                Residual(x, layers["attn_norm"], (layer + 1) % c.num_layers),
+                biases=biases("down_bias"), backend=backend,
+            )  # fmt: skip
+    return x, cache

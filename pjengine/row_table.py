@@ -1,0 +1,111 @@
+"""What the host knows of each running request, by row: columns, so that all decodes are booked at once."""
+
+import heapq
+import itertools
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from pjengine.edits import NO_EDITS
+from pjengine.request import Request
+
+type RowIndices = Int[np.ndarray, " some"]
+
+
+class RowTable:
+    """Who owns which row, and how far it is.
+
+    A row counts its request's tokens, prompt and output together:
+
+        |------ known when admitted ------|---- sampled since ----|
+        0                            prefill_end                limit
+        |------ computed: K and V are, or will be, in the pages -----|------ room: of its pages
+
+    From `prefill_end` on the row decodes: the token to compute next is known to the device only.
+    An admission is a number that no other has, so that a late result finds its request or nobody.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.requests: list[Request | None] = [None] * num_rows
+        self.admissions = np.zeros(num_rows, np.int64)  # 0: the row is free
+        self.computed = np.zeros(num_rows, np.int64)
+        self.prefill_end = np.zeros(num_rows, np.int64)
+        self.limit = np.zeros(num_rows, np.int64)  # of computed tokens; the last one sampled never is
+        self.room = np.zeros(num_rows, np.int64)
+        self.has_edits = np.zeros(num_rows, np.bool_)
+        self.is_watched = np.zeros(num_rows, np.bool_)  # each of its tokens has to be looked at
+        self._free = list(range(num_rows))  # a heap: low rows first
+        self._numbers = itertools.count(1)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.requests)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def admit(self, request: Request, num_computed: int, room: int) -> int:
+        """Gives a request the lowest free row, and returns it."""
+        row = heapq.heappop(self._free)
+        self.requests[row] = request
+        self.admissions[row] = next(self._numbers)
+        self.computed[row] = num_computed
+        self.prefill_end[row] = request.num_known
+        self.limit[row] = request.max_total_tokens - 1
+        self.room[row] = room
+        self.has_edits[row] = request.edits is not NO_EDITS
+        self.is_watched[row] = request.is_watched
+        return row
+
+    def vacate(self, row: int) -> None:
+        self.requests[row] = None
+        self.admissions[row] = 0
+        heapq.heappush(self._free, row)
+
+    def owner(self, row: int) -> Request:
+        request = self.requests[row]
+        assert request is not None
+        return request
+
+    def running(self) -> list[Request]:
+        """In order of admission."""
+        return [self.owner(row) for row in self._in_order(self.admissions > 0).tolist()]
+
+    def decoding(self) -> RowIndices:
+        """Rows that decode and have tokens left to compute."""
+        is_decoding = (self.computed >= self.prefill_end) & (self.computed < self.limit)
+        return np.flatnonzero(is_decoding & (self.admissions > 0))
+
+    def prefilling(self) -> list[int]:
+        """Rows with known tokens left to compute, in order of admission."""
+        return self._in_order((self.admissions > 0) & (self.computed < self.prefill_end)).tolist()
+
+    def promised(self, page_size: int) -> int:
+        """Pages that running requests need beyond their own for the tokens that they have now."""
+        rows = np.flatnonzero(self.admissions)
+        tokens = np.maximum(self.prefill_end[rows], self.computed[rows] + 1)
+        return int((-(-tokens // page_size) - self.room[rows] // page_size).sum())
+
+    def _in_order(self, chosen: Bool[np.ndarray, " rows"]) -> RowIndices:
+        rows = np.flatnonzero(chosen)
+        return rows[np.argsort(self.admissions[rows])]
+
+    def check_integrity(self, page_size: int) -> None:
+        """Raises RuntimeError where a row and its request disagree, or a row is lost."""
+        occupied = np.flatnonzero(self.admissions).tolist()
+        if sorted(occupied + self._free) != list(range(self.num_rows)):
+            raise RuntimeError(f"rows are lost or shared: running {occupied}, free {self._free}")
+        for row in occupied:
+            request, computed = self.owner(row), int(self.computed[row])
+            if request.row != row:
+                raise RuntimeError(f"row {row} is of {request.request_id}, which has row {request.row}")
+            held = len(request.pages) * page_size
+            if held != self.room[row] or not held - page_size < computed <= held:
+                raise RuntimeError(
+                    f"{request.request_id} holds {len(request.pages)} pages for {computed} tokens"
+                )
+            if computed > self.limit[row]:
+                raise RuntimeError(
+                    f"{request.request_id} has computed {computed} of {self.limit[row]} tokens"
+                )

@@ -1,0 +1,99 @@
+"""A device that is a dictionary: it runs schedules without JAX, and notices a wrong page."""
+
+import functools
+import random
+
+from pjengine.request import Request
+from pjengine.scheduler import Schedule, Scheduler
+
+
+class StubDevice:
+    """Runs schedules one step late, as the engine does.
+
+    Each slot of its "KV cache" holds a digest of all tokens up to there, made from the token and the
+    digest in the slot before, read through the page table: a wrong page shows in every later token.
+    A random earlier slot is checked, too, each time: a page that was overwritten shows as well.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.cache: dict[tuple[int, int], int] = {}
+        self.tables: dict[int, dict[int, int]] = {}
+        self.last_tokens: dict[int, int] = {}
+        self.in_flight: list[tuple[Schedule, list[list[int]]]] = []
+        self.rng = random.Random(0)
+
+    def run(self, schedule: Schedule) -> list[list[int]]:
+        """The tokens of each sequence of the step, those that nobody will look at among them."""
+        for row, column, page in schedule.new_pages:
+            self.tables.setdefault(row, {})[column] = page
+        sampled = []
+        decodes = schedule.decodes
+        for row, start, length in zip(decodes.rows, decodes.starts, decodes.lengths, strict=True):
+            tokens = [self.last_tokens[int(row)]]
+            for position in range(int(start), int(start + length)):
+                tokens.append(self._compute(int(row), position, tokens[-1]) % 997)
+            self.last_tokens[int(row)] = tokens[-1]
+            sampled.append(tokens[1:])
+        for chunk in schedule.chunks:
+            known = chunk.request.known_tokens(chunk.start, chunk.start + chunk.length)
+            for position, token in enumerate(known, chunk.start):
+                digest = self._compute(chunk.row, position, token)
+            if chunk.is_sampled:
+                self.last_tokens[chunk.row] = digest % 997
+            sampled.append([digest % 997])
+        for row, request in enumerate(self.scheduler.rows.requests):
+            if request is not None:
+                self._check(row, request)
+        return sampled
+
+    def _compute(self, row: int, position: int, token: int) -> int:
+        size, table, before = self.scheduler.page_size, self.tables[row], position - 1
+        digest = extend(self.cache[table[before // size], before % size] if position else 0, token)
+        self.cache[table[position // size], position % size] = digest
+        return digest
+
+    def _check(self, row: int, request: Request) -> None:
+        size, num_computed = self.scheduler.page_size, int(self.scheduler.rows.computed[row])
+        spot = self.rng.randrange(min(num_computed, request.num_known))
+        wanted = functools.reduce(extend, request.known_tokens(0, spot + 1), 0)
+        assert self.cache[self.tables[row][spot // size], spot % size] == wanted
+
+    def step(self) -> Schedule:
+        schedule = self.scheduler.schedule()
+        assert not schedule.chunks or schedule.num_tokens <= self.scheduler.max_num_batched_tokens
+        self.in_flight.append((schedule, self.run(schedule)))
+        if len(self.in_flight) > 1 or not schedule.num_seqs:
+            self.read()
+        self.scheduler.check_integrity()
+        return schedule
+
+    def read(self) -> None:
+        schedule, sampled = self.in_flight.pop(0)
+        decodes, table = schedule.decodes, self.scheduler.rows
+        owners = [
+            *zip(decodes.requests, decodes.rows, decodes.admissions, strict=True),
+            *((c.request, c.row, c.admission if c.is_sampled else -1) for c in schedule.chunks),
+        ]
+        for (request, row, admission), tokens in zip(owners, sampled, strict=True):
+            if table.admissions[row] == admission:
+                for token in tokens:
+                    if not request.is_finished:  # the rest comes after an end that the device did not see
+                        request.append(token)
+        self.scheduler.finish([request for request, *_ in owners if request.is_finished])
+
+
+def extend(digest: int, token: int) -> int:
+    return hash((digest, token))
+
+
+def expected(request: Request) -> list[int]:
+    """What the request gets alone."""
+    digest = functools.reduce(extend, request.prompt_token_ids, 0)
+    tokens: list[int] = []
+    while len(tokens) < request.max_total_tokens - len(request.prompt_token_ids):
+        tokens.append(digest % 997)
+        if tokens[-1] in request.eos_token_ids:
+            break
+        digest = extend(digest, tokens[-1])
+    return tokens

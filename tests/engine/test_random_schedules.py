@@ -1,0 +1,247 @@
+"""Random schedules on a real engine: every request gets what it gets alone."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.engine.rescheduling import reschedule, settle
+
+VOCAB_SIZE, PAGE_SIZE = 160, 16
+MAX_NUM_SEQS, MAX_PROMPT, MAX_OUTPUT, MAX_STEPS = 4, 32, 24, 3
+# What a request runs with alone: it is neither cut nor preempted, and each step gives a token.
+ROOMY = {
+    "max_num_seqs": MAX_NUM_SEQS,
+    "max_num_batched_tokens": MAX_PROMPT,
+    "is_caching": False,
+    "decode_steps": 1,
+}
+TOLERANCE = 1e-4  # of logprobs
+
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 20},
+    {"temperature": 1.2, "top_p": 0.9, "min_p": 0.02},
+]
+# Each mixture of wishes in one step is a program, and takes seconds to compile: they are few.
+PENALTIES: dict[str, Any] = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2}
+LOOKED_AT: dict[str, Any] = {**PENALTIES, "logprobs": 2}
+FROM_THE_START: dict[str, Any] = {**LOOKED_AT, "prompt_logprobs": 2}
+LIMITS = st.fixed_dictionaries(
+    {
+        "num_pages": st.integers(5, 10),  # a request needs at most 4; one is the null page
+        "max_num_seqs": st.integers(2, MAX_NUM_SEQS),
+        "max_num_batched_tokens": st.integers(4, 20),
+        "is_caching": st.sampled_from([True, True, False]),
+        "decode_steps": st.integers(1, MAX_STEPS),
+    }
+)
+# What must have happened, for the rest to mean anything, and how often at least.
+WANTED = {
+    "preempted": 10,
+    "preempted with logprobs": 5,
+    "cut prompts": 50,
+    "cut prompts with logprobs": 10,
+    "cached prompts": 10,
+    "cached prompts with penalties": 3,
+    "overtaken": 10,
+    "several continuations": 20,
+    "several tokens at once": 20,
+    "biased": 5,
+    "aborted before a token": 5,
+    "aborted with tokens": 5,
+    "stop": 20,
+    "length": 50,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """A request, the step before which it comes, and the one before which it is aborted."""
+
+    step: int
+    prompt: list[int]
+    params: Any
+    priority: int
+    aborted_at: int | None
+
+
+@pytest.fixture(scope="module")
+def engine(gqa_folder: Path, unchecked_types: None) -> Iterator[Any]:
+    """Has the programs of the most rows, so that it does not need those of fewer: they take a minute."""
+    from pjengine import LLM, SamplingParams
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        LLM(
+            gqa_folder,
+            dtype="float32",
+            skip_tokenizer_init=True,
+            warm_up=False,
+            max_model_len=MAX_PROMPT + MAX_OUTPUT,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_num_batched_tokens=MAX_PROMPT,
+            decode_steps=MAX_STEPS,
+            scheduling_policy="priority",
+        ) as llm,
+    ):
+        assert llm.engine.model_config.vocab_size == VOCAB_SIZE
+        patch.setattr("pjengine.runner.PATIENCE", 1_000_000)
+        for kind in ({}, LOOKED_AT):
+            params = SamplingParams(max_tokens=8, temperature=0, **kind)
+            warm_up = Arrival(step=0, prompt=[1, 2, 3], params=params, priority=0, aborted_at=None)
+            run(llm.engine, [warm_up] * MAX_NUM_SEQS, Counter())
+        yield llm.engine
+
+
+def make_arrivals(rng: random.Random, has_priorities: bool) -> list[Arrival]:
+    """A few requests of every kind; prompts begin alike, at most one has a bias."""
+    from pjengine import SamplingParams
+
+    prefix = [rng.randrange(VOCAB_SIZE) for _ in range(MAX_PROMPT)]
+    has_bias = rng.random() < 0.25
+    watched = LOOKED_AT if has_bias else FROM_THE_START
+    kinds = rng.choices([{}, LOOKED_AT, watched], [3, 2, 2], k=rng.randint(4, 8))
+    if has_bias:
+        kinds.append({"logit_bias": {rng.randrange(VOCAB_SIZE): 6.0}, **LOOKED_AT})
+    rng.shuffle(kinds)
+    arrivals, step = [], 0
+    for kind in kinds:
+        step += rng.choice((0, 0, 0, 1, 4))
+        num_tokens = rng.randint(rng.choice((1, 20)), MAX_PROMPT)
+        num_shared = min(rng.choice((0, 24, 24)), num_tokens - 1)
+        prompt = prefix[:num_shared] + [rng.randrange(VOCAB_SIZE) for _ in range(num_tokens - num_shared)]
+        sampling = rng.choice(SAMPLING)
+        most = 5 if "logit_bias" in kind else MAX_OUTPUT  # too few steps to be worth programs of all sizes
+        can_fork = sampling["temperature"] > 0 and "logit_bias" not in kind
+        params = SamplingParams(
+            max_tokens=rng.choice((1, rng.randint(1, most), most)),
+            seed=rng.randrange(2**40),
+            n=rng.choice((1, 1, 2)) if can_fork else 1,
+            stop_token_ids=rng.sample(range(VOCAB_SIZE), 10) if rng.random() < 0.4 else None,
+            **sampling,
+            **kind,
+        )
+        arrivals.append(
+            Arrival(
+                step=step,
+                prompt=prompt,
+                params=params,
+                priority=rng.randint(0, 2) if has_priorities else 0,
+                aborted_at=step + rng.randint(0, 40) if rng.random() < 0.25 else None,
+            )
+        )
+    return arrivals
+
+
+def run(engine: Any, arrivals: list[Arrival], seen: Counter[str]) -> dict[int, Any]:
+    """The last output of each request that had one, by its number."""
+    outputs: dict[int, Any] = {}
+    try:
+        for step in range(3000):
+            for number, arrival in enumerate(arrivals):
+                if arrival.step == step:
+                    engine.add_request(
+                        arrival.prompt, arrival.params, request_id=str(number), priority=arrival.priority
+                    )
+                if arrival.aborted_at == step:
+                    engine.abort_request(str(number))
+            for output in engine.step():
+                before = outputs.get(int(output.request_id))
+                outputs[int(output.request_id)] = output
+                seen["several tokens at once"] += before is not None and grew_by_several(before, output)
+            engine.scheduler.check_integrity()
+            if step >= arrivals[-1].step and not engine.has_unfinished_requests():
+                break
+    finally:  # a failure here does not show again as another one in the next example
+        for number in range(len(arrivals)):
+            engine.abort_request(str(number))
+    settle(engine)
+    return outputs
+
+
+def grew_by_several(before: Any, after: Any) -> bool:
+    pairs = zip(before.outputs, after.outputs, strict=True)
+    return any(len(new.token_ids) > len(old.token_ids) + 1 for old, new in pairs)
+
+
+def check_logprobs(got: Any, wanted: Any) -> None:
+    """Both None, or the same tokens at each position with nearly the same logprobs."""
+    assert (got is None) == (wanted is None)
+    for ours, theirs in zip(got or (), wanted or (), strict=True):
+        assert (ours is None) == (theirs is None)
+        assert list(ours or ()) == list(theirs or ())
+        for token, entry in (ours or {}).items():
+            assert entry.logprob == pytest.approx(theirs[token].logprob, abs=TOLERANCE)
+            assert abs(entry.rank - theirs[token].rank) <= 1  # two may be as likely as each other
+
+
+def check_same(got: Any, alone: Any, is_finished: bool) -> None:
+    """What a request got is what it gets alone, or the beginning of that if it was aborted."""
+    assert [output.index for output in got.outputs] == [output.index for output in alone.outputs]
+    if is_finished or got.prompt_logprobs is not None:
+        check_logprobs(got.prompt_logprobs, alone.prompt_logprobs)
+    for ours, theirs in zip(got.outputs, alone.outputs, strict=True):
+        count = len(ours.token_ids)
+        assert ours.token_ids == theirs.token_ids[:count]
+        check_logprobs(ours.logprobs, theirs.logprobs and theirs.logprobs[:count])
+        if is_finished or ours.finish_reason is not None:
+            assert count == len(theirs.token_ids)
+            assert (ours.finish_reason, ours.stop_reason) == (theirs.finish_reason, theirs.stop_reason)
+
+
+def note(seen: Counter[str], arrival: Arrival, output: Any, chunk_size: int) -> None:
+    """Counts what happened to a request in its schedule."""
+    params, has_logprobs = arrival.params, arrival.params.logprobs is not None
+    is_preempted = output.metrics.num_preemptions > 0
+    is_cut = len(arrival.prompt) - output.num_cached_tokens > chunk_size
+    seen["preempted"] += is_preempted
+    seen["preempted with logprobs"] += is_preempted and has_logprobs
+    seen["cut prompts"] += is_cut
+    seen["cut prompts with logprobs"] += is_cut and params.prompt_logprobs is not None
+    seen["cached prompts"] += output.num_cached_tokens > 0
+    seen["cached prompts with penalties"] += output.num_cached_tokens > 0 and has_logprobs
+    seen["several continuations"] += params.n > 1 and output.finished
+    seen["biased"] += params.logit_bias is not None and output.finished
+    seen["aborted with tokens"] += not output.finished
+    for completion in output.outputs:
+        seen[str(completion.finish_reason)] += 1
+
+
+def num_overtaken(arrivals: list[Arrival], outputs: dict[int, Any]) -> int:
+    """Requests that got a token after one that came later did."""
+    firsts = [outputs[i].metrics.first_token_s for i in range(len(arrivals)) if i in outputs]
+    return sum(any(later < first for later in firsts[i:]) for i, first in enumerate(firsts))
+
+
+def test_every_request_gets_what_it_gets_alone(engine: Any) -> None:
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=50, deadline=None, derandomize=True, phases=[Phase.generate])
+    @given(seed=st.integers(0, 2**32), has_priorities=st.booleans(), limits=LIMITS)
+    def check(seed: int, has_priorities: bool, limits: dict[str, Any]) -> None:
+        arrivals = make_arrivals(random.Random(seed), has_priorities)
+        reschedule(engine, **limits)
+        outputs = run(engine, arrivals, seen)
+        reschedule(engine, **ROOMY)
+        seen["overtaken"] += num_overtaken(arrivals, outputs)
+        for number, arrival in enumerate(arrivals):
+            if number not in outputs:
+                assert arrival.aborted_at is not None
+                seen["aborted before a token"] += 1
+                continue
+            alone = run(engine, [replace(arrival, step=0, aborted_at=None)], Counter())[0]
+            assert alone.finished and alone.metrics.num_preemptions == 0
+            assert outputs[number].finished or arrival.aborted_at is not None
+            check_same(outputs[number], alone, outputs[number].finished)
+            note(seen, arrival, outputs[number], limits["max_num_batched_tokens"])
+
+    check()
+    assert all(seen[name] >= least for name, least in WANTED.items()), dict(seen)

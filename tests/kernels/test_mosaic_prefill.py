@@ -1,0 +1,242 @@
+"""The Hopper prefill kernel: interpreted on a CPU, compiled for an H200 without one, run on one."""
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pjengine.pallas_kernels.dispatch import check_hopper, chosen_backends
+from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, plan_aligned_blocks, ragged_mosaic
+from pjengine.pallas_kernels.ragged_prefill import ragged_paged_attention
+from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
+from tests.kernels.cases import Case, assert_close, expected, make_case
+
+SMALL = HeadShape(num_heads=4, num_kv_heads=1, head_dim=64)
+TILES = MosaicTiles(block_kv=64, num_programs=3)
+FITTING = [name for name, shape in SHAPES.items() if shape.head_dim in (64, 128) and name != "falcon-7b"]
+# The interpreter multiplies what is not yet written and what no one reads: NaN.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+BACKENDS = ["mosaic_interpret", pytest.param("mosaic", marks=pytest.mark.gpu)]
+
+
+def run(case: Case, backend: str, tiles: MosaicTiles | None = TILES) -> jax.Array:
+    interpret = plgpu.InterpretGPUParams() if backend == "mosaic_interpret" else None
+    offset = jnp.int32(case.page_offset)
+    return ragged_mosaic(*case.ragged_args(), offset, scale=case.scale, tiles=tiles, interpret=interpret)
+
+
+def cuda_mesh(device_kind: str) -> jax.sharding.AbstractMesh:
+    device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=132, platform="gpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [
+        (SMALL, "bfloat16"),
+        (HeadShape(num_heads=3, num_kv_heads=1, head_dim=128), "float16"),  # a row of heads too many
+        (
+            HeadShape(num_heads=2, num_kv_heads=2, head_dim=64, page_size=32),
+            "bfloat16",
+        ),  # blocks of 128 tokens
+    ],
+)
+def test_chunks_decodes_and_empty_rows_share_a_batch(heads: HeadShape, dtype: str, backend: str) -> None:
+    q_lens, kv_lens = [1, 37, 0, 1, 66], [1, 37, 0, 70, 99]
+    case = make_case(heads, q_lens=q_lens, kv_lens=kv_lens, num_padding_tokens=7, dtype=dtype)
+    out = run(case, backend)
+    assert out.dtype == dtype
+    assert not out[105:].any()
+    assert_close(out, expected(case), length=99)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_in_many_blocks_gives_zeros(backend: str) -> None:
+    case = make_case(SMALL, q_lens=[33], kv_lens=[70], num_padding_tokens=127, dtype="bfloat16")
+    out = run(case, backend, replace(TILES, num_programs=1))
+    assert not out[33:].any()
+    assert_close(out, expected(case), length=70)
+
+
+def test_warpgroups_do_not_race() -> None:
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
+    case = make_case(SMALL, q_lens=[40, 2], kv_lens=[150, 30], num_padding_tokens=6, dtype="bfloat16")
+    out = ragged_mosaic(
+        *case.ragged_args(),
+        jnp.int32(case.page_offset),
+        scale=case.scale,
+        tiles=replace(TILES, num_programs=1),
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    assert_close(out, expected(case), length=150)
+    assert not interpreter.get_races().races_found
+
+
+def test_the_plan_covers_every_token_once_heaviest_block_first() -> None:
+    q_lens, kv_lens = [0, 5, 1, 0, 33, 16, 0], [0, 9, 1, 0, 33, 20, 7]
+    num_tokens = sum(q_lens) + 13
+    cu_q_lens = np.cumsum([0, *q_lens])
+    plan = np.asarray(
+        plan_aligned_blocks(
+            jnp.array(kv_lens), jnp.array(cu_q_lens), num_tokens=num_tokens, tokens_per_block=8
+        )
+    )
+    seqs = np.repeat(np.arange(len(q_lens)), q_lens)
+    tokens, weights = [], []
+    for row, aligned, before, valid, position, kv_len in plan:
+        for token in range(aligned * 8 + before, aligned * 8 + before + valid):
+            tokens.append(token)
+            if token < len(seqs):
+                assert (seqs[token], kv_lens[row]) == (row, kv_len)
+                assert position + token - aligned * 8 == kv_len - cu_q_lens[row + 1] + token
+            else:
+                assert position + before + valid <= 0
+        assert before + valid <= 8
+        weights.append(max(position + before + valid, 0) if valid else -1)
+    assert sorted(tokens) == list(range(num_tokens))
+    assert weights == sorted(weights, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "num_tokens", "message"),
+    [
+        (SMALL, "float32", 8, "dtypes float32: wanted bfloat16 or float16"),
+        (replace(SMALL, head_dim=96), "bfloat16", 8, "head_dim 96: wanted 64 or 128"),
+        (replace(SMALL, num_heads=17), "bfloat16", 8, "17 query heads per KV head: at most 16"),
+        (replace(SMALL, page_size=24), "bfloat16", 8, "page_size 24: wanted 8, 16, 32, 64 or 128"),
+        (SMALL, "bfloat16", 9, "9 tokens: wanted a multiple of 8"),
+    ],
+)
+def test_the_kernel_refuses_what_it_cannot_do(
+    heads: HeadShape, dtype: str, num_tokens: int, message: str
+) -> None:
+    case = make_case(heads, q_lens=[num_tokens], kv_lens=[num_tokens], dtype=dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        run(case, "mosaic_interpret")
+
+
+def test_tiles_that_cut_a_page_raise() -> None:
+    case = make_case(replace(SMALL, page_size=128), q_lens=[8], kv_lens=[8], dtype="bfloat16")
+    with pytest.raises(ValueError, match="block_kv 64: wanted a multiple of 64 and of page_size 128"):
+        run(case, "mosaic_interpret")
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200", "NVIDIA L40S"])
+def test_other_gpus_are_refused(kind: str) -> None:
+    with jax.sharding.use_abstract_mesh(cuda_mesh(kind)), pytest.raises(NotImplementedError, match=kind):
+        check_hopper()
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"])
+def test_hopper_gpus_are_not_refused(kind: str) -> None:
+    with jax.sharding.use_abstract_mesh(cuda_mesh(kind)):
+        check_hopper()
+
+
+# Of XLA's `GpuTargetConfigProto`: as much as the compiler asks of an H200.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 core_count: 132 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 device_memory_size: 151397597184
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } name: "NVIDIA H200"
+  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 12 }
+"""
+
+
+def compile_for_h200(name: str) -> None:
+    """Through XLA and ptxas, on a machine without a GPU."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    struct, shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding), SHAPES[name]
+    pages = struct((256, shape.num_kv_heads, shape.page_size, shape.head_dim), jnp.bfloat16)
+    q = struct((2048, shape.num_heads, shape.head_dim), jnp.bfloat16)
+    ints = [struct(size, jnp.int32) for size in ((4, 64), (4,), (5,), ())]
+    with jax.sharding.use_abstract_mesh(cuda_mesh("NVIDIA H200")):
+        traced = jax.jit(functools.partial(ragged_mosaic, scale=0.1)).trace(q, pages, pages, *ints)
+        program = traced.lower(lowering_platforms=("cuda",))
+    program.compile()
+
+
+def lowered(name: str) -> str:
+    """Two layers of the op, lowered for an H200 with no backend asked for."""
+    shape, ints = SHAPES[name], functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    pages = jax.ShapeDtypeStruct((256, shape.num_kv_heads, shape.page_size, shape.head_dim), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((512, shape.num_heads, shape.head_dim), jnp.bfloat16)
+
+    def two_layers(*args: jax.Array) -> jax.Array:
+        attend = functools.partial(ragged_paged_attention, *args, scale=1.0)
+        return attend(page_offset=jnp.int32(0)) + attend(page_offset=jnp.int32(128))
+
+    with jax.sharding.use_abstract_mesh(cuda_mesh("NVIDIA H200")):
+        traced = jax.jit(two_layers).trace(q, pages, pages, ints((4, 64)), ints((4,)), ints((5,)))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("name", ["llama-8b", "opt-125m"])
+def test_hopper_runs_it_once_for_all_layers(name: str) -> None:
+    text = lowered(name)
+    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 1
+    assert chosen_backends()["ragged_paged_attention"] == "mosaic"
+
+
+@pytest.mark.parametrize("name", ["falcon-7b", "gpt-neox-20b"])
+def test_what_it_refuses_runs_in_triton(name: str) -> None:
+    assert "xla.gpu.triton" in lowered(name)
+    assert chosen_backends()["ragged_paged_attention"] == "triton"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="compiling for a GPU needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt (no GPU)",
+)
+def test_it_compiles_for_an_h200_and_spills_no_registers() -> None:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.test_mosaic_prefill", *FITTING],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    spilled = re.findall(r"(\d+) bytes spill stores", done.stdout + done.stderr)
+    assert len(spilled) >= len(FITTING) and set(spilled) == {"0"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "bfloat16") for name in FITTING), ("llama-8b", "float16")]
+)
+def test_large_batches_equal_the_reference_on_every_run(name: str, dtype: str) -> None:
+    q_lens, kv_lens = [700, 1, 1, 0, 260, 1, 33], [700, 1, 900, 0, 1300, 1500, 500]
+    case = make_case(SHAPES[name], q_lens=q_lens, kv_lens=kv_lens, num_padding_tokens=4004, dtype=dtype)
+    attend = functools.partial(
+        ragged_paged_attention, *case.ragged_args(), page_offset=case.page_offset, scale=case.scale
+    )
+    out = attend(backend="mosaic")
+    assert_close(out, np.asarray(attend(backend="reference").astype(jnp.float32)), length=1500)
+    for _ in range(3):  # a race would move the result
+        assert (attend(backend="mosaic") == out).all()
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        compile_for_h200(name)
