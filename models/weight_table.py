@@ -25,8 +25,7 @@ class Source:
 class Leaf:
     """One parameter: its sources, concatenated along `concat_axis`.
 
-    Where the names hold "{layer}" the parameter is stacked on a leading layer axis, which `concat_axis` and
-    the sources' own axes do not count.
+    With "{layer}" in the names it is stacked on a leading layer axis, which no axis given here counts.
     """
 
     sources: tuple[Source, ...]

@@ -170,7 +170,9 @@ def _threshold_kernel(
 
         def totals(terms: Any, probes: list[Any]) -> list[Any]:
             def add(x: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
-                return tuple(n + jnp.sum(term, axis=0) for n, term in zip(sums, terms(x, probes), strict=True))
+                return tuple(
+                    n + jnp.sum(term, axis=0) for n, term in zip(sums, terms(x, probes), strict=True)
+                )
 
             length = len(terms(jnp.zeros(()), probes))
             return _scan(logits_ref, row, vocab_size, add, (0.0,) * length, (jnp.sum,) * length)

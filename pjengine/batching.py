@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.edits import NO_SIZES, EditSizes, pack_edits
 from pjengine.models.state import Batch
-from pjengine.scheduler import Chunk, Schedule
+from pjengine.schedule import Chunk, Schedule
 
 # What a row is told about its request when it is admitted.
 ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", "temperature", "top_p", "min_p")

@@ -19,7 +19,8 @@ from pjengine.prompts import Prompt
 from pjengine.request import Request, new_request_id
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
-from pjengine.scheduler import Decodes, Schedule, Scheduler
+from pjengine.schedule import Decodes, Schedule
+from pjengine.scheduler import Scheduler
 from pjengine.token_logprobs import LogprobArrays, to_host
 
 logger = logging.getLogger(__name__)

@@ -4,12 +4,9 @@ import heapq
 import itertools
 
 import numpy as np
-from jaxtyping import Bool, Int
 
 from pjengine.edits import NO_EDITS
 from pjengine.request import Request
-
-type RowIndices = Int[np.ndarray, " some"]
 
 
 class RowTable:
@@ -72,7 +69,7 @@ class RowTable:
         """In order of admission."""
         return [self.owner(row) for row in self._in_order(self.admissions > 0).tolist()]
 
-    def decoding(self) -> RowIndices:
+    def decoding(self) -> np.ndarray:
         """Rows that decode and have tokens left to compute."""
         is_decoding = (self.computed >= self.prefill_end) & (self.computed < self.limit)
         return np.flatnonzero(is_decoding & (self.admissions > 0))
@@ -87,7 +84,7 @@ class RowTable:
         tokens = np.maximum(self.prefill_end[rows], self.computed[rows] + 1)
         return int((-(-tokens // page_size) - self.room[rows] // page_size).sum())
 
-    def _in_order(self, chosen: Bool[np.ndarray, " rows"]) -> RowIndices:
+    def _in_order(self, chosen: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(chosen)
         return rows[np.argsort(self.admissions[rows])]
 

@@ -29,7 +29,7 @@ from pjengine.edits import NO_SIZES, Edits, EditSizes, sizes_of
 from pjengine.models.llama import Llama, Params
 from pjengine.models.state import KVCache, kv_shape
 from pjengine.programs import Programs
-from pjengine.scheduler import Schedule
+from pjengine.schedule import Schedule
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
 
@@ -97,7 +97,7 @@ class Runner:
 
     def launch(self, schedule: Schedule) -> Launched:
         """Starts a step and returns at once; the tokens follow by themselves."""
-        layout, program = self.program_for(self.layout_for(schedule))
+        layout, program = self.program_for(self._layout_for(schedule))
         updates = page_updates(schedule)
         if updates.shape[1] > layout.max_page_updates:
             updates = self._update_early(updates, layout.max_page_updates)
@@ -120,7 +120,7 @@ class Runner:
             self.rows = self._update_page_table(self.rows, jax.device_put(padded, self.sharding))
         return updates
 
-    def layout_for(self, schedule: Schedule) -> Layout:
+    def _layout_for(self, schedule: Schedule) -> Layout:
         """The smallest program that holds the schedule."""
         wanted = schedule.num_seqs if schedule.is_decode else schedule.num_tokens
         buckets = self.config.decode_buckets if schedule.is_decode else self.config.mixed_buckets

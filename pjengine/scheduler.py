@@ -10,77 +10,15 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
 from pjengine.edits import NO_EDITS, Edits
 from pjengine.page_pool import PagePool, page_hashes
 from pjengine.request import Request, RequestStatus
-from pjengine.row_table import RowIndices, RowTable
-
-
-class Chunk(NamedTuple):
-    """Tokens start to start + length of one request, all known to the host, to be computed in one step."""
-
-    request: Request
-    row: int
-    admission: int
-    start: int
-    length: int
-    is_sampled: bool  # it reaches the end of the request's tokens, so the next one is sampled
-    is_admitted: bool  # the row is new to the request: its parameters must be set
-
-
-class Decodes(NamedTuple):
-    """Rows whose next token is known to the device only, in order of rows."""
-
-    requests: list[Request]
-    rows: Int[np.ndarray, " decodes"]
-    admissions: Int[np.ndarray, " decodes"]
-    starts: Int[np.ndarray, " decodes"]  # position of the token to compute first
-    lengths: Int[np.ndarray, " decodes"]  # how many: each leads to the next
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """One step: the decodes, then the chunks."""
-
-    decodes: Decodes
-    chunks: list[Chunk]
-    new_pages: list[tuple[int, int, int]]  # row, column of the page table, page
-    has_edits: bool = False
-    num_preempted: int = 0
-
-    @property
-    def num_seqs(self) -> int:
-        return len(self.decodes.requests) + len(self.chunks)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.decodes.lengths.sum()) + sum(chunk.length for chunk in self.chunks)
-
-    @property
-    def is_decode(self) -> bool:
-        return not self.chunks
-
-    @property
-    def edits(self) -> list[tuple[int, Edits, int]]:
-        """Of sequences that have any: index in the step, edits, and how many outputs came before."""
-        if not self.has_edits:
-            return []
-        decodes = [
-            (seq, request.edits, int(self.decodes.starts[seq]) + 1 - len(request.prompt_token_ids))
-            for seq, request in enumerate(self.decodes.requests)
-            if request.edits is not NO_EDITS
-        ]
-        chunks = [
-            (seq, chunk.request.edits, chunk.start + chunk.length - len(chunk.request.prompt_token_ids))
-            for seq, chunk in enumerate(self.chunks, len(self.decodes.requests))
-            if chunk.request.edits is not NO_EDITS
-        ]
-        return decodes + chunks
+from pjengine.row_table import RowTable
+from pjengine.schedule import Chunk, Decodes, Schedule
 
 
 @dataclass
@@ -169,7 +107,7 @@ class Scheduler:
         depth = 1 if chunks or has_edits else self.decode_steps
         return Schedule(self._book(rows, depth, new_pages), chunks, new_pages, has_edits, num_preempted)
 
-    def _book(self, rows: RowIndices, depth: int, new_pages: list[tuple[int, int, int]]) -> Decodes:
+    def _book(self, rows: np.ndarray, depth: int, new_pages: list[tuple[int, int, int]]) -> Decodes:
         """Counts up to `depth` tokens of each row as computed; at least one, for which there is room."""
         table = self.rows
         starts = table.computed[rows]
@@ -182,7 +120,7 @@ class Scheduler:
         requests: Any = [table.requests[row] for row in rows.tolist()]
         return Decodes(requests, rows, table.admissions[rows], starts, lengths)
 
-    def _grow(self, rows: RowIndices, new_pages: list[tuple[int, int, int]]) -> None:
+    def _grow(self, rows: np.ndarray, new_pages: list[tuple[int, int, int]]) -> None:
         """Gives each of these rows, whose pages are full, one more."""
         for row in rows.tolist():
             request = self.rows.owner(row)

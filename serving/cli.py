@@ -116,7 +116,7 @@ def _add_generate(commands: Any) -> None:
         "--warm-up",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="compile every program at the start, not each when it is first needed (default: --no-warm-up)",
+        help="compile every program at the start, not each when it is first needed (default: off)",
     )
 
 

@@ -25,6 +25,8 @@ HOST_ONLY = (
     "outputs.py",
     "request.py",
     "page_pool.py",
+    "row_table.py",
+    "schedule.py",
     "scheduler.py",
 )  # plain Python: no jax
 BANNED_NAMES = ("utils", "common", "manager", "handler", "helpers", "v2")

@@ -4,7 +4,8 @@ import functools
 import random
 
 from pjengine.request import Request
-from pjengine.scheduler import Schedule, Scheduler
+from pjengine.schedule import Schedule
+from pjengine.scheduler import Scheduler
 
 
 class StubDevice:

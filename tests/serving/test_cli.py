@@ -199,7 +199,7 @@ def test_help_names_every_default_and_every_shape(capsys: pytest.CaptureFixture[
 
     assert pjengine("generate", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "(default: 0.92)" in text and "(default: 128)" in text and "(default: --no-warm-up)" in text
+    assert "(default: 0.92)" in text and "(default: 128)" in text and "(default: off)" in text
     assert pjengine("bench", "throughput", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert all(name in text for name in SHAPES)

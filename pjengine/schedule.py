@@ -1,0 +1,71 @@
+"""What a step computes: the scheduler's answer, the runner's order. Plain Python and numpy."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from pjengine.edits import NO_EDITS, Edits
+from pjengine.request import Request
+
+
+class Chunk(NamedTuple):
+    """Tokens start to start + length of one request, all known to the host, to be computed in one step."""
+
+    request: Request
+    row: int
+    admission: int
+    start: int
+    length: int
+    is_sampled: bool  # it reaches the end of the request's tokens, so the next one is sampled
+    is_admitted: bool  # the row is new to the request: its parameters must be set
+
+
+class Decodes(NamedTuple):
+    """Rows whose next token is known to the device only, in order of rows."""
+
+    requests: list[Request]
+    rows: np.ndarray  # ints, one for each request, as are all below
+    admissions: np.ndarray
+    starts: np.ndarray  # position of the token to compute first
+    lengths: np.ndarray  # how many: each leads to the next
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step: the decodes, then the chunks."""
+
+    decodes: Decodes
+    chunks: list[Chunk]
+    new_pages: list[tuple[int, int, int]]  # row, column of the page table, page
+    has_edits: bool = False
+    num_preempted: int = 0
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.decodes.requests) + len(self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.decodes.lengths.sum()) + sum(chunk.length for chunk in self.chunks)
+
+    @property
+    def is_decode(self) -> bool:
+        return not self.chunks
+
+    @property
+    def edits(self) -> list[tuple[int, Edits, int]]:
+        """Of sequences that have any: index in the step, edits, and how many outputs came before."""
+        if not self.has_edits:
+            return []
+        decodes = [
+            (seq, request.edits, int(self.decodes.starts[seq]) + 1 - len(request.prompt_token_ids))
+            for seq, request in enumerate(self.decodes.requests)
+            if request.edits is not NO_EDITS
+        ]
+        chunks = [
+            (seq, chunk.request.edits, chunk.start + chunk.length - len(chunk.request.prompt_token_ids))
+            for seq, chunk in enumerate(self.chunks, len(self.decodes.requests))
+            if chunk.request.edits is not NO_EDITS
+        ]
+        return decodes + chunks
