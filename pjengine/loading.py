@@ -21,7 +21,7 @@ from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
 from pjengine.pallas_kernels.dispatch import check_backend
 from pjengine.sharding.mesh import make_mesh, replicated
-from pjengine.sizing import choose_dtype, choose_sizes
+from pjengine.sizing import choose_decode_steps, choose_dtype, choose_sizes
 from pjengine.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
         num_pages=plan.num_pages,
         page_size=plan.page_size,
         max_model_len=plan.max_model_len,
-        decode_steps=config.decode_steps or 1,
+        decode_steps=choose_decode_steps(
+            config.decode_steps, plan.weights_bytes, is_gpu=device.platform == "gpu"
+        ),
         kernel_backend=config.kernel_backend,
         **sizes,
     )

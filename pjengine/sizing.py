@@ -16,6 +16,15 @@ def choose_dtype(wanted: str, model_config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(model_config.dtype)
 
 
+def choose_decode_steps(wanted: int | None, weights_bytes: int, *, is_gpu: bool) -> int:
+    """Tokens of one launch: several where the device would wait for the host's millisecond after each.
+
+    Measured on one NVIDIA H200: 12 layers of 768 take 0.52 ms a token instead of 0.99 at batch 1, and 4
+    steps are as good as 8 or 16; 16 GB of weights gain nothing.
+    """
+    return wanted or (4 if is_gpu and weights_bytes < 3e9 else 1)
+
+
 def choose_sizes(config: EngineConfig, model_config: ModelConfig, memory_bytes: int | None) -> dict[str, int]:
     """Fills in the limits that the caller left open, by the device's memory; None: a CPU.
 
