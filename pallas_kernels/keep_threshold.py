@@ -158,8 +158,12 @@ def _threshold_kernel(
 
     @pl.when(wanted)
     def _() -> None:
-        best, least = _scan(logits_ref, row, vocab_size, _extremes, (-jnp.inf, jnp.inf), (jnp.max, jnp.min))
         scale = LOG2_E / heat
+        bests, leasts, sums = _scan(
+            logits_ref, row, vocab_size, functools.partial(_summary, scale=scale), (LOWEST, jnp.inf, 0.0)
+        )
+        best, least = jnp.max(bests), jnp.min(leasts)
+        everything = jnp.sum(sums * jnp.exp2((bests - best) * scale))
 
         def counts(x: Any, probes: list[Any]) -> list[Any]:
             return [jnp.where(x >= probe, 1.0, 0.0) for probe in probes]
@@ -168,14 +172,15 @@ def _threshold_kernel(
             mass = jnp.exp2((x - best) * scale)
             return [jnp.where(x >= probe, mass, 0.0) for probe in probes]
 
-        def totals(terms: Any, probes: list[Any]) -> list[Any]:
+        def totals(terms: Any, probes: list[Any], num_blocks: Any = None) -> list[Any]:
             def add(x: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
                 return tuple(
                     n + jnp.sum(term, axis=0) for n, term in zip(sums, terms(x, probes), strict=True)
                 )
 
             length = len(terms(jnp.zeros(()), probes))
-            return _scan(logits_ref, row, vocab_size, add, (0.0,) * length, (jnp.sum,) * length)
+            lanes = _scan(logits_ref, row, vocab_size, add, (0.0,) * length, num_blocks)
+            return [jnp.sum(lane) for lane in lanes]
 
         def reach_k(probes: list[Any]) -> tuple[list[Any], list[Any]]:
             num_kept = totals(counts, probes)
@@ -191,7 +196,10 @@ def _threshold_kernel(
 
         @pl.when(top_p < 1)
         def _() -> None:
-            (whole,) = totals(masses, [keep])
+            is_cut = keep > least
+            num_blocks = pl.cdiv(vocab_size, BLOCK[0] * BLOCK[1]) * is_cut.astype(jnp.int32)
+            (left,) = totals(masses, [keep], num_blocks)
+            whole = jnp.where(is_cut, left, everything)
 
             def reach_p(probes: list[Any]) -> tuple[list[Any], list[Any]]:
                 both = totals(lambda x, probes: masses(x, probes) + counts(x, probes), probes)
@@ -200,8 +208,10 @@ def _threshold_kernel(
             out_ref[row] = _narrow(jnp.maximum(keep, least), best, reach_p)
 
 
-def _scan(logits_ref: Any, row: Any, vocab_size: int, update: Any, start: Any, reduce: Any) -> list[Any]:
-    """Folds a row, a block at a time, into the lanes of a block's last axis, then reduces these."""
+def _scan(
+    logits_ref: Any, row: Any, vocab_size: int, update: Any, start: tuple[float, ...], num_blocks: Any = None
+) -> tuple[Any, ...]:
+    """Folds a row, or its first blocks, a block at a time into the lanes of a block's last axis."""
     height, width = BLOCK
 
     def body(i: Any, carry: Any) -> Any:
@@ -210,18 +220,18 @@ def _scan(logits_ref: Any, row: Any, vocab_size: int, update: Any, start: Any, r
         return update(x, carry)
 
     lanes = tuple(jnp.full((width,), value, jnp.float32) for value in start)
-    lanes = lax.fori_loop(0, pl.cdiv(vocab_size, height * width), body, lanes)
-    return [fold(lane) for fold, lane in zip(reduce, lanes, strict=True)]
+    end = pl.cdiv(vocab_size, height * width) if num_blocks is None else num_blocks
+    result: tuple[Any, ...] = lax.fori_loop(0, end, body, lanes)
+    return result
 
 
-def _extremes(x: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The largest logit, and the smallest that is not masked."""
-    best, least = carry
-    is_finite = x >= LOWEST
-    return (
-        jnp.maximum(best, jnp.max(x, axis=0)),
-        jnp.minimum(least, jnp.min(jnp.where(is_finite, x, jnp.inf), axis=0)),
-    )
+def _summary(x: Any, carry: tuple[Any, Any, Any], *, scale: Any) -> tuple[Any, Any, Any]:
+    """The largest logit, the smallest that is not masked, and the mass relative to the largest."""
+    old_best, least, mass = carry
+    best = jnp.maximum(old_best, jnp.max(x, axis=0))
+    least = jnp.minimum(least, jnp.min(jnp.where(x >= LOWEST, x, jnp.inf), axis=0))
+    added = jnp.sum(jnp.exp2((x - best[None, :]) * scale), axis=0)
+    return best, least, mass * jnp.exp2((old_best - best) * scale) + added
 
 
 def _narrow(start: Any, best: Any, reach: Any) -> Any:

@@ -82,7 +82,6 @@ def test_what_ends_among_several_tokens_of_one_launch_ends_there(demo: Any) -> N
         SamplingParams(**greedy, stop=text[9:14]),
         SamplingParams(**greedy, stop_token_ids=[ids[6]]),
         SamplingParams(**{**greedy, "max_tokens": 11}),
-        SamplingParams(**greedy, logprobs=1),
         SamplingParams(temperature=1.0, seed=5, max_tokens=40),  # meets the end of the text
     ]
     alone = [demo.generate(prompt, params, use_tqdm=False)[0].outputs[0] for params in wanted]
