@@ -390,13 +390,15 @@ class _EngineThread:
         """Wakes the tasks that wait for these, with one call for each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
         for stream in streams:
-            if not stream.is_signalled:
+            if stream.loop.is_closed():  # perhaps with a signal under way: its tasks are gone
+                self.release(stream)
+            elif not stream.is_signalled:
                 stream.is_signalled = True
                 by_loop.setdefault(stream.loop, []).append(stream)
         for loop, own in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_wake, own)
-            except RuntimeError:  # the loop was closed, its tasks are gone
+            except RuntimeError:  # closed since
                 for stream in own:
                     self.release(stream)
 

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pjengine.edits import NO_SIZES, EditSizes, pack_edits
+from pjengine.edit_sizes import NO_SIZES, EditSizes, pack_edits
 from pjengine.models.state import Batch
 from pjengine.schedule import Chunk, Schedule
 
 # What a row is told about its request when it is admitted.
-ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", "temperature", "top_p", "min_p")
-FLOAT_FIELDS = ("temperature", "top_p", "min_p")
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+FLOAT_FIELDS = ("temperature", "top_p", "min_p", *PENALTIES)
+ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", *FLOAT_FIELDS)
 FROM_DEVICE = -1  # in place of a token id: the row's last token, known to the device only
 
 
@@ -35,6 +36,9 @@ class Rows(NamedTuple):
     temperature: Float[Array, " rows"]  # 0: greedy
     top_p: Float[Array, " rows"]
     min_p: Float[Array, " rows"]
+    repetition_penalty: Float[Array, " rows"]
+    frequency_penalty: Float[Array, " rows"]
+    presence_penalty: Float[Array, " rows"]
     page_table: Int[Array, "rows pages_per_seq"]
 
     @classmethod
@@ -175,8 +179,12 @@ def _row_record(chunk: Chunk, vocab_size: int) -> Int[np.ndarray, " fields"]:
     request, params = chunk.request, chunk.request.params
     top_k = vocab_size if params.top_k <= 0 else min(params.top_k, vocab_size)
     seed_low, seed_high = np.array([request.seed], np.uint64).view(np.int32)  # little-endian
-    floats = np.array([params.effective_temperature, params.top_p, params.min_p], np.float32).view(np.int32)
-    return np.array([chunk.row, len(request.prompt_token_ids), seed_high, seed_low, top_k, *floats], np.int32)
+    penalties = [getattr(request.edits, name) for name in PENALTIES]
+    floats = np.array([params.effective_temperature, params.top_p, params.min_p, *penalties], np.float32)
+    return np.array(
+        [chunk.row, len(request.prompt_token_ids), seed_high, seed_low, top_k, *floats.view(np.int32)],
+        np.int32,
+    )
 
 
 def update_rows(rows: Rows, parts: dict[str, Array], layout: Layout) -> Rows:

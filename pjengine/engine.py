@@ -163,14 +163,25 @@ class LLMEngine:
             schedule = self.scheduler.schedule()
             launched = self.runner.launch(schedule) if schedule.num_seqs else None
             self._in_flight, ended = launched, self._in_flight
-            if launched is ended is None:
+            refused = self._refuse(schedule)
+            if launched is ended is None and not refused:
                 self.runner.wait_for_programs()
-            return self._take_results(ended) if ended is not None else []
+            return refused + (self._take_results(ended) if ended is not None else [])
         except BaseException as error:
             if isinstance(error, Exception):  # not Ctrl-C
                 logger.error("a step failed; aborted requests=%d", len(self._generations))
             self._start_over()
             raise
+
+    def _refuse(self, schedule: Schedule) -> list[Generation]:
+        """Ends requests whose program could not be made; the others go on."""
+        refused = []
+        for request, reason in schedule.refused:
+            completion, generation = self._completions[request.request_id]
+            completion.abort("error", reason)
+            self._drop([completion])
+            refused.append(generation)
+        return refused
 
     def _take_results(self, ended: Launched) -> list[Generation]:
         schedule, output, now = ended.schedule, ended.read(), time.perf_counter()

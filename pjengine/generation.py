@@ -91,11 +91,11 @@ class Completion:
             self._is_text_complete = True
             self.request.finish("stop", stop)
 
-    def abort(self) -> None:
+    def abort(self, reason: str = "abort", stop_reason: str | None = None) -> None:
         """Ends it where it stands, if it has not ended by itself."""
         with self._lock:
             if not self.request.is_finished:
-                self.request.finish("abort")
+                self.request.finish(reason, stop_reason)
 
     def _num_shown_chars(self, num_tokens: int) -> int:
         """The text of the first `num_tokens` that no stop string can cut any more."""

@@ -1,10 +1,12 @@
 """The rare edits of logits, on the device: bans, biases, bad words, penalties."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pjengine.edits import EditSizes
+from pjengine.edit_sizes import EditSizes
 from pjengine.models.state import Batch
 
 
@@ -12,11 +14,15 @@ def apply_edits(
     logits: Float[Array, "s v"],
     parts: dict[str, Array],
     sizes: EditSizes,
+    penalties: Sequence[Float[Array, " s"]],
     batch: Batch,
     token_ids: Int[Array, "pages page_size"],
     prompt_lens: Int[Array, " s"],
 ) -> Float[Array, "s v"]:
-    """In the order: allowed ids, bad words, min_tokens and bias, then the penalties."""
+    """In the order: allowed ids, bad words, min_tokens and bias, then the penalties.
+
+    `penalties`: repetition, frequency and presence.
+    """
     if sizes.num_allowed:
         seq, token = parts["allowed"]
         is_limited = jnp.zeros(len(logits), bool).at[seq].set(True, mode="drop")
@@ -30,7 +36,7 @@ def apply_edits(
         seq, token, bits = parts["bias"]
         logits = logits.at[seq, token].add(_floats(bits), mode="drop")
     if sizes.has_penalties:
-        logits = _penalize(logits, _floats(parts["penalties"]), history, prompt_lens, batch.kv_lens)
+        logits = _penalize(logits, penalties, history, prompt_lens, batch.kv_lens)
     return logits
 
 
@@ -55,7 +61,7 @@ def _forbid_words(
 
 def _penalize(
     logits: Float[Array, "s v"],
-    penalties: Float[Array, "3 s"],
+    penalties: Sequence[Float[Array, " s"]],
     history: Int[Array, "s slots"],
     prompt_lens: Int[Array, " s"],
     lens: Int[Array, " s"],

@@ -1,10 +1,13 @@
 """The compiled programs: loaded or made by threads of their own, in the order in which they are needed."""
 
+import logging
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -19,6 +22,10 @@ class Maker[L: Hashable, P](Protocol):
 
     def compile(self, layout: L, lowered: Any) -> P:
         """Compiled, and kept in the cache."""
+
+
+class CompilationError(RuntimeError):
+    """A program could not be made; `__cause__` says why."""
 
 
 class Stage(Enum):
@@ -47,10 +54,10 @@ class Programs[L: Hashable, P]:
 
     def __init__(self, maker: Maker[L, P], num_threads: int) -> None:
         self.ready: dict[L, P] = {}
+        self.failed: dict[L, BaseException] = {}  # until they are wanted again
         self._maker = maker
         self._num_threads = num_threads
         self._tasks: list[_Task[L]] = []  # most urgent first
-        self._failures: list[BaseException] = []
         self._threads: list[threading.Thread] = []
         self._num_working = 0  # of the threads, those that will look for more to do
         self._is_closed = False
@@ -65,6 +72,8 @@ class Programs[L: Hashable, P]:
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the programs are closed")
+            for layout in layouts:
+                self.failed.pop(layout, None)
             under_way = {task.layout: task for task in self._tasks}
             urgent = [under_way.get(layout, _Task(layout)) for layout in layouts if layout not in self.ready]
             self._tasks = urgent + [task for task in self._tasks if task not in urgent]
@@ -79,30 +88,29 @@ class Programs[L: Hashable, P]:
     def wait(self, layouts: Sequence[L]) -> None:
         """Returns once all of `layouts` are ready; makes them before any others.
 
-        Raises what a thread met while it made a program, this or another, once; the program is made
-        anew when it is wanted again.
+        Raises what a thread met while it made one of them; it is made anew when it is wanted again.
         """
-        while True:
-            self.start(layouts)
-            with self._changed:
-                self.raise_failure()
+        self.start(layouts)
+        with self._changed:
+            while not self._is_closed:
+                for layout in layouts:
+                    if layout in self.failed:
+                        raise self.failed.pop(layout)
                 if all(layout in self.ready for layout in layouts):
                     return
-                if self._tasks and not self._is_closed:
-                    self._changed.wait()
+                self._changed.wait()
+        raise RuntimeError("the programs are closed")
+
+    def is_under_way(self, layouts: Iterable[L]) -> bool:
+        """Whether any of `layouts` is being made, or waits for it."""
+        with self._changed:
+            return not {task.layout for task in self._tasks}.isdisjoint(layouts)
 
     def wait_for_change(self, timeout_s: float) -> None:
-        """Returns once a stage of a program is done, or after `timeout_s`; raises as `raise_failure`."""
+        """Returns once a stage of a program is done, or after `timeout_s`."""
         with self._changed:
-            self.raise_failure()
-            if self._tasks and not self._is_closed:
+            if not self._is_closed:
                 self._changed.wait(timeout_s)
-
-    def raise_failure(self) -> None:
-        """Raises what a thread met while it made a program, if that has not been raised yet."""
-        with self._changed:
-            if self._failures:
-                raise self._failures.pop(0)
 
     def close(self) -> None:
         """Drops all programs and waits for the threads, which finish the stage that they are in."""
@@ -157,7 +165,8 @@ class Programs[L: Hashable, P]:
             task.is_running = False
             task.stage = Stage.LOWER if task.stage is Stage.LOAD else Stage.COMPILE
             if failure is not None:
-                self._failures.append(failure)
+                self.failed[task.layout] = failure
+                logger.error("the program for %s could not be made: %r", task.layout, failure)
             elif program is not None and not self._is_closed:
                 self.ready[task.layout] = program
             if program is not None or failure is not None:

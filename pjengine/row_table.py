@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 
-from pjengine.edits import NO_EDITS
+from pjengine.edits import NEEDS
 from pjengine.request import Request
 
 
@@ -29,7 +29,8 @@ class RowTable:
         self.prefill_end = np.zeros(num_rows, np.int64)
         self.limit = np.zeros(num_rows, np.int64)  # of computed tokens; the last one sampled never is
         self.room = np.zeros(num_rows, np.int64)
-        self.has_edits = np.zeros(num_rows, np.bool_)
+        self.needs = np.zeros((num_rows, len(NEEDS)), np.int64)  # of its edits
+        self.travels = np.zeros(num_rows, np.bool_)  # something of its edits, with every step
         self.is_watched = np.zeros(num_rows, np.bool_)  # each of its tokens has to be looked at
         self._free = list(range(num_rows))  # a heap: low rows first
         self._numbers = itertools.count(1)
@@ -51,13 +52,15 @@ class RowTable:
         self.prefill_end[row] = request.num_known
         self.limit[row] = request.max_total_tokens - 1
         self.room[row] = room
-        self.has_edits[row] = request.edits is not NO_EDITS
+        self.needs[row] = request.edits.needs
+        self.travels[row] = request.edits.travels
         self.is_watched[row] = request.is_watched
         return row
 
     def vacate(self, row: int) -> None:
         self.requests[row] = None
         self.admissions[row] = 0
+        self.needs[row] = 0
         heapq.heappush(self._free, row)
 
     def owner(self, row: int) -> Request:

@@ -1,10 +1,9 @@
 """The device side: one step, compiled once per program, its state donated through every call."""
 
-import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -25,10 +24,11 @@ from pjengine.batching import (
 )
 from pjengine.compile_cache import CompileCache
 from pjengine.config import RunnerConfig
-from pjengine.edits import NO_SIZES, Edits, EditSizes, sizes_of
+from pjengine.edit_sizes import NO_SIZES, EditSizes, sizes_for
+from pjengine.edits import past_prompts
 from pjengine.models.llama import Llama, Params
 from pjengine.models.state import KVCache, kv_shape
-from pjengine.programs import Programs
+from pjengine.programs import CompilationError, Programs
 from pjengine.schedule import Schedule
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
@@ -125,9 +125,7 @@ class Runner:
         wanted = schedule.num_seqs if schedule.is_decode else schedule.num_tokens
         buckets = self.config.decode_buckets if schedule.is_decode else self.config.mixed_buckets
         bucket = next(bucket for bucket in buckets if bucket >= wanted)
-        sizes = sizes_of([edits for _, edits, _ in schedule.edits], self.model.config.vocab_size)
-        if all(chunk.start >= len(chunk.request.prompt_token_ids) for chunk in schedule.chunks):
-            sizes = _past_prompts(sizes)
+        sizes = sizes_for(schedule.needs, self.model.config.vocab_size)
         return self._layout(bucket, schedule.is_decode, sizes)
 
     def layouts(self) -> list[Layout]:
@@ -160,10 +158,8 @@ class Runner:
     def program_for(self, layout: Layout) -> tuple[Layout, Compiled]:
         """The compiled step for `layout`, or while that is not ready, for one with more room.
 
-        Where there is none, waits for the program to be made, before all others.
-        Raises what making any program in the background has raised since the last call.
+        Where there is none, waits for the program to be made, before all others; raises what that raises.
         """
-        self._programs.raise_failure()
         if layout not in self.programs:
             if covers := [other for other in list(self.programs) if other.covers(layout)]:
                 self._num_misses[layout] += 1
@@ -175,31 +171,37 @@ class Runner:
                 self._wait([layout])
         return layout, self.programs[layout]
 
-    def can_edit(self, now: Sequence[Edits], soon: Sequence[Edits]) -> bool:
-        """Whether every step of requests with the edits `now` has a program.
+    def can_edit(self, now: np.ndarray, soon: Callable[[], np.ndarray]) -> bool:
+        """Whether every step that needs so much (see `edits.NEEDS`) has a program.
 
-        If not, begins to make those for `soon`, which are more: every new union would be compiled otherwise.
+        If not, begins to make those for `soon`, which is more: every new union would be compiled otherwise.
+
+        Raises:
+          CompilationError: they could not be made; the next call tries again.
         """
-        ready = list(self.programs)
-        if all(any(program.covers(layout) for program in ready) for layout in self._largest(now)):
+        wanted, ready = self._largest(now), list(self.programs)
+        if all(any(program.covers(layout) for program in ready) for layout in wanted):
             return True
-        if all(layout in self.programs for layout in self._asked):
-            self._make(self._largest(soon))
+        if self._programs.is_under_way(self._asked):
+            return False
+        failed = self._programs.failed
+        if errors := [failed.pop(layout) for layout in wanted if layout in failed]:
+            raise CompilationError(f"no program for these parameters: {errors[0]}") from errors[0]
+        larger = self._largest(soon())
+        self._make(wanted if any(layout in failed for layout in larger) else larger)
         return False
 
-    def _largest(self, all_edits: Sequence[Edits]) -> list[Layout]:
-        """What any step of requests with these edits could run as."""
-        sizes = sizes_of(all_edits, self.model.config.vocab_size)
+    def _largest(self, needs: np.ndarray) -> list[Layout]:
+        """What any step that needs so much could run as."""
+        sizes = sizes_for(needs, self.model.config.vocab_size)
+        decode = sizes_for(past_prompts(needs), self.model.config.vocab_size)
         return [
             self._layout(self.config.mixed_buckets[-1], False, sizes),
-            self._layout(self.config.decode_buckets[-1], True, _past_prompts(sizes)),
+            self._layout(self.config.decode_buckets[-1], True, decode),
         ]
 
     def wait_for_programs(self) -> None:
-        """Returns once there is a new program, or after a moment.
-
-        Raises what making any program in the background has raised since the last call.
-        """
+        """Returns once there is a new program, or after a moment."""
         start = time.perf_counter()
         self._programs.wait_for_change(timeout_s=0.05)
         self.compile_s += time.perf_counter() - start
@@ -242,8 +244,3 @@ class Runner:
         for leaf in jax.tree.leaves(trees):
             if not leaf.is_deleted():
                 leaf.delete()
-
-
-def _past_prompts(sizes: EditSizes) -> EditSizes:
-    """Without what only prompts need."""
-    return dataclasses.replace(sizes, num_prompt_top=None)

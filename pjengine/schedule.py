@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pjengine.edits import NO_EDITS, Edits
+from pjengine.edits import Edits
 from pjengine.request import Request
 
 
@@ -38,7 +38,9 @@ class Schedule:
     decodes: Decodes
     chunks: list[Chunk]
     new_pages: list[tuple[int, int, int]]  # row, column of the page table, page
-    has_edits: bool = False
+    needs: np.ndarray  # the room that the edits of all take together, as edits.NEEDS names it
+    edits: list[tuple[int, Edits, int]]  # those that travel: sequence, edits, number of outputs before
+    refused: list[tuple[Request, str]]  # that were waiting and never can run, and why
     num_preempted: int = 0
 
     @property
@@ -52,20 +54,3 @@ class Schedule:
     @property
     def is_decode(self) -> bool:
         return not self.chunks
-
-    @property
-    def edits(self) -> list[tuple[int, Edits, int]]:
-        """Of sequences that have any: index in the step, edits, and how many outputs came before."""
-        if not self.has_edits:
-            return []
-        decodes = [
-            (seq, request.edits, int(self.decodes.starts[seq]) + 1 - len(request.prompt_token_ids))
-            for seq, request in enumerate(self.decodes.requests)
-            if request.edits is not NO_EDITS
-        ]
-        chunks = [
-            (seq, chunk.request.edits, chunk.start + chunk.length - len(chunk.request.prompt_token_ids))
-            for seq, chunk in enumerate(self.chunks, len(self.decodes.requests))
-            if chunk.request.edits is not NO_EDITS
-        ]
-        return decodes + chunks

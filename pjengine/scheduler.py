@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pjengine.edits import NO_EDITS, Edits
+from pjengine.edits import NEEDS, NO_EDITS, Edits, join_needs, past_prompts
 from pjengine.page_pool import PagePool, page_hashes
+from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.row_table import RowTable
 from pjengine.schedule import Chunk, Decodes, Schedule
@@ -35,13 +36,14 @@ class Scheduler:
     max_num_batched_tokens: int  # at least max_num_seqs
     is_caching: bool = True  # prefixes
     decode_steps: int = 1  # tokens of a row in one step of decodes alone; at most a page
-    # Whether there are programs for steps with all of the first; if not, they are made for the second.
-    can_edit: Callable[[list[Edits], list[Edits]], bool] = lambda now, soon: True
-    num_cache_queries: int = 0  # tokens looked up in the prefix cache
+    # Whether there are programs for steps that need so much; if not, they are made for what comes soon.
+    can_edit: Callable[[np.ndarray, Callable[[], np.ndarray]], bool] = lambda now, soon: True
+    num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
     num_cache_hits: int = 0  # tokens found there
     rows: RowTable = field(init=False)
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
+    _approved: np.ndarray = field(default_factory=lambda: np.zeros(len(NEEDS)))  # by `can_edit`, last
 
     def __post_init__(self) -> None:
         self.rows = RowTable(self.max_num_seqs)
@@ -85,27 +87,69 @@ class Scheduler:
         """The next step; without any sequences when nothing can run until a result is read."""
         chunks: list[Chunk] = []
         new_pages: list[tuple[int, int, int]] = []
-        num_preempted = self._make_room_for_decodes()
+        refused: list[tuple[Request, str]] = []
+        num_preempted = self._make_room()
         rows = self.rows.decoding()
         self._grow(rows[self.rows.computed[rows] == self.rows.room[rows]], new_pages)
-        budget = self.max_num_batched_tokens - len(rows)
-        for row in self.rows.prefilling():
-            request = self.rows.requests[row]
-            if request is None or budget == 0:
-                continue  # preempted by one before it
-            length = min(int(self.rows.prefill_end[row] - self.rows.computed[row]), budget)
-            num_preempted += self._make_room(request, length, chunks)
-            if request.row == row:
-                chunks.append(self._take(request, length, new_pages))
-                budget -= length
+        for row, length in self._prompt_lengths(len(rows)):
+            chunks.append(self._take(self.rows.owner(row), length, new_pages))
         if num_preempted == 0:
-            self._admit(chunks, budget, new_pages)
-        has_edits = bool(self.rows.has_edits[rows].any()) or any(
-            c.request.edits is not NO_EDITS for c in chunks
-        )
+            self._admit(len(rows), chunks, new_pages, refused)
+        needs = self._needs(rows, chunks)
         # Several tokens where the host has no part in them.
-        depth = 1 if chunks or has_edits else self.decode_steps
-        return Schedule(self._book(rows, depth, new_pages), chunks, new_pages, has_edits, num_preempted)
+        depth = 1 if chunks or needs.any() else self.decode_steps
+        decodes = self._book(rows, depth, new_pages)
+        return Schedule(
+            decodes, chunks, new_pages, needs, self._edits(decodes, chunks), refused, num_preempted
+        )
+
+    def _needs(self, rows: np.ndarray, chunks: list[Chunk]) -> np.ndarray:
+        """The room that the edits of a step take together."""
+        table = self.rows
+        own = [past_prompts(table.needs[rows])]
+        for chunk in chunks:
+            is_prompt = chunk.start < len(chunk.request.prompt_token_ids)
+            own.append((table.needs if is_prompt else past_prompts(table.needs))[[chunk.row]])
+        return join_needs(np.concatenate(own))
+
+    def _edits(self, decodes: Decodes, chunks: list[Chunk]) -> list[tuple[int, Edits, int]]:
+        """Those that travel with a step: sequence, edits, number of outputs before."""
+        found = []
+        for seq in np.flatnonzero(self.rows.travels[decodes.rows]).tolist():
+            request = decodes.requests[seq]
+            found.append((seq, request.edits, int(decodes.starts[seq]) + 1 - len(request.prompt_token_ids)))
+        for seq, chunk in enumerate(chunks, len(decodes.requests)):
+            if self.rows.travels[chunk.row]:
+                num_outputs = chunk.start + chunk.length - len(chunk.request.prompt_token_ids)
+                found.append((seq, chunk.request.edits, num_outputs))
+        return found
+
+    def _prompt_lengths(self, num_decodes: int) -> Iterator[tuple[int, int]]:
+        """Rows with known tokens left to compute, and how many of them the next step takes."""
+        budget, table = self.max_num_batched_tokens - num_decodes, self.rows
+        for row in table.prefilling():
+            length = min(int(table.prefill_end[row] - table.computed[row]), budget)
+            if length == 0:
+                return
+            budget -= length
+            yield row, length
+
+    def _make_room(self) -> int:
+        """Preempts the highest ranks until the next tokens of all that runs have pages; returns how many.
+
+        Spares those that are about to finish: their pages return by themselves.
+        """
+        num_preempted, table = 0, self.rows
+        while True:
+            rows = table.decoding()
+            needed = int(np.count_nonzero(table.computed[rows] == table.room[rows]))
+            for row, length in self._prompt_lengths(len(rows)):
+                needed += self._pages_for(int(table.computed[row]) + length) - len(table.owner(row).pages)
+            if needed <= self.pool.num_free:
+                return num_preempted
+            candidates = [table.owner(row) for row in [*rows.tolist(), *table.prefilling()]]
+            self._preempt(max(candidates, key=lambda other: other.rank))
+            num_preempted += 1
 
     def _book(self, rows: np.ndarray, depth: int, new_pages: list[tuple[int, int, int]]) -> Decodes:
         """Counts up to `depth` tokens of each row as computed; at least one, for which there is room."""
@@ -132,29 +176,28 @@ class Scheduler:
         self.rows.room[request.row] += count * self.page_size
         new_pages += [(request.row, column, request.pages[column]) for column in range(held, held + count)]
 
-    def _make_room_for_decodes(self) -> int:
-        """Preempts the highest ranks until every row that decodes has a page for its next token.
-
-        Spares those that are about to finish: their pages return by themselves.
-        """
-        num_preempted, table = 0, self.rows
-        while True:
-            rows = table.decoding()
-            if np.count_nonzero(table.computed[rows] == table.room[rows]) <= self.pool.num_free:
-                return num_preempted
-            candidates = [table.owner(row) for row in [*rows.tolist(), *table.prefilling()]]
-            self._preempt(max(candidates, key=lambda other: other.rank))
-            num_preempted += 1
-
-    def _admit(self, chunks: list[Chunk], budget: int, new_pages: list[tuple[int, int, int]]) -> None:
+    def _admit(
+        self,
+        num_decodes: int,
+        chunks: list[Chunk],
+        new_pages: list[tuple[int, int, int]],
+        refused: list[tuple[Request, str]],
+    ) -> None:
         """Starts waiting requests while there are rows, tokens, and pages for all they have to compute."""
         if not self._waiting:
             return
+        budget = self.max_num_batched_tokens - num_decodes - sum(chunk.length for chunk in chunks)
         promised = self.rows.promised(self.page_size)
         held_back: list[tuple[tuple[int, int], Request]] = []
         while self._waiting and budget and self.rows.num_free:
             _, request = self._waiting[0]
-            if request.edits is not NO_EDITS and (held_back or not self._can_run(request.edits)):
+            try:
+                # In their order: what runs then needs ever less, and the program asked for stays enough.
+                is_ready = request.edits is NO_EDITS or (not held_back and self._can_run(request))
+            except CompilationError as error:
+                refused.append((heapq.heappop(self._waiting)[1], str(error)))
+                continue
+            if not is_ready:
                 held_back.append(heapq.heappop(self._waiting))
                 continue
             found = self._find_cached(request)
@@ -170,12 +213,21 @@ class Scheduler:
         for entry in held_back:
             heapq.heappush(self._waiting, entry)
 
-    def _can_run(self, edits: Edits) -> bool:
-        """Whether there are programs for these edits among those that run."""
-        rows = np.flatnonzero(self.rows.has_edits & (self.rows.admissions > 0))
-        running = [self.rows.owner(row).edits for row in rows.tolist()]
-        waiting = [request.edits for _, request in self._waiting if request.edits is not NO_EDITS]
-        return self.can_edit([*running, edits], [*running, *waiting][: self.max_num_seqs])
+    def _can_run(self, request: Request) -> bool:
+        """Whether there are programs for the request among those that run."""
+        running = self.rows.needs[self.rows.admissions > 0]
+        now = join_needs(np.vstack([running, request.edits.needs]))
+        if (now <= self._approved).all():
+            return True
+
+        def soon() -> np.ndarray:
+            waiting = [other.edits.needs for _, other in self._waiting if other.edits is not NO_EDITS]
+            return join_needs(np.vstack([running, *waiting[: self.rows.num_free]]))
+
+        is_ready = self.can_edit(now, soon)
+        if is_ready:
+            self._approved = now
+        return is_ready
 
     def _find_cached(self, request: Request) -> list[int]:
         """The pages of the cache that hold the request's beginning; at least one token is left to compute."""
@@ -193,8 +245,9 @@ class Scheduler:
         request.num_registered = len(found)
         request.row = self.rows.admit(request, num_cached, room=num_cached)
         new_pages += [(request.row, column, page) for column, page in enumerate(found)]
-        self.num_cache_queries += request.num_known
-        self.num_cache_hits += num_cached
+        if self.is_caching and request.is_cache_read:
+            self.num_cache_queries += request.num_known
+            self.num_cache_hits += num_cached
         if request.metrics.scheduled_s is None:
             request.metrics.scheduled_s = time.perf_counter()
             request.num_cached_tokens = num_cached
@@ -243,20 +296,6 @@ class Scheduler:
         if start + self.page_size <= stop:
             tokens = request.known_tokens(start, stop)
             names += page_hashes(tokens, self.page_size, request.salt, names[-1] if names else None)
-
-    def _make_room(self, request: Request, length: int, chunks: list[Chunk]) -> int:
-        """Preempts the highest ranks until `length` more known tokens of `request` fit; returns how many.
-
-        Spares those that are in this step already; when only `request` itself is left, gives it up.
-        """
-        needed = self._pages_for(int(self.rows.computed[request.row]) + length) - len(request.pages)
-        taken = {chunk.row for chunk in chunks}
-        num_preempted = 0
-        while request.row >= 0 and needed > self.pool.num_free:
-            candidates = [self.rows.owner(row) for row in self.rows.prefilling() if row not in taken]
-            self._preempt(max(candidates, key=lambda other: other.rank))
-            num_preempted += 1
-        return num_preempted
 
     def _preempt(self, request: Request) -> None:
         """Takes a request's row and pages; it will recompute its tokens, and sample the same ones."""

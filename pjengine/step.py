@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pjengine.batching import Layout, Rows, live_rows, unpack, update_rows
+from pjengine.batching import PENALTIES, Layout, Rows, live_rows, unpack, update_rows
 from pjengine.logits import apply_edits
 from pjengine.logprobs import Logprobs, logprobs_of, prompt_logprobs_of
 from pjengine.models.attention import PagedAttend
@@ -94,7 +94,8 @@ def compute_tokens(
     with jax.named_scope("sample"):
         raw = model.logits(params, hidden)
         prompt_lens = rows.prompt_len.at[row].get(mode="clip")
-        logits = apply_edits(raw, parts, layout.edits, batch, updated.token_ids, prompt_lens)
+        penalties = [getattr(rows, name).at[row].get(mode="clip") for name in PENALTIES]
+        logits = apply_edits(raw, parts, layout.edits, penalties, batch, updated.token_ids, prompt_lens)
         tokens = sample(logits, positions=batch.kv_lens, backend=backend, **own)
         tokens = jnp.where(jnp.isnan(jnp.max(raw, axis=-1)), BROKEN, tokens)
         logprobs = None

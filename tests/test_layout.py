@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 HOST_ONLY = (
     "edits.py",
+    "edit_sizes.py",
     "resolution.py",
     "token_logprobs.py",
     "sampling_params.py",

@@ -360,10 +360,13 @@ def test_metrics_follow_each_other(llm: Any) -> None:
     run(main())
 
 
-def test_an_event_loop_that_went_away_leaves_no_request(llm: Any) -> None:
+@pytest.mark.parametrize("is_signalled", [False, True])
+def test_an_event_loop_that_went_away_leaves_no_request(llm: Any, is_signalled: bool) -> None:
     loop = asyncio.new_event_loop()
     outputs = llm.generate(PROMPTS[0], params(900), "orphan")
     loop.run_until_complete(anext(outputs))
+    while is_signalled and not llm._thread._open["orphan"].is_signalled:
+        settle(llm)
     loop.close()
     while "orphan" in llm._thread._open:
         settle(llm)

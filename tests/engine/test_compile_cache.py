@@ -331,30 +331,30 @@ def test_the_first_request_is_answered_before_the_rest_is_ready(
         assert runner.is_warm and runner.recompiles_after_warmup == 0
 
 
-def test_a_failure_in_the_background_surfaces_at_the_next_step(
+def test_a_program_that_fails_in_the_background_ends_only_what_needs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pjengine import LLM, SamplingParams
     from pjengine.step_compiler import StepCompiler
 
-    started, has_failed, compile_ = threading.Event(), threading.Event(), StepCompiler.compile
+    is_broken, compile_ = True, StepCompiler.compile
 
     def compile_or_fail(self: Any, layout: Any, program: Any) -> Any:
-        if layout.num_tokens != 2 or has_failed.is_set():
-            return compile_(self, layout, program)
-        assert started.wait(60)
-        has_failed.set()
-        raise MemoryError("two sequences do not fit")
+        if is_broken and layout.edits.num_bias:
+            raise MemoryError("biases do not fit")
+        return compile_(self, layout, program)
 
     monkeypatch.setattr(StepCompiler, "compile", compile_or_fail)
-    params = SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False)
+    plain = SamplingParams(max_tokens=9, ignore_eos=True, detokenize=False)
+    biased = dataclasses.replace(plain, logit_bias={5: 1.0})
     with LLM(**TINY, compile_cache_dir=str(tmp_path)) as llm:
-        started.set()
-        with pytest.raises(MemoryError, match="two sequences do not fit"):
-            while True:  # until the failure comes about, steps run
-                llm.generate([[1, 2, 3]], params, use_tqdm=False)
-        assert len(llm.generate([[1, 2, 3]], params, use_tqdm=False)[0].outputs[0].token_ids) == 4
-        llm.engine.runner.wait_until_warm()
+        outputs = llm.generate([[1, 2, 3]] * 3, [plain, biased, plain], use_tqdm=False)
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [9, 0, 9]
+        ended = outputs[1].outputs[0]
+        assert ended.finish_reason == "error" and "biases do not fit" in str(ended.stop_reason)
+        is_broken = False
+        (output,) = llm.generate([[1, 2, 3]], biased, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 9
 
 
 def test_a_start_that_fails_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,13 @@ def make_history(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list
 
 
 def apply(wishes: list[Any], logits: np.ndarray, token_ids: np.ndarray, table: np.ndarray) -> np.ndarray:
-    from pjengine.edits import pack_edits, sizes_of
+    from pjengine.batching import PENALTIES
+    from pjengine.edit_sizes import pack_edits, sizes_for
+    from pjengine.edits import join_needs
     from pjengine.logits import apply_edits
     from pjengine.models.state import Batch
 
-    sizes = sizes_of(wishes, VOCAB)
+    sizes = sizes_for(join_needs(np.array([edits.needs for edits in wishes])), VOCAB)
     parts = {name: np.full(shape, 77, np.int32) for name, shape in sizes.parts(NUM_SEQS, 8).items()}
     outputs = [max(0, length - prompt) for length, prompt in zip(LENS, PROMPT_LENS, strict=True)]
     pack_edits(parts, list(zip(range(NUM_SEQS), wishes, outputs, strict=True)), NUM_SEQS)
@@ -32,7 +34,10 @@ def apply(wishes: list[Any], logits: np.ndarray, token_ids: np.ndarray, table: n
     batch = Batch(empty, empty, empty, empty, jnp.asarray(table), jnp.asarray(LENS, jnp.int32), None)
     on_device = {name: jnp.asarray(part) for name, part in parts.items()}
     prompt_lens = jnp.asarray(PROMPT_LENS, jnp.int32)
-    edited = apply_edits(jnp.asarray(logits), on_device, sizes, batch, jnp.asarray(token_ids), prompt_lens)
+    penalties = [jnp.asarray([getattr(edits, name) for edits in wishes], jnp.float32) for name in PENALTIES]
+    edited = apply_edits(
+        jnp.asarray(logits), on_device, sizes, penalties, batch, jnp.asarray(token_ids), prompt_lens
+    )
     return np.asarray(edited)
 
 
@@ -98,9 +103,10 @@ def test_edits_in_a_mixed_batch_equal_their_definitions(seed: int) -> None:
 
 def test_a_program_without_edits_has_no_room_for_any() -> None:
     from pjengine.batching import Layout
-    from pjengine.edits import NO_EDITS, NO_SIZES, sizes_of
+    from pjengine.edit_sizes import NO_SIZES, sizes_for
+    from pjengine.edits import NO_EDITS, join_needs
 
-    assert sizes_of([NO_EDITS] * 3, VOCAB) == NO_SIZES
+    assert sizes_for(join_needs(np.array([NO_EDITS.needs] * 3)), VOCAB) == NO_SIZES
     layout = Layout(num_tokens=8, num_rows=4, page_size=16, is_decode=True)
     assert set(layout.parts) == {"rows", "page_updates"}
 

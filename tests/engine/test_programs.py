@@ -104,17 +104,22 @@ def test_what_the_cache_holds_is_not_traced(programs: Any, maker: GatedMaker) ->
     assert maker.lowered() == ["b"]
 
 
-def test_a_failure_in_the_background_surfaces_once_and_is_tried_again(
-    programs: Any, maker: GatedMaker
+def test_a_failure_is_told_to_who_waits_for_it_and_is_tried_again(
+    programs: Any, maker: GatedMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     maker.broken["b"] = MemoryError("b does not fit")
     maker.open_all()
-    programs.start(list("ab"))
-    with pytest.raises(MemoryError, match="b does not fit"):
+    programs.start(list("ba"))
+    programs.wait(["a"])  # is not told
+    with programs._changed:
+        assert programs._changed.wait_for(lambda: "b" in programs.failed, TIMEOUT_S)
+    assert "the program for b could not be made" in caplog.text
+    maker.broken["b"] = MemoryError("b still does not fit")
+    with pytest.raises(MemoryError, match="b still does not fit"):
         programs.wait(list("ab"))
-    programs.raise_failure()
+    assert not programs.failed
     programs.wait(list("ab"))
-    assert maker.lowered().count("b") == 2
+    assert maker.lowered().count("b") == 3
 
 
 def test_close_ends_what_is_under_way_and_begins_nothing_more(programs: Any, maker: GatedMaker) -> None:

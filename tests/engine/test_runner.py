@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 
@@ -92,21 +93,56 @@ def test_a_step_runs_as_a_larger_one_until_its_own_program_pays() -> None:
     assert runner.program_for(one)[0] == one
 
 
+def needs_of(*edits: Any) -> np.ndarray:
+    from pjengine.edits import join_needs
+
+    return join_needs(np.array([own.needs for own in edits]))
+
+
 def test_edits_can_be_made_once_their_largest_programs_are_there() -> None:
-    from pjengine.edits import Edits, sizes_of
+    from pjengine.edit_sizes import sizes_for
+    from pjengine.edits import NO_EDITS, Edits
 
     runner = make_runner(max_num_seqs=2, max_num_batched_tokens=16)
     wanted = [Edits(bias={1: 1.0, 2: 1.0}), Edits(num_logprobs=3, num_prompt_logprobs=1)]
-    while not runner.can_edit(wanted[:1], wanted):
+    now, soon = needs_of(wanted[0]), needs_of(*wanted)
+    while not runner.can_edit(now, lambda: soon):
         runner.wait_for_programs()
-    sizes = sizes_of(wanted, 64)
+    sizes = sizes_for(soon, 64)
+    assert (sizes.num_bias, sizes.num_top, sizes.num_prompt_top) == (2, 4, 1)
     (decode,) = (layout for layout in runner.programs if layout.is_decode)
     (mixed,) = (layout for layout in runner.programs if not layout.is_decode)
     assert (mixed.num_tokens, mixed.edits) == (16, sizes)
     assert (decode.num_tokens, decode.edits) == (2, dataclasses.replace(sizes, num_prompt_top=None))
-    assert runner.can_edit(wanted, wanted) and runner.can_edit([], [])  # with the same ones
-    other = [Edits(allowed=(1,))]
-    assert not runner.can_edit(other, other)
+    for covered in (soon, needs_of(NO_EDITS)):  # with the same ones
+        assert runner.can_edit(covered, lambda: soon)
+    other = needs_of(Edits(allowed=(1,)))
+    assert not runner.can_edit(other, lambda: other)
+    runner.close()
+
+
+def test_a_program_that_fails_is_told_once_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pjengine.edits import Edits
+    from pjengine.programs import CompilationError
+    from pjengine.step_compiler import StepCompiler
+
+    runner = make_runner(max_num_seqs=2, max_num_batched_tokens=16)
+    lower = StepCompiler.lower
+    is_broken = True
+
+    def fail(self: Any, layout: Any) -> Any:
+        if is_broken:
+            raise MemoryError("no room")
+        return lower(self, layout)
+
+    monkeypatch.setattr(StepCompiler, "lower", fail)
+    now, soon = needs_of(Edits(allowed=(1,))), needs_of(Edits(allowed=(1, 2, 3)))
+    with pytest.raises(CompilationError, match="no room"):  # for `soon` first, then for `now`
+        while not runner.can_edit(now, lambda: soon):
+            runner.wait_for_programs()
+    is_broken = False
+    while not runner.can_edit(now, lambda: now):
+        runner.wait_for_programs()
     runner.close()
 
 

@@ -1,14 +1,17 @@
 """The scheduler alone, against a device that is a dictionary: no JAX."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pjengine.edits import Edits
+from pjengine.edits import Edits, join_needs
 from pjengine.page_pool import PagePool
+from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.sampling_params import SamplingParams
 from pjengine.scheduler import Scheduler
@@ -184,25 +187,26 @@ def test_lower_priorities_are_admitted_first_and_preempted_last() -> None:
 def test_a_request_whose_program_is_not_ready_waits_and_holds_up_nobody() -> None:
     scheduler = make_scheduler()
     device = StubDevice(scheduler)
-    asked: list[tuple[list[Edits], list[Edits]]] = []
-    ready: list[Edits] = []
+    asked: list[tuple[list[int], list[int]]] = []
+    ready: list[list[int]] = []
 
-    def can_edit(now: list[Edits], soon: list[Edits]) -> bool:
-        asked.append((now, soon))
-        return all(edits in ready for edits in now)
+    def can_edit(now: np.ndarray, soon: Callable[[], np.ndarray]) -> bool:
+        asked.append((now.tolist(), soon().tolist()))
+        return now.tolist() in ready
 
     scheduler.can_edit = can_edit
     biased, banned = Edits(bias={1: 1.0}), Edits(allowed=(1,))
+    both = join_needs(np.array([biased.needs, banned.needs])).tolist()
     first, second = make_request("first", 4, 9, edits=biased), make_request("second", 4, 4, edits=banned)
     plain = make_request("plain", 4, 4)
     for request in (first, second, plain):
         scheduler.add(request)
     assert [chunk.request for chunk in device.step().chunks] == [plain]
-    assert asked == [([biased], [biased, banned])] and scheduler.waiting == [first, second]
-    ready.append(biased)
+    assert asked == [(list(biased.needs), both)] and scheduler.waiting == [first, second]
+    ready.append(list(biased.needs))
     assert [chunk.request for chunk in device.step().chunks] == [first]
-    assert asked[-1][0] == [biased, banned]  # for the steps that both would be in
-    ready.append(banned)
+    assert asked[-1][0] == both  # for the steps that both would be in
+    ready.append(both)
     while scheduler.has_requests:
         device.step()
     assert [r.output_token_ids for r in (first, second, plain)] == [
@@ -210,6 +214,51 @@ def test_a_request_whose_program_is_not_ready_waits_and_holds_up_nobody() -> Non
         expected(second),
         expected(plain),
     ]
+
+
+def test_a_request_whose_program_cannot_be_made_is_refused_and_nobody_else() -> None:
+    scheduler = make_scheduler()
+    device = StubDevice(scheduler)
+
+    def can_edit(now: np.ndarray, soon: Callable[[], np.ndarray]) -> bool:
+        raise CompilationError("no room")
+
+    scheduler.can_edit = can_edit
+    edited, plain = make_request("edited", 4, 9, edits=Edits(allowed=(1,))), make_request("plain", 4, 4)
+    scheduler.add(edited)
+    scheduler.add(plain)
+    schedule = device.step()
+    assert schedule.refused == [(edited, "no room")]
+    assert [chunk.request for chunk in schedule.chunks] == [plain]
+    while scheduler.has_requests:
+        assert not device.step().refused
+    assert plain.output_token_ids == expected(plain)
+
+
+def test_what_only_prompts_need_is_gone_with_the_prompt() -> None:
+    scheduler = make_scheduler(decode_steps=4)
+    device = StubDevice(scheduler)
+    scheduler.add(make_request("one", 4, 20, edits=Edits(num_prompt_logprobs=3)))
+    assert device.step().needs.any()
+    schedule = device.step()
+    assert not schedule.needs.any() and schedule.decodes.lengths.tolist() == [4]
+
+
+def test_a_prompt_takes_pages_from_a_decode_of_lower_priority() -> None:
+    scheduler = make_scheduler(num_pages=13, max_num_seqs=4, max_num_batched_tokens=8)  # 48 tokens of room
+    device = StubDevice(scheduler)
+    low = [make_request(f"low{i}", 5, 12, priority=5) for i in range(3)]
+    for request in low:
+        scheduler.add(request)
+    for _ in range(4):
+        device.step()
+    high = make_request("high", 24, 8, priority=-1)
+    scheduler.add(high)
+    while scheduler.has_requests:
+        device.step()
+    assert high.metrics.num_preemptions == 0 < sum(request.metrics.num_preemptions for request in low)
+    for request in (*low, high):
+        assert request.output_token_ids == expected(request)
 
 
 def test_rows_that_decode_alone_get_several_tokens_as_far_as_limit_and_pages_go() -> None:

@@ -1,0 +1,92 @@
+"""The room for edits in a step's program, and how they are written into it. Plain Python and numpy."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+
+from pjengine.edits import Edits
+
+
+@dataclass(frozen=True)
+class EditSizes:
+    """What a program has room for; nothing in the common one. Powers of two, so programs are few."""
+
+    num_bias: int = 0
+    num_allowed: int = 0
+    num_bad_words: int = 0
+    bad_word_len: int = 0
+    has_penalties: bool = False
+    num_top: int | None = None  # logprobs; None: none
+    num_asked: int = 0
+    num_prompt_top: int | None = None
+
+    def covers(self, other: "EditSizes") -> bool:
+        """Whether there is room for all that `other` has room for."""
+        return all(
+            theirs is None or (mine is not None and mine >= theirs)
+            for mine, theirs in zip(astuple(self), astuple(other), strict=True)
+        )
+
+    def parts(self, num_seqs: int, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what travels in the step's vector."""
+        return {
+            "bias": (3, self.num_bias),  # sequence, token, float bits
+            "allowed": (2, self.num_allowed),  # sequence, token
+            "bad_words": (2 + self.bad_word_len, self.num_bad_words),  # sequence, length, tokens
+            "asked": (num_seqs, self.num_asked),
+            "targets": (0 if self.num_prompt_top is None else num_tokens,),
+        }
+
+
+NO_SIZES = EditSizes()
+
+
+def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
+    """The program for a step that needs so much room: every number the next power of two."""
+    bias, allowed, bad_words, bad_word_len, penalties, top, asked, prompt_top = needs.tolist()
+
+    def limited(count: int) -> int | None:
+        return min(_room(count - 1), vocab_size) if count else None
+
+    return EditSizes(
+        num_bias=_room(bias),
+        num_allowed=_room(allowed),
+        num_bad_words=_room(bad_words),
+        bad_word_len=_room(bad_word_len),
+        has_penalties=bool(penalties),
+        num_top=limited(top),
+        num_asked=_room(asked),
+        num_prompt_top=limited(prompt_top),
+    )
+
+
+def _room(count: int) -> int:
+    return 0 if count == 0 else 1 << (count - 1).bit_length()
+
+
+def pack_edits(
+    parts: dict[str, np.ndarray], all_edits: Sequence[tuple[int, Edits, int]], num_seqs: int
+) -> None:
+    """Writes edits into the vector's parts, each with its sequence and the number of outputs so far."""
+    bias: list[tuple[int, int, float]] = []
+    allowed: list[tuple[int, int]] = []
+    words: list[tuple[int, tuple[int, ...]]] = []
+    parts["asked"][:] = 0
+    for seq, edits, num_outputs in all_edits:
+        bias += [(seq, token, value) for token, value in edits.bias.items()]
+        if num_outputs < edits.min_tokens:
+            bias += [(seq, token, -np.inf) for token in edits.stops]
+        allowed += [(seq, token) for token in edits.allowed]
+        words += [(seq, word) for word in edits.bad_words]
+        parts["asked"][seq, : len(edits.logprob_ids)] = edits.logprob_ids
+    for name, entries in (("bias", bias), ("allowed", allowed)):
+        parts[name][:] = num_seqs  # out of range: nothing
+        if entries:
+            parts[name][:2, : len(entries)] = np.array([entry[:2] for entry in entries], np.int32).T
+    parts["bias"][2, : len(bias)] = np.array([value for *_, value in bias], np.float32).view(np.int32)
+    parts["bad_words"][:] = num_seqs
+    for column, (seq, word) in enumerate(words):
+        parts["bad_words"][0, column] = seq
+        parts["bad_words"][1, column] = len(word)
+        parts["bad_words"][-len(word) :, column] = word  # the last token is the forbidden one
