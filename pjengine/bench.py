@@ -1,4 +1,4 @@
-"""Offline benchmarks: throughput, latency, start-up.
+"""Offline benchmarks: throughput, latency, start-up, the host's share of a step.
 
 Prompts are random token ids, outputs have fixed lengths, nothing is detokenized. `pjengine bench` is
 the way in; run as `python -m pjengine.bench`, this module is one engine start of `startup`.

@@ -105,6 +105,8 @@ class RunnerConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     decode_steps: int = 1
+    # Tokens of a step with logprobs of a prompt: a power of two, at least max_num_seqs. None: any number.
+    max_prompt_logprob_tokens: int | None = None
     kernel_backend: str | None = None
 
     @property

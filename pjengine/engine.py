@@ -74,6 +74,7 @@ class LLMEngine:
             is_caching=self.config.enable_prefix_caching,
             decode_steps=sizes.decode_steps,
             can_edit=self.runner.can_edit,
+            max_prompt_logprob_tokens=sizes.max_prompt_logprob_tokens,
         )
 
     def add_request(

@@ -26,12 +26,12 @@ class Completion:
     detokenizer: IncrementalDetokenizer | None = None  # None: token ids only
     index: int = 0
     logprobs: OutputLogprobs | None = None  # None: not asked for
+    is_end_taken: bool = False  # by an output that holds what is new
     _text: str = ""
     _num_read: int = 0  # tokens that are in `_text`
     _is_text_complete: bool = False
     _num_taken_chars: int = 0
     _num_taken_tokens: int = 0
-    _is_end_taken: bool = False
     _hold_back: int = field(init=False)
     _lock: AbstractContextManager[bool] = field(default_factory=Lock, repr=False)
 
@@ -120,7 +120,7 @@ class Completion:
         new = self._output(self._num_taken_chars, self._num_taken_tokens)
         self._num_taken_chars += len(new.text)
         self._num_taken_tokens += len(new.token_ids)
-        self._is_end_taken = self.request.is_finished
+        self.is_end_taken = self.request.is_finished
         return new
 
     def take_output(self) -> CompletionOutput | None:
@@ -128,7 +128,7 @@ class Completion:
         with self._lock:
             request = self.request
             has_news = len(request.output_token_ids) > self._num_taken_tokens
-            has_ended = request.is_finished and not self._is_end_taken
+            has_ended = request.is_finished and not self.is_end_taken
             return self._take() if has_news or has_ended else None
 
     def output(self) -> CompletionOutput:
@@ -181,13 +181,17 @@ class Generation:
             completion.abort()
 
     def output(self) -> RequestOutput:
-        """All that there is so far; with `output_kind` DELTA, what is new since the last call."""
-        is_finished = self.is_finished  # read first: what is read after it is then complete
+        """All that there is so far; with `output_kind` DELTA, what is new since the last call.
+
+        It is `finished` if the ends of all continuations are in it, or in those before it.
+        """
         if self.request.params.output_kind is RequestOutputKind.DELTA:
             new = [completion.take_output() for completion in self.completions]
             outputs = [output for output in new if output is not None]
+            is_finished = all(completion.is_end_taken for completion in self.completions)
         else:
             outputs = [completion.output() for completion in self.completions]
+            is_finished = all(output.finished() for output in outputs)
         request = self.request
         return RequestOutput(
             request_id=request.request_id,

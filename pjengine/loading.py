@@ -68,6 +68,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         page_size=config.page_size,
         max_model_len=parse_length(config.max_model_len),
+        max_logprobs=config.max_logprobs,
         **sizes,
     )
     logger.info("memory plan\n%s", plan.table())
@@ -83,6 +84,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         num_pages=plan.num_pages,
         page_size=plan.page_size,
         max_model_len=plan.max_model_len,
+        max_prompt_logprob_tokens=plan.max_prompt_logprob_tokens,
         decode_steps=choose_decode_steps(
             config.decode_steps, plan.weights_bytes, is_gpu=device.platform == "gpu"
         ),

@@ -37,17 +37,22 @@ def logprobs_of(
     )
 
 
+def num_rows(num_tokens: int) -> int:
+    """Positions that `prompt_logprobs_of` computes: whole blocks."""
+    return -(-num_tokens // BLOCK) * BLOCK
+
+
 def prompt_logprobs_of(
     hidden: Float[Array, "t e"], targets: Int[Array, " t"], num_top: int, unembed: object
 ) -> Logprobs:
     """`logprobs_of` for the hidden states of a prompt, a block at a time.
 
     `targets` are the tokens that follow; `unembed` maps [n, e] to float32 logits [n, v]. At most
-    BLOCK rows of logits exist at once, so a long prompt needs no more memory than a short one.
+    BLOCK rows of logits exist at once; what grows with the prompt is the result.
     """
     assert callable(unembed)
     num_tokens = len(targets)
-    num_blocks = -(-num_tokens // BLOCK)
+    num_blocks = num_rows(num_tokens) // BLOCK
     pad = num_blocks * BLOCK - num_tokens
     blocks = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(num_blocks, BLOCK, -1)
     none = jnp.zeros((BLOCK, 0), jnp.int32)

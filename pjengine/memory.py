@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pjengine.logprob_sizes import largest_num_top, max_prompt_tokens, prompt_bytes, sampled_bytes
+from pjengine.logprobs import BLOCK
 from pjengine.models.config import ModelConfig
 from pjengine.models.state import page_bytes
 
@@ -24,6 +26,7 @@ class MemoryPlan:
     page_size: int
     num_pages: int  # the null page among them
     max_model_len: int  # shortened to what fits, where the caller left it open
+    max_prompt_logprob_tokens: int | None = None  # as in `RunnerConfig`
 
     @property
     def kv_bytes(self) -> int:
@@ -50,20 +53,23 @@ class MemoryPlan:
         lines = [f"{name:12}{size / 2**30:10.2f} GiB   {note}".rstrip() for name, size, note in rows]
         full = f"{self.num_kv_tokens // self.max_model_len:,} requests of max_model_len={self.max_model_len}"
         lines.append(f"room for {self.num_kv_tokens:,} tokens, which is {full} at once")
+        if self.max_prompt_logprob_tokens is not None:
+            lines.append(f"prompt logprobs in steps of at most {self.max_prompt_logprob_tokens:,} tokens")
         return "\n".join(lines)
 
 
 def activation_bytes(config: ModelConfig, dtype: jnp.dtype, num_tokens: int, num_seqs: int) -> int:
-    """An upper estimate of what the largest program needs beside weights and KV pages.
+    """An upper estimate of what the largest program needs beside weights, KV pages and its output.
 
-    Layers and sampling do not overlap, so the larger of the two counts. Sampling holds logits in
-    float32: raw, edited, filtered and noisy, and what the edits need (four copies were measured
-    without edits, on one NVIDIA H200).
+    Layers, sampling and a block of a prompt's logprobs do not overlap, so the largest counts. Sampling
+    holds logits in float32: raw, edited, filtered and noisy, and what the edits need (four copies were
+    measured without edits, on one NVIDIA H200). A block holds them raw; to sort them all takes keys and
+    ids, before and after, and scratch.
     """
     itemsize = jnp.dtype(dtype).itemsize
     heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim
     layer = num_tokens * itemsize * (4 * config.hidden_size + max(3 * config.intermediate_size, heads))
-    return max(layer, num_seqs * config.vocab_size * 4 * 6)
+    return max(layer, max(num_seqs, BLOCK) * config.vocab_size * 4 * 6)
 
 
 def plan_memory(
@@ -77,6 +83,7 @@ def plan_memory(
     max_model_len: int | None,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    max_logprobs: int,
 ) -> MemoryPlan:
     """Sizes the page pool, the same way with a device and without.
 
@@ -90,7 +97,10 @@ def plan_memory(
     """
     one_page = page_bytes(config, page_size, dtype)
     num_seqs = min(max_num_seqs, max_num_batched_tokens)
+    num_top = largest_num_top(max_logprobs, config.vocab_size)
+    bound = max_prompt_tokens(budget_bytes, num_top, max_num_batched_tokens, num_seqs)
     activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
+    activations += prompt_bytes(bound or max_num_batched_tokens, num_top) + sampled_bytes(num_seqs, num_top)
     kv_bytes = kv_cache_memory_bytes
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations
@@ -115,6 +125,7 @@ def plan_memory(
         page_size=page_size,
         num_pages=num_pages,
         max_model_len=min(wanted_len, room),
+        max_prompt_logprob_tokens=bound,
     )
 
 

@@ -60,21 +60,40 @@ def _between(start_s: float | None, end_s: float | None) -> float | None:
     return None if start_s is None or end_s is None else end_s - start_s
 
 
+@dataclass(kw_only=True)
+class MergedMetrics(RequestMetrics):
+    """Those of several continuations, which take their tokens beside each other."""
+
+    mean_tpot_s: float | None  # over all tokens that are not the first of theirs
+
+    @property
+    def tpot_s(self) -> float | None:
+        return self.mean_tpot_s
+
+
 def merge_metrics(parts: Sequence[RequestMetrics]) -> RequestMetrics:
     """Those of a request from those of its continuations: first and last times, and sums."""
     if len(parts) == 1:
         return parts[0]
-    first_tokens = [part.first_token_s for part in parts if part.first_token_s is not None]
-    last_tokens = [part.last_token_s for part in parts if part.last_token_s is not None]
+    # Last things first: whatever another thread writes meanwhile, the times follow each other.
     ends = [part.finished_s for part in parts if part.finished_s is not None]
-    return RequestMetrics(
-        arrival_s=parts[0].arrival_s,
-        scheduled_s=parts[0].scheduled_s,
+    last_tokens = [part.last_token_s for part in parts if part.last_token_s is not None]
+    later = [
+        (decode_s, part.num_generation_tokens - 1)
+        for part in parts
+        if part.num_generation_tokens > 1 and (decode_s := part.decode_s) is not None
+    ]
+    first_tokens = [part.first_token_s for part in parts if part.first_token_s is not None]
+    starts = [part.scheduled_s for part in parts if part.scheduled_s is not None]
+    return MergedMetrics(
+        arrival_s=min(part.arrival_s for part in parts),
+        scheduled_s=min(starts, default=None),
         first_token_s=min(first_tokens, default=None),
         last_token_s=max(last_tokens, default=None),
         finished_s=max(ends) if len(ends) == len(parts) else None,
         num_generation_tokens=sum(part.num_generation_tokens for part in parts),
         num_preemptions=sum(part.num_preemptions for part in parts),
+        mean_tpot_s=sum(decode_s for decode_s, _ in later) / sum(n for _, n in later) if later else None,
     )
 
 

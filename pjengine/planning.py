@@ -46,5 +46,6 @@ def plan_without_device(config: EngineConfig, gpu: str) -> MemoryPlan:
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         page_size=config.page_size,
         max_model_len=parse_length(config.max_model_len),
+        max_logprobs=config.max_logprobs,
         **choose_sizes(config, model_config, GPU_BYTES[gpu]),
     )

@@ -193,12 +193,15 @@ class Runner:
 
     def _largest(self, needs: np.ndarray) -> list[Layout]:
         """What any step that needs so much could run as."""
-        sizes = sizes_for(needs, self.model.config.vocab_size)
-        decode = sizes_for(past_prompts(needs), self.model.config.vocab_size)
-        return [
-            self._layout(self.config.mixed_buckets[-1], False, sizes),
-            self._layout(self.config.decode_buckets[-1], True, decode),
-        ]
+        vocab_size, config = self.model.config.vocab_size, self.config
+        anywhere, most = sizes_for(past_prompts(needs), vocab_size), config.mixed_buckets[-1]
+        layouts = [self._layout(config.decode_buckets[-1], True, anywhere)]
+        if (sizes := sizes_for(needs, vocab_size)) != anywhere:
+            limit = min(config.max_prompt_logprob_tokens or most, most)
+            layouts.append(self._layout(limit, False, sizes))
+            if limit == most:
+                return layouts
+        return [*layouts, self._layout(most, False, anywhere)]
 
     def wait_for_programs(self) -> None:
         """Returns once there is a new program, or after a moment."""

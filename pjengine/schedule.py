@@ -54,3 +54,27 @@ class Schedule:
     @property
     def is_decode(self) -> bool:
         return not self.chunks
+
+
+@dataclass(slots=True)
+class TokenBudget:
+    """How many tokens a step has, and may have: fewer, once one of its prompts asks for logprobs."""
+
+    num_taken: int
+    limit: int
+    prompt_logprob_limit: int
+
+    @property
+    def num_left(self) -> int:
+        return self.limit - self.num_taken
+
+    def take(self, request: Request, start: int, stop: int) -> int:
+        """Takes up to stop - start tokens for a request, and returns how many."""
+        if request.edits.num_prompt_logprobs is not None and start < len(request.prompt_token_ids):
+            limit = min(self.limit, self.prompt_logprob_limit)
+            if self.num_taken >= limit:
+                return 0  # the next step may have room
+            self.limit = limit
+        length = min(stop - start, self.num_left)
+        self.num_taken += length
+        return length

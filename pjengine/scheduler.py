@@ -19,7 +19,7 @@ from pjengine.page_pool import PagePool, page_hashes
 from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.row_table import RowTable
-from pjengine.schedule import Chunk, Decodes, Schedule
+from pjengine.schedule import Chunk, Decodes, Schedule, TokenBudget
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Scheduler:
     max_num_batched_tokens: int  # at least max_num_seqs
     is_caching: bool = True  # prefixes
     decode_steps: int = 1  # tokens of a row in one step of decodes alone; at most a page
+    max_prompt_logprob_tokens: int | None = None  # in a step with logprobs of a prompt; None: no limit
     # Whether there are programs for steps that need so much; if not, they are made for what comes soon.
     can_edit: Callable[[np.ndarray, Callable[[], np.ndarray]], bool] = lambda now, soon: True
     num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
@@ -90,11 +91,12 @@ class Scheduler:
         refused: list[tuple[Request, str]] = []
         num_preempted = self._make_room()
         rows = self.rows.decoding()
+        budget = self._budget(len(rows))
         self._grow(rows[self.rows.computed[rows] == self.rows.room[rows]], new_pages)
-        for row, length in self._prompt_lengths(len(rows)):
+        for row, length in self._prompt_lengths(budget):
             chunks.append(self._take(self.rows.owner(row), length, new_pages))
         if num_preempted == 0:
-            self._admit(len(rows), chunks, new_pages, refused)
+            self._admit(budget, chunks, new_pages, refused)
         needs = self._needs(rows, chunks)
         # Several tokens where the host has no part in them.
         depth = 1 if chunks or needs.any() else self.decode_steps
@@ -124,15 +126,16 @@ class Scheduler:
                 found.append((seq, chunk.request.edits, num_outputs))
         return found
 
-    def _prompt_lengths(self, num_decodes: int) -> Iterator[tuple[int, int]]:
+    def _budget(self, num_decodes: int) -> TokenBudget:
+        most = self.max_num_batched_tokens
+        return TokenBudget(num_decodes, most, self.max_prompt_logprob_tokens or most)
+
+    def _prompt_lengths(self, budget: TokenBudget) -> Iterator[tuple[int, int]]:
         """Rows with known tokens left to compute, and how many of them the next step takes."""
-        budget, table = self.max_num_batched_tokens - num_decodes, self.rows
+        table = self.rows
         for row in table.prefilling():
-            length = min(int(table.prefill_end[row] - table.computed[row]), budget)
-            if length == 0:
-                return
-            budget -= length
-            yield row, length
+            if length := budget.take(table.owner(row), int(table.computed[row]), int(table.prefill_end[row])):
+                yield row, length
 
     def _make_room(self) -> int:
         """Preempts the highest ranks until the next tokens of all that runs have pages; returns how many.
@@ -143,7 +146,7 @@ class Scheduler:
         while True:
             rows = table.decoding()
             needed = int(np.count_nonzero(table.computed[rows] == table.room[rows]))
-            for row, length in self._prompt_lengths(len(rows)):
+            for row, length in self._prompt_lengths(self._budget(len(rows))):
                 needed += self._pages_for(int(table.computed[row]) + length) - len(table.owner(row).pages)
             if needed <= self.pool.num_free:
                 return num_preempted
@@ -178,7 +181,7 @@ class Scheduler:
 
     def _admit(
         self,
-        num_decodes: int,
+        budget: TokenBudget,
         chunks: list[Chunk],
         new_pages: list[tuple[int, int, int]],
         refused: list[tuple[Request, str]],
@@ -186,10 +189,9 @@ class Scheduler:
         """Starts waiting requests while there are rows, tokens, and pages for all they have to compute."""
         if not self._waiting:
             return
-        budget = self.max_num_batched_tokens - num_decodes - sum(chunk.length for chunk in chunks)
         promised = self.rows.promised(self.page_size)
         held_back: list[tuple[tuple[int, int], Request]] = []
-        while self._waiting and budget and self.rows.num_free:
+        while self._waiting and budget.num_left and self.rows.num_free:
             _, request = self._waiting[0]
             try:
                 # In their order: what runs then needs ever less, and the program asked for stays enough.
@@ -204,12 +206,12 @@ class Scheduler:
             promised += self._pages_for(request.num_known) - len(found)
             if promised + self.pool.num_cached(found) > self.pool.num_free:
                 break
+            if not (length := budget.take(request, len(found) * self.page_size, request.num_known)):
+                break  # a step of its own kind is full
             heapq.heappop(self._waiting)
             self._start(request, found, new_pages)
-            length = min(request.num_known - len(found) * self.page_size, budget)
             chunks.append(self._take(request, length, new_pages, is_admitted=True))
             promised -= len(request.pages) - len(found)
-            budget -= length
         for entry in held_back:
             heapq.heappush(self._waiting, entry)
 

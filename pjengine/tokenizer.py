@@ -13,6 +13,7 @@ from pjengine.models.json_values import read_json_object
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _JSON_FILES = (*_FILES, "added_tokens.json", "config.json", "special_tokens_map.json")
 _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no UTF-8, incomplete characters among them
+_CONTEXT = 4  # tokens, which hold more bytes than the three that an incomplete character may have
 
 
 class _Kind(Enum):
@@ -226,6 +227,7 @@ class IncrementalDetokenizer:
 
     What `push` and `finish` return, put together, is `tokenizer.decode` of all the tokens. Nothing is
     returned before it is settled: no half characters, and no run of byte tokens while it may still grow.
+    What is, is returned at once, however the tokens are split into pushes; n tokens cost O(n).
     """
 
     def __init__(
@@ -236,8 +238,8 @@ class IncrementalDetokenizer:
         self._hidden = (_Kind.SPECIAL, _Kind.UNKNOWN) if skip_special_tokens else (_Kind.UNKNOWN,)
         self._anchor, self._anchor_text = tokenizer.anchor
         self._is_at_start = not tokenizer.decode(prompt_ids, skip_special_tokens=skip_special_tokens)
-        self._pending: list[int] = []  # tokens whose text has not been returned
-        self._retry_at = 0  # decode again once so many are pending
+        self._pending: list[int] = []  # tokens whose text has not been returned, or not all of it
+        self._num_returned = 0  # characters of their text
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Takes the next tokens and returns the text that they settle, perhaps none."""
@@ -253,26 +255,30 @@ class IncrementalDetokenizer:
             text = self._decode(cut)
             self._drop(cut, text)
             return text
-        if len(pending) < self._retry_at:
+        if len(pending) == num_old:
             return ""
-        # An incomplete character has at most three bytes, so at most three tokens.
-        for cut in range(len(pending), max(len(pending) - 4, 0), -1):
-            text = self._decode(cut)
-            if not text.endswith(_REPLACEMENT):
-                self._drop(cut, text)
-                return text
-        # A long run of bytes that are no text: look again when it has doubled, so that n tokens cost O(n).
-        self._retry_at = len(pending) + 1 if len(pending) < 8 else 2 * len(pending)
-        return ""
+        text = self._decode(len(pending))
+        new_text = text[self._num_returned :]
+        if not text.endswith(_REPLACEMENT):
+            self._drop(len(pending), text)
+            return new_text
+        # The last character may be an incomplete one; decoders go from left to right, so no other may.
+        self._num_returned = len(text) - 1
+        if len(pending) > 2 * _CONTEXT:
+            # What is left may begin in the middle of a character, but its end reads as it did.
+            cut = len(pending) - _CONTEXT
+            self._drop(cut, self._decode(cut))
+            self._num_returned = len(self._decode(len(pending))) - 1
+        return new_text[:-1]
 
     def finish(self) -> str:
         """Returns the rest of the text, whatever it is."""
-        text = self._decode(len(self._pending))
-        self._pending = []
+        text = self._decode(len(self._pending))[self._num_returned :]
+        self._pending, self._num_returned = [], 0
         return text
 
     def _decode(self, count: int) -> str:
-        """Decodes the first pending tokens as a continuation of what has been returned."""
+        """Decodes the first pending tokens as a continuation of those before them."""
         if not count:
             return ""
         ids = self._pending[:count]
@@ -281,9 +287,9 @@ class IncrementalDetokenizer:
         return self._tokenizer.decode_all([self._anchor, *ids])[len(self._anchor_text) :]
 
     def _drop(self, count: int, text: str) -> None:
-        """Forgets tokens whose text is being returned."""
+        """Forgets tokens whose text has been returned, or is being."""
         if text:
             self._is_at_start = False
         if text or not self._is_at_start:
             del self._pending[:count]
-        self._retry_at = 0
+        self._num_returned = 0

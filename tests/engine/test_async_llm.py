@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing
@@ -136,6 +137,40 @@ def test_each_kind_of_output_adds_up_to_the_same(llm: Any, n: int) -> None:
         assert [(own.text, own.token_ids, own.finish_reason) for own in output.outputs] == wanted
 
     run(main())
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_consumer_that_comes_late_gets_the_end_with_the_last_tokens(
+    llm: Any, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pjengine.sampling_params import RequestOutputKind
+
+    class LateLock:
+        """The consumer's thread gets it when the request has ended."""
+
+        def __init__(self, completion: Any) -> None:
+            self.request, self.lock = completion.request, completion._lock
+
+        def __enter__(self) -> bool:
+            while threading.current_thread() is threading.main_thread() and not self.request.is_finished:
+                time.sleep(0.001)
+            return self.lock.__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            self.lock.__exit__(*error)
+
+    def prepare(*args: Any, **options: Any) -> Any:
+        generation = original(*args, **options)
+        for completion in generation.completions:
+            completion._lock = LateLock(completion)
+        return generation
+
+    original = llm.engine.prepare
+    monkeypatch.setattr(llm.engine, "prepare", prepare)
+    for kind in RequestOutputKind:
+        [output] = run(collect(llm.generate(PROMPTS[0], params(n=n, temperature=1, output_kind=kind))))
+        assert output.finished and [own.index for own in output.outputs] == list(range(n))
+        assert all(len(own.token_ids) == 12 and own.finish_reason == "length" for own in output.outputs)
 
 
 def test_leaving_the_loop_frees_the_pages(llm: Any) -> None:

@@ -112,6 +112,56 @@ def test_a_request_is_finished_when_all_its_continuations_are() -> None:
     assert [o.finish_reason for o in generation.output().outputs] == ["length", "abort"]
 
 
+class LateLock:
+    """Of a consumer that gets it only when the engine's last token is there."""
+
+    def __init__(self, completion: Completion, last_token: int) -> None:
+        self.completion, self.last_token = completion, last_token
+
+    def __enter__(self) -> bool:
+        if not self.completion.request.is_finished:
+            self.completion._push(self.last_token, None)
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+@pytest.mark.parametrize("late", [(0,), (1,), (0, 1)])
+def test_an_output_with_the_last_tokens_is_finished(kind: RequestOutputKind, late: tuple[int, ...]) -> None:
+    completions = [make(None, max_tokens=2, output_kind=kind) for _ in range(2)]
+    generation = Generation(completions)
+    for index, completion in enumerate(completions):
+        completion.index = index
+        completion.push(5)
+        if index in late:
+            completion._lock = LateLock(completion, 6)
+        else:
+            completion.push(6)
+    first = generation.output()
+    assert first.finished and [own.token_ids for own in first.outputs] == [[5, 6]] * 2
+    assert [own.finish_reason for own in first.outputs] == ["length"] * 2
+
+
+def test_a_delta_is_finished_once_the_ends_of_all_continuations_are_taken() -> None:
+    first, second = [make(None, max_tokens=2, output_kind=RequestOutputKind.DELTA) for _ in range(2)]
+    second.index = 1
+    generation = Generation([first, second])
+    for completion in (first, second):
+        completion.push(5)
+    # The first ends after it was looked at, the second before: its end is alone in the next output.
+    second._lock = LateLock(second, 6)
+    outputs = [generation.output()]
+    first.push(6)
+    outputs.append(generation.output())
+    assert [output.finished for output in outputs] == [False, True]
+    assert [[(own.index, own.token_ids) for own in output.outputs] for output in outputs] == [
+        [(0, [5]), (1, [5, 6])],
+        [(0, [6])],
+    ]
+
+
 def test_a_token_that_is_none_ends_with_an_error(tokenizer: Tokenizer) -> None:
     completion = make(tokenizer)
     ids = tokenizer.encode(TEXT, add_special_tokens=False)[:3]
@@ -130,6 +180,40 @@ def test_metrics_of_continuations_are_put_together() -> None:
     assert (merged.first_token_s, merged.last_token_s, merged.finished_s) == (3, 9, None)
     assert (merged.scheduled_s, merged.num_preemptions) == (2, 1)
     assert merge_metrics(parts[:1]) is parts[0]
+    assert merged.tpot_s is None, "none has a second token"
+
+
+def test_metrics_of_continuations_admitted_at_different_times_follow_each_other() -> None:
+    parts = [
+        RequestMetrics(
+            arrival_s=1,
+            scheduled_s=8,
+            first_token_s=9,
+            last_token_s=13,
+            finished_s=14,
+            num_generation_tokens=3,
+        ),
+        RequestMetrics(
+            arrival_s=1.5,
+            scheduled_s=2,
+            first_token_s=3,
+            last_token_s=9,
+            finished_s=9,
+            num_generation_tokens=7,
+        ),
+        RequestMetrics(arrival_s=1, finished_s=12),  # aborted before it ran
+    ]
+    merged = merge_metrics(parts)
+    times = (
+        merged.arrival_s,
+        merged.scheduled_s,
+        merged.first_token_s,
+        merged.last_token_s,
+        merged.finished_s,
+    )
+    assert times == (1, 2, 3, 13, 14)
+    assert (merged.queue_s, merged.prefill_s, merged.num_generation_tokens) == (1, 1, 10)
+    assert merged.tpot_s == (4 + 6) / (2 + 6)
 
 
 def test_flat_logprobs_are_indexed_like_a_list() -> None:

@@ -18,6 +18,7 @@ def plan(**changes: Any) -> Any:
         "max_model_len": None,
         "max_num_seqs": 1024,
         "max_num_batched_tokens": 16384,
+        "max_logprobs": 20,
     }
     return plan_memory(SHAPES["llama-8b"], jnp.dtype("bfloat16"), **{**settings, **changes})
 
@@ -59,6 +60,87 @@ def test_a_plan_without_a_device_needs_no_weights() -> None:
     assert demo.weights_bytes == 2 * 4_985_088
     with pytest.raises(ValueError, match="gpu must be one of h200"):
         plan_without_device(EngineConfig(model="demo"), "abacus")
+
+
+def test_few_logprobs_bound_nothing_and_cost_next_to_nothing() -> None:
+    few, none = plan(), plan(max_logprobs=0)
+    assert few.max_prompt_logprob_tokens is None is none.max_prompt_logprob_tokens
+    # 20 are rounded up to 32 values and ids; a step runs while the host reads the one before it.
+    assert few.activations_bytes - none.activations_bytes == 2 * (16384 + 1024) * 32 * 8
+    assert "logprobs" not in few.table()
+
+
+def test_logprobs_of_a_vocabulary_are_in_the_plan_and_bound_the_steps_that_have_them() -> None:
+    few, all_of_them = plan(), plan(max_logprobs=-1)
+    bound = all_of_them.max_prompt_logprob_tokens
+    assert bound == 4096
+    output = bound * (128256 + 1) * 8
+    assert 2 * output <= 0.1 * 100 * 10**9 < 4 * output
+    assert all_of_them.activations_bytes >= few.activations_bytes + 2 * output
+    assert all_of_them.total_bytes <= 100 * 10**9
+    assert "prompt logprobs in steps of at most 4,096 tokens" in all_of_them.table()
+    assert plan(max_logprobs=10**6).max_prompt_logprob_tokens == bound
+    assert plan(max_logprobs=1000).max_prompt_logprob_tokens is None
+    assert plan(max_logprobs=-1, max_num_batched_tokens=4096).max_prompt_logprob_tokens is None
+    assert plan(max_logprobs=-1, budget_bytes=None, max_num_seqs=1).max_prompt_logprob_tokens is None
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 33, 256, 1000])
+@pytest.mark.parametrize("budget_gb", [18, 19, 40, 140])
+def test_the_bound_is_a_mixed_bucket_that_holds_every_row(max_num_seqs: int, budget_gb: int) -> None:
+    from pjengine.config import RunnerConfig
+
+    sizes: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": 16384}
+    made = plan(max_logprobs=-1, budget_bytes=budget_gb * 10**9, kv_cache_memory_bytes=10**9, **sizes)
+    bound = made.max_prompt_logprob_tokens
+    config = RunnerConfig(
+        num_pages=9, page_size=16, max_model_len=64, max_prompt_logprob_tokens=bound, **sizes
+    )
+    assert bound in config.mixed_buckets and bound >= max(32, max_num_seqs)
+
+
+@pytest.mark.parametrize("num_tokens", [32, 256, 1000, 2048])
+def test_the_plan_counts_what_a_program_for_prompt_logprobs_gives(num_tokens: int) -> None:
+    import jax
+
+    from pjengine.logprob_sizes import prompt_bytes
+    from pjengine.logprobs import prompt_logprobs_of
+    from pjengine.memory import activation_bytes
+    from pjengine.models.shapes import SHAPES
+
+    config = SHAPES["tiny"]
+    hidden, vocab, num_top = config.hidden_size, config.vocab_size, config.vocab_size
+
+    def compute(states: jax.Array, targets: jax.Array, weights: jax.Array) -> object:
+        return prompt_logprobs_of(states, targets, num_top, lambda rows: rows @ weights)
+
+    shapes = [(num_tokens, hidden), (num_tokens,), (hidden, vocab)]
+    args = [jax.ShapeDtypeStruct(shape, jnp.int32 if len(shape) == 1 else jnp.float32) for shape in shapes]
+    analysis = jax.jit(compute).lower(*args).compile().memory_analysis()
+    assert analysis is not None
+    output = analysis.output_size_in_bytes
+    assert output <= prompt_bytes(num_tokens, num_top) / 2 + 1024
+    planned = activation_bytes(config, jnp.dtype("float32"), num_tokens, 1) + prompt_bytes(
+        num_tokens, num_top
+    )
+    assert output + analysis.temp_size_in_bytes <= planned
+
+
+def test_the_bound_reaches_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pjengine import loading
+    from pjengine.config import EngineConfig
+    from pjengine.planning import plan_without_device
+
+    settings: dict[str, Any] = {"load_format": "dummy", "skip_tokenizer_init": True, "max_logprobs": -1}
+    assert (
+        plan_without_device(EngineConfig(model="llama-8b", **settings), "h200").max_prompt_logprob_tokens
+        == 4096
+    )
+    monkeypatch.setattr(loading, "device_budget", lambda *_: 20 * 10**6)
+    config = EngineConfig(model="tiny", max_num_batched_tokens=4096, max_num_seqs=4, **settings)
+    loaded = loading.load_model(config)
+    assert loaded.memory_plan.max_prompt_logprob_tokens == 256
+    assert loaded.runner_config.max_prompt_logprob_tokens == 256
 
 
 @pytest.mark.gpu

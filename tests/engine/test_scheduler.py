@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pjengine.edits import Edits, join_needs
+from pjengine.edits import NO_EDITS, Edits, join_needs
 from pjengine.page_pool import PagePool
 from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
@@ -242,6 +242,24 @@ def test_what_only_prompts_need_is_gone_with_the_prompt() -> None:
     assert device.step().needs.any()
     schedule = device.step()
     assert not schedule.needs.any() and schedule.decodes.lengths.tolist() == [4]
+
+
+def test_a_step_with_logprobs_of_a_prompt_has_fewer_tokens_and_nobody_starves() -> None:
+    scheduler = make_scheduler(num_pages=128, max_num_batched_tokens=64)
+    scheduler.max_prompt_logprob_tokens = 16
+    device = StubDevice(scheduler)
+    listed = Edits(num_prompt_logprobs=3)
+    requests = [make_request("a" * (i + 1), 40, 8, edits=listed if i % 2 else NO_EDITS) for i in range(6)]
+    for request in requests:
+        scheduler.add(request)
+    sizes = []
+    while scheduler.has_requests:
+        schedule = device.step()
+        if schedule.needs.any():
+            sizes.append(schedule.num_tokens)
+    assert max(sizes) == 16 and sum(sizes) >= 3 * 40
+    for request in requests:
+        assert request.output_token_ids == expected(request)
 
 
 def test_a_prompt_takes_pages_from_a_decode_of_lower_priority() -> None:

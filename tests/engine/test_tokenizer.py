@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     "<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-KINDS = ("byte_level", "sentencepiece", "metaspace")
+KINDS = ("byte_level", "sentencepiece", "metaspace", "crossing", "demo")
+DEMO = Path(__file__).parents[2] / "models" / "demo"
 
 
 def write_byte_level(folder: Path) -> None:
@@ -83,6 +85,29 @@ def write_metaspace(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def write_crossing(folder: Path) -> None:
+    """Byte-level, and no token but the letters ends where a character does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    emoji = [chr_of_byte(byte) for byte in "😀".encode()]
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet())]
+    for shift in (1, 2, 3):
+        pieces.append("".join(emoji[shift:] + emoji[:shift]))
+    pieces += ["a" + emoji[0], emoji[3] + "a", emoji[2] + emoji[3] + "é", chr_of_byte(255) + emoji[0]]
+    bpe = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def chr_of_byte(byte: int) -> str:
+    """How byte-level vocabularies write one byte above 127."""
+    if 0xA1 <= byte <= 0xAC or byte >= 0xAE:
+        return chr(byte)
+    return chr(256 + 33 + byte - 0x7F if byte < 0xA1 else 256 + 33 + 34)
+
+
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, "Tokenizer"]:
     from pjengine.tokenizer import load_tokenizer
@@ -91,8 +116,9 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, "Tokenizer
         "byte_level": write_byte_level,
         "sentencepiece": write_sentencepiece,
         "metaspace": write_metaspace,
+        "crossing": write_crossing,
     }
-    loaded = {}
+    loaded = {"demo": load_tokenizer(DEMO)}
     for name, write in writers.items():
         folder = tmp_path_factory.mktemp(name)
         write(folder)
@@ -137,6 +163,50 @@ def test_streamed_random_ids_equal_decoding_at_once(
         assert "".join(pieces) == expected == tokenizer.decode(ids, skip_special_tokens=skip)
 
     check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("skip", [True, False])
+def test_what_is_shown_does_not_depend_on_the_split(
+    tokenizers: dict[str, "Tokenizer"], kind: str, skip: bool
+) -> None:
+    tokenizer = tokenizers[kind]
+    size = len(tokenizer)
+    parts = [i for i in range(size) if "\ufffd" in tokenizer.decode([i]) or tokenizer.kind(i).name == "BYTE"]
+    tokens = st.one_of(st.integers(0, size + 3), st.sampled_from(parts))
+    runs = st.tuples(tokens, st.integers(1, 12)).map(lambda run: [run[0]] * run[1])
+
+    @property_test
+    @given(
+        ids=st.one_of(
+            st.lists(tokens, max_size=60), st.lists(runs, max_size=12).map(lambda found: [*chain(*found)])
+        ),
+        steps=st.lists(st.integers(1, 40), max_size=20),
+    )
+    def check(ids: list[int], steps: list[int]) -> None:
+        shown = list(accumulate(stream(tokenizer, ids, [], skip_special_tokens=skip)))
+        end = 0
+        pieces = stream(tokenizer, ids, steps, skip_special_tokens=skip)
+        so_far = list(accumulate(pieces))
+        for text, step in zip(so_far[:-1], chain(steps, repeat(1)), strict=False):
+            end = min(end + step, len(ids))
+            assert text == shown[end - 1]
+            if not tokenizer.has_byte_tokens:  # all but what may be an incomplete character
+                assert text == tokenizer.decode(ids[:end], skip_special_tokens=skip).removesuffix("\ufffd")
+        assert so_far[-1] == shown[-1] == tokenizer.decode(ids, skip_special_tokens=skip)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "demo"])
+def test_good_text_before_bytes_that_are_none_is_shown_at_once(
+    tokenizers: dict[str, "Tokenizer"], kind: str
+) -> None:
+    tokenizer = tokenizers[kind]
+    text = "def fibonacci(n):\n    return n\n" * 8
+    bad = next(i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "\ufffd")
+    ids = tokenizer.encode(text, add_special_tokens=False) + [bad] * 4
+    assert stream(tokenizer, ids, [len(ids)])[0].startswith(text)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
@@ -208,7 +278,16 @@ def test_bytes_that_are_no_text_cost_linear_work(tokenizers: dict[str, "Tokenize
 
     from pjengine.tokenizer import IncrementalDetokenizer, Tokenizer
 
-    for kind, token_text in (("byte_level", "ÿ"), ("sentencepiece", "<0xFF>"), ("byte_level", "a")):
+    bad = chr_of_byte(0x9F) + chr_of_byte(0x98) + chr_of_byte(0x80) + chr_of_byte(0xF0)
+    for kind, token_text, step in (
+        ("byte_level", "ÿ", 1),
+        ("byte_level", "ÿ", 5),
+        ("byte_level", "ÿ", 2000),
+        ("crossing", bad, 1),
+        ("crossing", bad, 2000),
+        ("sentencepiece", "<0xFF>", 1),
+        ("byte_level", "a", 1),
+    ):
         original = tokenizers[kind]
         counting = Counting(original.hf.backend_tokenizer)
 
@@ -228,9 +307,10 @@ def test_bytes_that_are_no_text_cost_linear_work(tokenizers: dict[str, "Tokenize
         token = original.hf.convert_tokens_to_ids(token_text)
         detokenizer = IncrementalDetokenizer(tokenizer)
         counting.decoded = 0
-        text = "".join(detokenizer.push([token]) for _ in range(4000)) + detokenizer.finish()
-        assert len(text) == 4000
-        assert counting.decoded < 12 * 4000, kind
+        text = "".join(detokenizer.push([token] * step) for _ in range(4000 // step)) + detokenizer.finish()
+        num_decoded = counting.decoded
+        assert text == tokenizer.decode([token] * 4000) and len(text) >= 4000
+        assert num_decoded < (2.5 if token_text == "a" else 12) * 4000, (kind, step)
 
 
 def test_encoding_adds_the_tokenizers_own_special_tokens(tokenizers: dict[str, "Tokenizer"]) -> None:
