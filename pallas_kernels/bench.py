@@ -1,18 +1,16 @@
-"""Times the attention kernels: `python -m pjengine.pallas_kernels.bench [--tune] [--interpret]`.
+"""Times the kernels, each beside the limit of the card that was measured in the same run.
 
-Prints one JSON object a line: the card's copy bandwidth, then each case with its tiles, microseconds a call
-and GB/s of K and V (decode) or TFLOP/s (prefill). A timed program is many calls in a row, one per layer, each
-fed the result of the one before; the layers' caches together are larger than the L2 cache.
+`pjengine bench kernels` is the way in. A timed program is many calls in a row, one per layer, each fed the
+result of the one before; what the layers read is together larger than the L2 cache.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +18,15 @@ import numpy as np
 from jaxtyping import Array
 
 from pjengine.pallas_kernels.dispatch import check_hopper
+from pjengine.pallas_kernels.keep_threshold import threshold_triton
 from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, check_mosaic_can, ragged_mosaic
 from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
-from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
+from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
+from pjengine.pallas_kernels.shapes import PRODUCTS, SHAPES, HeadShape
+from pjengine.pallas_kernels.skinny_linear import SkinnyTiles, skinny_triton
+
+type Row = dict[str, object]
 
 # (batch, context)
 DECODE_CASES: Sequence[tuple[int, int]] = (
@@ -61,8 +64,38 @@ def seconds(program: Callable[..., Array], *args: Array) -> float:
 
 def copy_gb_per_s(num_bytes: int) -> float:
     """Bytes read plus bytes written a second by adding 1 to an array."""
-    x = jnp.zeros(num_bytes // 4, jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (num_bytes // 4,), jnp.float32)
     return 2 * num_bytes / seconds(jax.jit(lambda x: x + 1), x) / 1e9
+
+
+def product_tflop_per_s(size: int) -> float:
+    """Of one square bfloat16 product by the library that XLA calls."""
+    left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+    return 2 * size**3 / seconds(jax.jit(jnp.dot), left, right) / 1e12
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the card can do at most, and how a kernel's figure reads beside it."""
+
+    copy_gb_per_s: float
+    product_tflop_per_s: float
+
+    @classmethod
+    def measure(cls, *, is_tiny: bool) -> "Limits":
+        return cls(copy_gb_per_s(1 << (20 if is_tiny else 30)), product_tflop_per_s(256 if is_tiny else 8192))
+
+    def row(self, case: Row, took: Callable[[], float], *, gb: float = 0.0, tflop: float = 0.0) -> Row:
+        """One result: `took` seconds for `gb` through the memory, or for `tflop` of products."""
+        try:
+            took_s = took()
+        except jax.errors.JaxRuntimeError as error:  # tiles that need more shared memory than there is
+            return {**case, "error": str(error).partition("\n")[0][:200]}
+        unit, amount, limit = (
+            ("gb_per_s", gb, self.copy_gb_per_s) if gb else ("tflop_per_s", tflop, self.product_tflop_per_s)
+        )
+        rate = amount / took_s
+        return {**case, "us": took_s * 1e6, unit: rate, f"limit_{unit}": limit, "share": rate / limit}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,96 +167,173 @@ def mosaic_tiles(q: Array, cache: Cache, *, is_tuning: bool) -> Iterator[MosaicT
             yield MosaicTiles(block_kv=block_kv, num_stages=stages)
 
 
-def bench_decode(name: str, batch: int, context: int, *, is_tuning: bool, interpret: bool) -> None:
+def decode_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
+    """Decode attention; its bytes are those of K and V."""
     heads = SHAPES[name]
-    cache = Cache.make(heads, [context] * batch, num_calls=2 if interpret else CALLS)
-    q = jax.random.normal(jax.random.key(1), (batch, heads.num_heads, heads.head_dim), jnp.bfloat16)
-    chosen = DecodeTiles.choose(
-        batch=batch,
-        num_kv_heads=heads.num_kv_heads,
-        group=heads.num_heads // heads.num_kv_heads,
-        head_dim=heads.head_dim,
-        max_slots=cache.page_table.shape[1] * heads.page_size,
-        itemsize=2,
-    )
-    num_bytes = 4 * batch * context * heads.num_kv_heads * heads.head_dim
-    for tiles in decode_tiles(chosen, is_tuning=is_tuning):
-        attend = functools.partial(decode_triton, scale=0.1, tiles=tiles, interpret=interpret)
-        row = {"op": "decode", "shape": name, "batch": batch, "context": context}
-        measure = functools.partial(time_calls, attend, cache, q)
-        report(row, tiles, measure, unit="gb_per_s", amount=num_bytes / 1e9)
+    for batch, context in ((1, 40),) if interpret else DECODE_CASES:
+        cache = Cache.make(heads, [context] * batch, num_calls=2 if interpret else CALLS)
+        q = jax.random.normal(jax.random.key(1), (batch, heads.num_heads, heads.head_dim), jnp.bfloat16)
+        chosen = DecodeTiles.choose(
+            batch=batch,
+            num_kv_heads=heads.num_kv_heads,
+            group=heads.num_heads // heads.num_kv_heads,
+            head_dim=heads.head_dim,
+            max_slots=cache.page_table.shape[1] * heads.page_size,
+            itemsize=2,
+        )
+        gb = 4 * batch * context * heads.num_kv_heads * heads.head_dim / 1e9
+        for tiles in decode_tiles(chosen, is_tuning=is_tuning):
+            attend = functools.partial(decode_triton, scale=0.1, tiles=tiles, interpret=interpret)
+            case = {"op": "decode", "batch": batch, "context": context, **described("triton", tiles)}
+            yield limits.row(case, functools.partial(time_calls, attend, cache, q), gb=gb)
 
 
-def bench_prefill(
-    name: str, case: str, q_lens: list[int], kv_lens: list[int], *, is_tuning: bool, interpret: bool
-) -> None:
+def prefill_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
+    """Prefill attention; of its products, those under the causal mask count."""
     heads = SHAPES[name]
-    cache = Cache.make(heads, kv_lens, num_calls=2 if interpret else CALLS)
-    q_shape = (sum(q_lens), heads.num_heads, heads.head_dim)
-    q = jax.random.normal(jax.random.key(1), q_shape, jnp.bfloat16)
-    cu_q_lens = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
-    chosen = PrefillTiles.choose(
-        num_tokens=sum(q_lens),
-        group=heads.num_heads // heads.num_kv_heads,
-        head_dim=heads.head_dim,
-        itemsize=2,
-    )
-    pairs = sum(q * kv - q * (q - 1) // 2 for q, kv in zip(q_lens, kv_lens, strict=True))
-    tflop = 4 * pairs * heads.num_heads * heads.head_dim / 1e12
-    row = {"op": "prefill", "shape": name, "case": case}
-    for mosaic in mosaic_tiles(q, cache, is_tuning=is_tuning):
-        attend = functools.partial(ragged_mosaic, scale=0.1, tiles=mosaic)
-        measure = functools.partial(time_calls, attend, cache, q, cu_q_lens)
-        report({**row, "backend": "mosaic"}, mosaic, measure, unit="tflop_per_s", amount=tflop)
-    for tiles in prefill_tiles(chosen, is_tuning=is_tuning):
-        attend = functools.partial(ragged_triton, scale=0.1, tiles=tiles, interpret=interpret)
-        measure = functools.partial(time_calls, attend, cache, q, cu_q_lens)
-        report({**row, "backend": "triton"}, tiles, measure, unit="tflop_per_s", amount=tflop)
+    tiny: Mapping[str, tuple[list[int], list[int]]] = {"tiny": ([20, 1], [20, 30])}
+    for case, (q_lens, kv_lens) in (tiny if interpret else PREFILL_CASES).items():
+        cache = Cache.make(heads, kv_lens, num_calls=2 if interpret else CALLS)
+        q_shape = (sum(q_lens), heads.num_heads, heads.head_dim)
+        q = jax.random.normal(jax.random.key(1), q_shape, jnp.bfloat16)
+        cu_q_lens = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
+        chosen = PrefillTiles.choose(
+            num_tokens=sum(q_lens),
+            group=heads.num_heads // heads.num_kv_heads,
+            head_dim=heads.head_dim,
+            itemsize=2,
+        )
+        pairs = sum(q * kv - q * (q - 1) // 2 for q, kv in zip(q_lens, kv_lens, strict=True))
+        tflop = 4 * pairs * heads.num_heads * heads.head_dim / 1e12
+        attends: list[tuple[Row, Callable[..., Array]]] = []
+        for tiles in mosaic_tiles(q, cache, is_tuning=is_tuning):
+            mosaic = functools.partial(ragged_mosaic, scale=0.1, tiles=tiles)
+            attends.append((described("mosaic", tiles), mosaic))
+        for narrow in prefill_tiles(chosen, is_tuning=is_tuning):
+            triton = functools.partial(ragged_triton, scale=0.1, tiles=narrow, interpret=interpret)
+            attends.append((described("triton", narrow), triton))
+        for choice, attend in attends:
+            took = functools.partial(time_calls, attend, cache, q, cu_q_lens)
+            yield limits.row({"op": "prefill", "case": case, **choice}, took, tflop=tflop)
 
 
-def report(
-    case: Mapping[str, object],
-    tiles: DecodeTiles | PrefillTiles | MosaicTiles,
-    measure: Callable[[], float],
-    *,
-    unit: str,
-    amount: float,
-) -> None:
-    """Prints one line; `amount` is what one call does, printed per second as `unit`."""
-    row: dict[str, object] = {**case, "tiles": dataclasses.asdict(tiles)}
-    try:
-        took_s = measure()
-    except jax.errors.JaxRuntimeError as error:  # tiles that need more shared memory than there is
-        row["error"] = str(error).partition("\n")[0][:200]
-    else:
-        row["us"] = round(took_s * 1e6, 2)
-        row[unit] = round(amount / took_s, 1)
-    print(json.dumps(row), flush=True)
+def product_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
+    """Products of a few rows, by `skinny_linear` and by the library; their bytes are those of the weights."""
+    num_layers, counts = (2, (1,)) if interpret else (4, (1, 8, 32))
+    for (product, (k, n)), num_rows in itertools.product(PRODUCTS.get(name, {}).items(), counts):
+        is_gated = product == "gate_up"
+        weights = jax.random.normal(jax.random.key(0), (num_layers, k, n), jnp.bfloat16)
+        x = jax.random.normal(jax.random.key(1), (num_rows, k), jnp.bfloat16)
+        tiles = SkinnyTiles.choose(num_rows=num_rows, k=k, n=n // (1 + is_gated), is_gated=is_gated)
+        skinny = functools.partial(
+            skinny_triton, biases=None, residual=None, eps=0.0, is_gated=is_gated, interpret=interpret
+        )
+        case: Row = {"op": "product", "product": product, "rows": num_rows}
+        for choice, multiply in (
+            (described("triton", tiles), skinny),
+            (described("library"), lambda x, weights, layer: (x @ weights[layer],)),
+        ):
+            took = functools.partial(time_products, multiply, x, weights, num_calls=2 if interpret else CALLS)
+            yield limits.row({**case, **choice}, took, gb=2 * k * n / 1e9)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] if __doc__ else None)
-    parser.add_argument("--op", choices=("decode", "prefill"), help="only this one")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-8b")
-    parser.add_argument("--tune", action="store_true", help="time other tiles too, not only the chosen ones")
-    parser.add_argument("--interpret", action="store_true", help="tiny cases in interpret mode, to try this")
-    args = parser.parse_args(argv)
-    decode_cases, prefill_cases = DECODE_CASES, PREFILL_CASES
-    if args.interpret:
-        decode_cases, prefill_cases = ((1, 40),), {"tiny": ([20, 1], [20, 30])}
-    device = jax.devices()[0].device_kind
-    copied = copy_gb_per_s(1 << (20 if args.interpret else 30))
-    print(
-        json.dumps({"device": device, "jax": jax.__version__, "copy_gb_per_s": round(copied, 1)}), flush=True
-    )
-    options = {"is_tuning": args.tune, "interpret": args.interpret}
-    if args.op != "prefill":
-        for batch, context in decode_cases:
-            bench_decode(args.shape, batch, context, **options)
-    if args.op != "decode":
-        for case, (q_lens, kv_lens) in prefill_cases.items():
-            bench_prefill(args.shape, case, q_lens, kv_lens, **options)
+def time_products(
+    multiply: Callable[..., tuple[Array, ...]], x: Array, weights: Array, *, num_calls: int
+) -> float:
+    """Seconds of one call of `multiply(x, weights, layer)`."""
+
+    @functools.partial(jax.jit, compiler_options=library_only())
+    def program(x: Array, weights: Array) -> Array:
+        for call in range(num_calls):
+            out, *_ = multiply(x, weights, jnp.int32(call % len(weights)))
+            x = x + 0 * out[:1, :1]  # so that one follows the other
+        return x
+
+    return seconds(program, x, weights) / num_calls
 
 
-if __name__ == "__main__":
-    main()
+def small_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
+    """RoPE with the KV write, by its bytes, and the filters of the sampler, by one reading of the logits."""
+    heads = SHAPES[name]
+    half, group = heads.head_dim // 2, heads.num_heads // heads.num_kv_heads
+    for num_tokens in (2,) if interpret else (1, 32, 256, 2048, 8192):
+        cache = Cache.make(heads, [heads.page_size] * num_tokens, num_calls=2 if interpret else CALLS)
+        qkv_shape = (num_tokens, heads.num_kv_heads, group + 2, heads.head_dim)
+        qkv = jax.random.normal(jax.random.key(1), qkv_shape, jnp.bfloat16)
+        angle = jax.random.uniform(jax.random.key(2), (num_tokens, half), jnp.float32)
+        slots = cache.page_table[:, 0] * heads.page_size
+        took = functools.partial(time_writes, cache, qkv, angle, slots, interpret=interpret)
+        gb = (2 * qkv.nbytes + 2 * angle.nbytes) / 1e9
+        yield limits.row({"op": "rope_kv_write", "tokens": num_tokens, **described("triton")}, took, gb=gb)
+    vocab_size = 300 if interpret else 128256
+    for num_rows in (2,) if interpret else (32, 256, 1024):
+        logits = jax.random.normal(jax.random.key(3), (num_rows, vocab_size), jnp.float32)
+        full = functools.partial(jnp.full, num_rows)
+        filters = {"top_k": (50, 1.0), "top_p": (vocab_size, 0.9)}
+        for kind, (top_k, top_p) in filters.items():
+            keep = jax.jit(functools.partial(threshold_triton, interpret=interpret))
+            arguments = (logits, full(1.0), full(top_k), full(top_p), full(0.0))
+            case = {"op": "keep_threshold", "rows": num_rows, "filter": kind, **described("triton")}
+            yield limits.row(case, functools.partial(seconds, keep, *arguments), gb=logits.nbytes / 1e9)
+
+
+def time_writes(cache: Cache, qkv: Array, angle: Array, slots: Array, *, interpret: bool) -> float:
+    """Seconds of one `rope_kv_write`."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def program(k_pages: Array, v_pages: Array, qkv: Array) -> tuple[Array, Array, Array]:
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        for offset in cache.offsets:
+            q, k_pages, v_pages = rope_kv_write_triton(
+                qkv, cos, sin, k_pages, v_pages, slots, jnp.int32(offset), interpret=interpret
+            )
+            qkv = qkv + 0 * q[:1, :1, None]
+        return k_pages, v_pages, qkv
+
+    pages = [cache.k_pages, cache.v_pages]
+
+    def again(qkv: Array) -> Array:
+        pages[0], pages[1], out = program(*pages, qkv)
+        return out
+
+    return seconds(again, qkv) / len(cache.offsets)
+
+
+def library_only() -> dict[str, bool]:
+    """Compiler options under which XLA's products are those of the library, as in the engine."""
+    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else {}
+
+
+def described(backend: str, tiles: Any = None) -> Row:
+    return {"backend": backend, "tiles": None if tiles is None else dataclasses.asdict(tiles)}
+
+
+OPS: Mapping[str, Callable[..., Iterator[Row]]] = {
+    "decode": decode_rows,
+    "prefill": prefill_rows,
+    "product": product_rows,
+    "small": small_rows,
+}
+
+
+def kernel_rows(
+    name: str, ops: Sequence[str] = tuple(OPS), *, is_tuning: bool = False, interpret: bool = False
+) -> Iterator[Row]:
+    """Times the kernels at the sizes of the shape `name`, one result after the other.
+
+    Args:
+      ops: names in `OPS`.
+      is_tuning: other tiles of the attention kernels too, not only the chosen ones.
+      interpret: tiny cases in Pallas's interpreter, to try this on a CPU.
+
+    Raises:
+      NotImplementedError: this machine has no GPU, and it is not to interpret.
+    """
+    if not interpret and jax.default_backend() != "gpu":
+        raise NotImplementedError(
+            "the kernels run on NVIDIA GPUs, and JAX sees none; --interpret tries tiny cases on a CPU"
+        )
+    limits = Limits.measure(is_tiny=interpret)
+    for op in ops:
+        for row in OPS[op](name, limits, is_tuning=is_tuning, interpret=interpret):
+            yield {"shape": name, **row}

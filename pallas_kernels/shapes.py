@@ -26,3 +26,16 @@ SHAPES: Mapping[str, HeadShape] = {
     "demo": HeadShape(num_heads=8, num_kv_heads=4, head_dim=32),
     "llama-8b-page64": HeadShape(num_heads=32, num_kv_heads=8, head_dim=128, page_size=64),
 }
+
+
+# Inputs and outputs of the products of a layer; gate_up has both halves of its outputs.
+PRODUCTS: Mapping[str, Mapping[str, tuple[int, int]]] = {
+    "llama-8b": {"qkv": (4096, 6144), "out": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)},
+    "llama2-13b": {
+        "qkv": (5120, 15360),
+        "out": (5120, 5120),
+        "gate_up": (5120, 27648),
+        "down": (13824, 5120),
+    },
+    "demo": {"qkv": (256, 512), "gate_up": (256, 1024)},
+}

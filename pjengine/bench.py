@@ -1,4 +1,4 @@
-"""Offline benchmarks: throughput, latency, start-up, the host's share of a step.
+"""Offline benchmarks: throughput, latency, start-up, the host's share of a step, the kernels.
 
 Prompts are random token ids, outputs have fixed lengths, nothing is detokenized. `pjengine bench` is
 the way in; run as `python -m pjengine.bench`, this module is one engine start of `startup`.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -280,6 +280,25 @@ def host_share(num_running: int, *, num_steps: int = 128, repeats: int = 3) -> d
         "mean_ms": statistics.mean(times),
         "p99_ms": statistics.quantiles(times, n=100)[-1],
     }
+
+
+def kernels(
+    shape: str, ops: Sequence[str] | None = None, *, is_tuning: bool = False, interpret: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Each kernel alone, beside the limit of the card: see `pallas_kernels.bench.kernel_rows`.
+
+    Raises:
+      ValueError: there is no such shape or op.
+    """
+    from pjengine.pallas_kernels.bench import OPS, kernel_rows
+    from pjengine.pallas_kernels.shapes import SHAPES
+
+    if shape not in SHAPES:
+        raise ValueError(f"no head shape is named {shape!r}; there are {', '.join(SHAPES)}")
+    for op in ops or OPS:
+        if op not in OPS:
+            raise ValueError(f"there is no op {op!r} to time; there are {', '.join(OPS)}")
+    yield from kernel_rows(shape, ops or tuple(OPS), is_tuning=is_tuning, interpret=interpret)
 
 
 def _fixed_length(length: int, temperature: float = 0.0, **sampling: Any) -> SamplingParams:

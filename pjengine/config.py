@@ -116,12 +116,16 @@ class RunnerConfig:
     @cached_property
     def decode_buckets(self) -> tuple[int, ...]:
         """Numbers of sequences that decode programs are compiled for."""
-        return buckets(1, self.max_num_seqs)
+        # Above 128 sequences a step's time grows with them: a power of two would pad by up to a half.
+        step = max(128, self.max_num_seqs // 8)
+        large = range(2 * step, self.max_num_seqs, step)
+        return tuple(sorted({*buckets(1, min(step, self.max_num_seqs)), *large, self.max_num_seqs}))
 
     @cached_property
     def mixed_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that mixed programs are compiled for."""
-        return buckets(min(32, self.max_num_batched_tokens), self.max_num_batched_tokens)
+        most = self.max_num_batched_tokens
+        return buckets(min(max(32, most // 128), most), most)
 
 
 # vLLM's name -> ours.

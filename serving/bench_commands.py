@@ -33,6 +33,7 @@ def add_bench(commands: Any) -> None:
     _add_latency(kinds)
     _add_startup(kinds)
     _add_host(kinds)
+    _add_kernels(kinds)
 
 
 def _add_bench(kinds: Any, name: str, run: Any, *, help: str, description: str) -> argparse.ArgumentParser:
@@ -124,6 +125,31 @@ def _add_host(kinds: Any) -> None:
     command.add_argument("--verbose", action="store_true", help="log what happens, to standard error")
 
 
+def _add_kernels(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "kernels",
+        help="each kernel's GB/s or TFLOP/s",
+        description="Times the kernels at the sizes of a model, each beside the limit of the card that was "
+        "measured in the same run. Needs a GPU.",
+    )
+    command.set_defaults(run=_kernels)
+    command.add_argument(
+        "--shape",
+        metavar="SHAPE",
+        default="llama-8b",
+        help="head shape, such as llama2-13b (default: llama-8b)",
+    )
+    command.add_argument(
+        "--op", metavar="OP", nargs="+", help="only these: decode, prefill, product, small (default: all)"
+    )
+    command.add_argument("--tune", action="store_true", help="other tiles too, not only the chosen ones")
+    command.add_argument(
+        "--interpret", action="store_true", help="tiny cases in Pallas's interpreter, to try this on a CPU"
+    )
+    command.add_argument("--output", metavar="FILE", help="append the results to this file too")
+    command.add_argument("--verbose", action="store_true", help="log what happens, to standard error")
+
+
 def _throughput(args: argparse.Namespace) -> None:
     from pjengine.bench import throughput
 
@@ -179,6 +205,19 @@ def _host(args: argparse.Namespace) -> None:
         f"{args.num_running} running requests: {result['median_ms']:.3f} ms a step (median), "
         f"{result['mean_ms']:.3f} (mean), {result['p99_ms']:.3f} (99th percentile)",
     )
+
+
+def _kernels(args: argparse.Namespace) -> None:
+    from pjengine.bench import kernels
+
+    for row in kernels(args.shape, args.op, is_tuning=args.tune, interpret=args.interpret):
+        if "error" in row:
+            summary = f"failed: {row['error']}"
+        else:
+            unit = "gb_per_s" if "gb_per_s" in row else "tflop_per_s"
+            summary = f"{row['us']:.1f} us, {row[unit]:,.0f} {unit}, {row['share']:.0%} of the limit"
+        case = {key: value for key, value in row.items() if isinstance(value, str | int)}
+        _report(args, {"bench": "kernels", **row}, f"{', '.join(map(str, case.values()))}: {summary}")
 
 
 def _startup(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The compiled step: state is donated and updated in place, and every schedule finds its program."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -61,13 +62,29 @@ def test_buckets_are_powers_of_two_and_the_limit(runner: Any) -> None:
     assert [layout.num_tokens for layout in runner.layouts()] == [1, 2, 4, 32, 64]
 
 
-def test_at_most_24_programs_at_the_largest_default_sizes() -> None:
+def sizes(max_num_seqs: int, max_num_batched_tokens: int) -> Any:
     from pjengine.config import RunnerConfig
 
-    config = RunnerConfig(
-        num_pages=2, page_size=16, max_model_len=8192, max_num_seqs=1024, max_num_batched_tokens=16384
+    return RunnerConfig(
+        num_pages=2,
+        page_size=16,
+        max_model_len=8192,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
     )
+
+
+def test_at_most_24_programs_at_the_largest_default_sizes() -> None:
+    config = sizes(1024, 16384)
     assert len(config.decode_buckets) + len(config.mixed_buckets) <= 24
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 100, 128, 129, 256, 300, 1000, 1024, 3000])
+def test_large_decode_steps_are_padded_by_an_eighth_of_the_limit_at_most(max_num_seqs: int) -> None:
+    chosen = sizes(max_num_seqs, 16384).decode_buckets
+    assert chosen[0] == 1 and chosen[-1] == max_num_seqs and list(chosen) == sorted(set(chosen))
+    for smaller, larger in itertools.pairwise(chosen):
+        assert larger <= max(2 * smaller, smaller + max(128, max_num_seqs // 8))
 
 
 def test_a_compilation_after_warm_up_is_counted() -> None:

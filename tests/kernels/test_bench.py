@@ -1,17 +1,58 @@
-"""The benchmark runs, on a CPU too, and prints JSON."""
+"""The benchmark of the kernels runs, on a CPU too: tiny cases, in the interpreter."""
 
-import json
+from typing import Any
 
 import pytest
 
-from pjengine.pallas_kernels import bench
+from pjengine.pallas_kernels.bench import OPS, Limits, kernel_rows
 from tests.kernels.cases import quick_compile
 
+LIMITS = Limits(copy_gb_per_s=4.0, product_tflop_per_s=8.0)
 
-def test_every_line_is_a_json_object_with_its_tiles_and_time(capsys: pytest.CaptureFixture[str]) -> None:
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
     with quick_compile():
-        bench.main(["--interpret", "--shape", "demo"])
-    machine, decode, prefill = map(json.loads, capsys.readouterr().out.splitlines())
-    assert machine["copy_gb_per_s"] > 0
-    assert decode["op"] == "decode" and decode["us"] > 0 and decode["tiles"]["block_kv"] == 64
-    assert prefill["op"] == "prefill" and prefill["us"] > 0 and "tflop_per_s" in prefill
+        return list(kernel_rows("demo", interpret=True))
+
+
+def test_every_kernel_has_a_rate_beside_its_limit(rows: list[dict[str, Any]]) -> None:
+    ops = {row["op"] for row in rows}
+    assert ops == {"decode", "prefill", "product", "rope_kv_write", "keep_threshold"}
+    for row in rows:
+        unit = "gb_per_s" if "gb_per_s" in row else "tflop_per_s"
+        assert row["us"] > 0 and row[f"limit_{unit}"] > 0
+        assert row["share"] == pytest.approx(row[unit] / row[f"limit_{unit}"])
+
+
+def test_products_are_timed_beside_the_library(rows: list[dict[str, Any]]) -> None:
+    backends = [row["backend"] for row in rows if row["op"] == "product" and row["product"] == "gate_up"]
+    assert backends == ["triton", "library"]
+
+
+def test_only_the_ops_that_are_asked_for_are_timed() -> None:
+    with quick_compile():
+        assert {row["op"] for row in kernel_rows("demo", ("decode",), interpret=True)} == {"decode"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_a_gpu_it_says_what_to_do(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    with pytest.raises(NotImplementedError, match="--interpret"):
+        next(kernel_rows("demo", (op,)))
+
+
+def test_rates_are_per_second_and_shares_of_the_limit() -> None:
+    row = LIMITS.row({"op": "x"}, lambda: 0.5, gb=1.0)
+    assert (row["us"], row["gb_per_s"], row["share"]) == (5e5, 2.0, 0.5)
+    row = LIMITS.row({"op": "x"}, lambda: 0.5, tflop=1.0)
+    assert (row["tflop_per_s"], row["limit_tflop_per_s"], row["share"]) == (2.0, 8.0, 0.25)
+
+
+def test_tiles_that_do_not_fit_are_reported_and_the_rest_goes_on() -> None:
+    import jax
+
+    def too_large() -> float:
+        raise jax.errors.JaxRuntimeError("out of shared memory\nmore")
+
+    assert LIMITS.row({"op": "x"}, too_large, gb=1.0) == {"op": "x", "error": "out of shared memory"}

@@ -242,3 +242,22 @@ def test_console_script_names_the_same_function() -> None:
     path = Path(sys.executable).with_name("pjengine")
     done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith("pjengine ")
+
+
+def test_kernels_are_timed_one_json_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pjengine("bench", "kernels", "--shape", "demo", "--op", "product", "--interpret") == 0
+    out, err = capsys.readouterr()
+    for line in map(json.loads, out.splitlines()):
+        assert line["bench"] == "kernels" and line["op"] == "product" and line["gb_per_s"] > 0
+    assert "of the limit" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--shape", "no-such"), "no head shape is named 'no-such'"), (("--op", "x"), "there is no op 'x'")],
+)
+def test_unknown_kernels_are_refused_with_those_there_are(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pjengine("bench", "kernels", "--interpret", *arguments) == 2
+    assert message in capsys.readouterr().err
