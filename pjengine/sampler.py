@@ -4,11 +4,10 @@ Noise depends on the request's seed and the token's position alone, so the same 
 same noise whatever the batch, the schedule or a preemption.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
 
 from pjengine.pallas_kernels.keep_threshold import keep_threshold
 
@@ -33,15 +32,34 @@ def sample(
     is_greedy = temperature == 0
     threshold = keep_threshold(logits, temperature, top_k, top_p, min_p, backend=backend)
     kept = jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
-    draw = partial(_gumbel, size=logits.shape[-1])
-    noise = jax.vmap(draw)(seed_high, seed_low, positions)
+    noise = gumbel_noise(seed_high, seed_low, positions, logits.shape[-1])
     noisy = kept / jnp.where(is_greedy, 1.0, temperature)[:, None] + noise
     return jnp.argmax(jnp.where(is_greedy[:, None], kept, noisy), axis=-1).astype(jnp.int32)
 
 
-def _gumbel(
-    seed_high: Int[Array, ""], seed_low: Int[Array, ""], position: Int[Array, ""], size: int
-) -> Float[Array, " v"]:
-    words = jnp.stack([seed_high, seed_low]).astype(jnp.uint32)
-    key = jax.random.wrap_key_data(words, impl="threefry2x32")
-    return jax.random.gumbel(jax.random.fold_in(key, position), (size,), jnp.float32)
+def gumbel_noise(
+    seed_high: Int[Array, " s"], seed_low: Int[Array, " s"], positions: Int[Array, " s"], size: int
+) -> Float[Array, "s v"]:
+    """Standard Gumbel noise for each row and column, from seed, position and column alone.
+
+    Threefry makes a key for each row; from there on a hash of key and column takes its place, since a
+    hundred operations for each logit of a large batch would cost more than reading it.
+    """
+    words = jnp.stack([seed_high, seed_low], axis=-1).astype(jnp.uint32)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(words, impl="threefry2x32"), positions)
+    key = jax.random.key_data(keys)[:, :, None]
+    column = jnp.arange(size, dtype=jnp.uint32)[None]
+    bits = _mix(_mix(column ^ key[:, 0]) ^ key[:, 1])
+    # In (0, 1), and finest near 0, where the exponential is smallest and so the noise largest.
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * np.float32(2**-32), np.float32(1 - 2**-24))
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def _mix(bits: UInt32[Array, "s v"]) -> UInt32[Array, "s v"]:
+    """A bijection of 32 bits in which each bit of the input changes half of the output's.
+
+    Source: C. Wellons, "Prospecting for Hash Functions", 2018 (`lowbias32`).
+    """
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    return bits ^ (bits >> np.uint32(16))

@@ -74,3 +74,44 @@ def test_both_words_of_the_seed_and_the_position_matter() -> None:
     for change in ({"seed_low": np.arange(1, 65)}, {"seed_high": np.arange(1, 65)}):
         assert len(set(draw(logits, [5] * 64, **change)) - set(base)) > 50
     assert len(set(draw(logits, np.arange(64)))) > 50
+
+
+def noise(num_rows: int, size: int, **fields: Any) -> np.ndarray:
+    from pjengine.sampler import gumbel_noise
+
+    keys = {"seed_high": 0, "seed_low": 0, "positions": 0, **fields}
+    rows = [jnp.asarray(np.broadcast_to(value, num_rows), jnp.int32) for value in keys.values()]
+    return np.asarray(gumbel_noise(*rows, size))
+
+
+def test_noise_is_gumbel_distributed_along_columns_and_along_rows() -> None:
+    whole = noise(300, 1000, positions=np.arange(300), seed_low=7)
+    probability = np.exp(-np.exp(-whole.astype(np.float64)))  # uniform, if the noise is Gumbel
+    for sample in (probability.ravel(), probability[:, 0], probability[0]):
+        steps = np.arange(1, sample.size + 1) / sample.size
+        assert np.abs(np.sort(sample) - steps).max() < 1.95 / np.sqrt(
+            sample.size
+        )  # Kolmogorov-Smirnov, 0.1 %
+
+
+def test_noise_of_neighbours_is_independent() -> None:
+    rows = {"positions": np.arange(400), "seed_low": np.arange(400), "seed_high": np.arange(400)}
+    for name, values in rows.items():
+        whole = noise(400, 1000, **{name: values})
+        probability = np.exp(-np.exp(-whole.astype(np.float64))) - 0.5
+        pairs = [
+            (probability[:, 1:], probability[:, :-1]),
+            (probability[1:], probability[:-1]),
+            (probability[16:], probability[:-16]),
+            (probability[:, 256:], probability[:, :-256]),
+            (probability[1:, 1:], probability[:-1, :-1]),
+        ]
+        for first, second in pairs:
+            correlation = 12 * (first * second).mean()
+            assert abs(correlation) < 4 / np.sqrt(first.size), name
+
+
+def test_noise_is_always_finite_and_reaches_far_up() -> None:
+    whole = noise(64, 2**16, seed_low=np.arange(64))
+    assert np.isfinite(whole).all()
+    assert np.log(whole.size) - 3 < whole.max() < np.log(whole.size) + 10
