@@ -20,8 +20,9 @@ def linear(
 ) -> Float[Array, "..."]:
     """Contracts the last `contract` axes of `x` with the first of `weight`, then adds `bias`.
 
-    The only place where a weight meets an activation. Sums in float32; float32 inputs keep full
-    precision on GPUs that would otherwise round them to tf32.
+    The only place where a weight meets an activation, but for kernels that read a layer's weights from the
+    stack of all layers. Sums in float32; float32 inputs keep full precision on GPUs that would otherwise
+    round them to tf32.
     """
     axes = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

@@ -18,6 +18,7 @@ from pjengine.models.fused_decode import fused_layers, is_fused
 from pjengine.models.layers import linear, rms_norm, rotary_table, swiglu, unembed
 from pjengine.models.loader import Leaf, Source, WeightTable
 from pjengine.models.state import KVCache
+from pjengine.pallas_kernels.gated_linear import gated_linear
 
 type Params = dict[str, Any]
 
@@ -38,7 +39,10 @@ class Block(nn.Module):
         cache: KVCache | None,
         attend: Attend,
         layer: int,
+        gate_up_stack: Float[Array, "layers e 2 i"] | None = None,
     ) -> tuple[Float[Array, "*t e"], KVCache | None]:
+        """Computes one layer. With `gate_up_stack`, every layer's, a kernel that takes no derivative may read
+        the layer's weights from there."""
         c = self.config
         group = c.num_heads // c.num_kv_heads
         lead = x.shape[:-1]
@@ -54,7 +58,11 @@ class Block(nn.Module):
 
         h = rms_norm(x, self.weight("mlp_norm", c.hidden_size), eps=c.rms_norm_eps)
         gate_up_weight = self.weight("gate_up", c.hidden_size, 2, c.intermediate_size)
-        h = swiglu(linear(h, gate_up_weight, self.bias("gate_up_bias", 2, c.intermediate_size)))
+        gate_up_bias = self.bias("gate_up_bias", 2, c.intermediate_size)
+        if gate_up_stack is None:
+            h = swiglu(linear(h, gate_up_weight, gate_up_bias))
+        else:
+            h = gated_linear(h, gate_up_stack, layer)
         down_weight = self.weight("down", c.intermediate_size, c.hidden_size)
         return x + linear(h, down_weight, self.bias("down_bias", c.hidden_size)), cache
 
@@ -114,11 +122,13 @@ class Llama:
         rotary = self.rotary(positions, rope_lens)
         if isinstance(attend, PagedAttend) and cache is not None and is_fused(self.config, x, attend):
             return fused_layers(params, self.config, x, rotary, cache, attend)
+        is_stacked = isinstance(attend, PagedAttend) and attend.backend is None and not self.config.mlp_bias
+        gate_up_stack = params["layers"]["gate_up"] if is_stacked else None
         block = Block(self.config, self.dtype)
         for layer in range(self.config.num_layers):
             weights = jax.tree.map(lambda stacked, layer=layer: stacked[layer], params["layers"])
             with jax.named_scope(f"layer_{layer}"):
-                output: Any = block.apply({"params": weights}, x, rotary, cache, attend, layer)
+                output: Any = block.apply({"params": weights}, x, rotary, cache, attend, layer, gate_up_stack)
                 x, cache = output
         return x, cache
 

@@ -15,9 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pjengine.pallas_kernels.dispatch import check_hopper
+from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
+from pjengine.pallas_kernels.gated_linear import reference as gated_reference
 from pjengine.pallas_kernels.keep_threshold import threshold_triton
 from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, check_mosaic_can, ragged_mosaic
 from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
@@ -237,15 +240,39 @@ def product_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool)
             yield limits.row({**case, **choice}, took, gb=2 * k * n / 1e9)
 
 
-def time_products(
-    multiply: Callable[..., tuple[Array, ...]], x: Array, weights: Array, *, num_calls: int
-) -> float:
+def gated_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
+    """Gated products of many rows, by `gated_linear` and by the library, with XLA's kernel for the gates."""
+    if "gate_up" not in PRODUCTS.get(name, {}):
+        return
+    try:
+        if not interpret:
+            check_hopper()
+    except NotImplementedError:
+        return
+    k, n = PRODUCTS[name]["gate_up"]
+    weights = jax.random.normal(jax.random.key(0), (2 if interpret else 4, k, 2, n // 2), jnp.bfloat16)
+    for num_rows in (64,) if interpret else (64, 256, 1024, 8192):
+        x = jax.random.normal(jax.random.key(1), (num_rows, k), jnp.bfloat16)
+        tiles = GatedTiles() if interpret else GatedTiles.choose(num_rows=num_rows, n=n // 2)
+        interpreter = plgpu.InterpretGPUParams() if interpret else None
+        mosaic = functools.partial(gated_mosaic, tiles=tiles, interpret=interpreter)
+        for choice, multiply in (
+            (described("mosaic", tiles), mosaic),
+            (described("library"), gated_reference),
+        ):
+            took = functools.partial(time_products, multiply, x, weights, num_calls=2 if interpret else CALLS)
+            yield limits.row(
+                {"op": "gated", "rows": num_rows, **choice}, took, tflop=2 * num_rows * k * n / 1e12
+            )
+
+
+def time_products(multiply: Callable[..., Any], x: Array, weights: Array, *, num_calls: int) -> float:
     """Seconds of one call of `multiply(x, weights, layer)`."""
 
     @functools.partial(jax.jit, compiler_options=library_only())
     def program(x: Array, weights: Array) -> Array:
         for call in range(num_calls):
-            out, *_ = multiply(x, weights, jnp.int32(call % len(weights)))
+            out = jax.tree.leaves(multiply(x, weights, jnp.int32(call % len(weights))))[0]
             x = x + 0 * out[:1, :1]  # so that one follows the other
         return x
 
@@ -312,6 +339,7 @@ OPS: Mapping[str, Callable[..., Iterator[Row]]] = {
     "decode": decode_rows,
     "prefill": prefill_rows,
     "product": product_rows,
+    "gated": gated_rows,
     "small": small_rows,
 }
 

@@ -140,7 +140,10 @@ def _add_kernels(kinds: Any) -> None:
         help="head shape, such as llama2-13b (default: llama-8b)",
     )
     command.add_argument(
-        "--op", metavar="OP", nargs="+", help="only these: decode, prefill, product, small (default: all)"
+        "--op",
+        metavar="OP",
+        nargs="+",
+        help="only these: decode, prefill, product, gated, small (default: all)",
     )
     command.add_argument("--tune", action="store_true", help="other tiles too, not only the chosen ones")
     command.add_argument(

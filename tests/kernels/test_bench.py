@@ -18,7 +18,7 @@ def rows() -> list[dict[str, Any]]:
 
 def test_every_kernel_has_a_rate_beside_its_limit(rows: list[dict[str, Any]]) -> None:
     ops = {row["op"] for row in rows}
-    assert ops == {"decode", "prefill", "product", "rope_kv_write", "keep_threshold"}
+    assert ops == {"decode", "prefill", "product", "gated", "rope_kv_write", "keep_threshold"}
     for row in rows:
         unit = "gb_per_s" if "gb_per_s" in row else "tflop_per_s"
         assert row["us"] > 0 and row[f"limit_{unit}"] > 0
@@ -28,6 +28,7 @@ def test_every_kernel_has_a_rate_beside_its_limit(rows: list[dict[str, Any]]) ->
 def test_products_are_timed_beside_the_library(rows: list[dict[str, Any]]) -> None:
     backends = [row["backend"] for row in rows if row["op"] == "product" and row["product"] == "gate_up"]
     assert backends == ["triton", "library"]
+    assert [row["backend"] for row in rows if row["op"] == "gated"] == ["mosaic", "library"]
 
 
 def test_only_the_ops_that_are_asked_for_are_timed() -> None:

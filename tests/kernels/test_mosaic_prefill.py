@@ -19,7 +19,7 @@ from pjengine.pallas_kernels.dispatch import check_hopper, chosen_backends
 from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, plan_aligned_blocks, ragged_mosaic
 from pjengine.pallas_kernels.ragged_prefill import ragged_paged_attention
 from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
-from tests.kernels.cases import Case, assert_close, expected, make_case
+from tests.kernels.cases import H200, Case, assert_close, cuda_mesh, expected, make_case
 
 SMALL = HeadShape(num_heads=4, num_kv_heads=1, head_dim=64)
 TILES = MosaicTiles(block_kv=64, num_programs=3)
@@ -33,12 +33,6 @@ def run(case: Case, backend: str, tiles: MosaicTiles | None = TILES) -> jax.Arra
     interpret = plgpu.InterpretGPUParams() if backend == "mosaic_interpret" else None
     offset = jnp.int32(case.page_offset)
     return ragged_mosaic(*case.ragged_args(), offset, scale=case.scale, tiles=tiles, interpret=interpret)
-
-
-def cuda_mesh(device_kind: str) -> jax.sharding.AbstractMesh:
-    device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=132, platform="gpu")
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -144,23 +138,6 @@ def test_other_gpus_are_refused(kind: str) -> None:
 def test_hopper_gpus_are_not_refused(kind: str) -> None:
     with jax.sharding.use_abstract_mesh(cuda_mesh(kind)):
         check_hopper()
-
-
-# Of XLA's `GpuTargetConfigProto`: as much as the compiler asks of an H200.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 core_count: 132 clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 device_memory_size: 151397597184
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } name: "NVIDIA H200"
-  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-}
-platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 12 }
-"""
 
 
 def compile_for_h200(name: str) -> None:
