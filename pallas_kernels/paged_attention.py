@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import dispatch
-from pjengine.pallas_kernels.last_split import Counters, finish_last
+from pjengine.pallas_kernels.last_split import Counters, check_size, finish_last
 
 # Stands for minus infinity in the kernels: its exponential is 0, and LOWEST - LOWEST and LOWEST * scale stay
 # finite.
@@ -52,10 +52,9 @@ def paged_attention(
     args = (q, k_pages, v_pages, page_table, kv_lens, jnp.asarray(page_offset, jnp.int32))
 
     def triton(*, interpret: bool = False) -> Float[Array, "b h d"]:
-        counts = None if counters is None else counters.array
-        out, counts = decode_triton(*args, counts, scale=scale, interpret=interpret)
-        if counters is not None:
-            counters.array = counts
+        if counters is None:
+            return decode_triton(*args, scale=scale, interpret=interpret)
+        out, counters.array = decode_counted(*args, counters.array, scale=scale, interpret=interpret)
         return out
 
     return dispatch(
@@ -159,7 +158,7 @@ class DecodeTiles:
     def choose(
         cls, *, batch: int, num_kv_heads: int, group: int, head_dim: int, max_slots: int, itemsize: int
     ) -> "DecodeTiles":
-        """Picks tiles of at most 16 KiB, and splits that give each of 132 processors 4 programs.
+        """Picks tiles of at most 16 KiB, and splits that fill 132 processors, each with 3 programs at a time.
 
         Measured on an H200 (B 8 to 256, 1k to 16k tokens, 32/8 heads of 128, bfloat16): 64 slots, 4 warps,
         5 stages.
@@ -167,7 +166,7 @@ class DecodeTiles:
         block_kv, num_warps = max(16, min(64, 16384 // (pl.next_power_of_2(head_dim) * itemsize))), 4
         if itemsize == 4 and group > 16:  # products without tensor cores would spill registers
             block_kv, num_warps = 16, 8
-        wanted = 4 * 132 // (batch * num_kv_heads)
+        wanted = 3 * 132 // (batch * num_kv_heads)  # more than run at once would wait for the first ones
         num_splits = max(1, min(wanted, 16, pl.cdiv(max_slots, block_kv)))
         return cls(block_kv=block_kv, num_splits=num_splits, num_warps=num_warps)
 
@@ -199,21 +198,41 @@ def decode_triton(
     page_table: Int[Array, "b w"],
     kv_lens: Int[Array, " b"],
     page_offset: Int[Array, ""],
-    counters: Int[Array, " c"] | None = None,
     *,
     scale: float,
     tiles: DecodeTiles | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "b h d"], Int[Array, " c"] | None]:
+) -> Float[Array, "b h d"]:
+    """`decode_counted` with counters of its own."""
+    counters = jnp.zeros((len(q) * k_pages.shape[1],), jnp.int32)
+    args = (q, k_pages, v_pages, page_table, kv_lens, page_offset, counters)
+    return decode_counted(*args, scale=scale, tiles=tiles, interpret=interpret)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "tiles", "interpret"))
+def decode_counted(
+    q: Float[Array, "b h d"],
+    k_pages: Float[Array, "n hk p d"],
+    v_pages: Float[Array, "n hk p d"],
+    page_table: Int[Array, "b w"],
+    kv_lens: Int[Array, " b"],
+    page_offset: Int[Array, ""],
+    counters: Int[Array, " c"],
+    *,
+    scale: float,
+    tiles: DecodeTiles | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b h d"], Int[Array, " c"]]:
     """`paged_attention` as one program per (sequence, KV head, split), the last of which merges the splits.
 
-    Returns the counters too, or None if there are none.
+    Returns the counters too: zeros, as they came.
 
     The jit is there so that the layers of a model share one trace: page_offset is an operand, so the
     compiled kernel is one too.
 
     Raises:
       NotImplementedError: see `check_kernel_can`.
+      ValueError: fewer counters than KV heads of all sequences.
     """
     check_kernel_can(q, k_pages, v_pages)
     batch, num_heads, head_dim = q.shape
@@ -240,12 +259,12 @@ def decode_triton(
     operands = [page_offset[None], kv_lens, page_table, q, k_pages, v_pages]
     out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     if tiles.num_splits > 1:
-        counts = jnp.zeros((batch * num_kv_heads,), jnp.int32) if counters is None else counters
-        operands.append(counts)
+        check_size(counters, batch * num_kv_heads)
+        operands.append(counters)
         out_shape += [
             jax.ShapeDtypeStruct((tiles.num_splits, *q.shape), jnp.float32),
             jax.ShapeDtypeStruct((tiles.num_splits, batch, num_heads), jnp.float32),
-            jax.ShapeDtypeStruct(counts.shape, counts.dtype),
+            jax.ShapeDtypeStruct(counters.shape, counters.dtype),
         ]
     outs = pl.pallas_call(
         kernel,
@@ -257,7 +276,7 @@ def decode_triton(
         interpret=interpret,
         name="paged_decode",
     )(*operands)
-    return outs[0], outs[3] if counters is not None and tiles.num_splits > 1 else counters
+    return outs[0], outs[3] if tiles.num_splits > 1 else counters
 
 
 def _decode_kernel(
@@ -267,8 +286,8 @@ def _decode_kernel(
     q_ref: Any,  # [b, h, d]
     k_ref: Any,  # [n, hk, p, d]
     v_ref: Any,  # [n, hk, p, d]
-    # The result [b, h, d]. Of several splits: before it the counters as they come in; after it `_merge_splits`'
-    # partial_ref and lse_ref, and the counters [b * hk or more].
+    # The result [b, h, d]. Of several splits: before it the counters as they come in; after it what
+    # `_merge_splits` reads, and the counters [b * hk or more].
     *refs: Any,
     group: int,
     block_m: int,

@@ -50,7 +50,7 @@ def test_lengths_around_pages_tiles_and_splits(page_size: int, num_splits: int, 
     case = make_case(replace(SMALL, page_size=page_size), kv_lens=lens)
     args = (*case.decode_args(), jnp.int32(case.page_offset))
     tiles = DecodeTiles(block_kv=32, num_splits=num_splits)
-    out, _ = decode_triton(*args, scale=case.scale, tiles=tiles, interpret=interpret)
+    out = decode_triton(*args, scale=case.scale, tiles=tiles, interpret=interpret)
     assert_close(out, expected(case), length=300)
     assert_close(reference(*args, scale=case.scale), expected(case), length=300)
 
@@ -110,7 +110,7 @@ def test_there_are_never_more_splits_than_tiles() -> None:
     choose = functools.partial(DecodeTiles.choose, num_kv_heads=8, group=4, head_dim=128, itemsize=2)
     assert choose(batch=1, max_slots=100).num_splits == 2
     assert choose(batch=1, max_slots=8192).num_splits == 16
-    assert choose(batch=8, max_slots=8192).num_splits == 8
+    assert choose(batch=8, max_slots=8192).num_splits == 6
     assert choose(batch=256, max_slots=8192).num_splits == 1
 
 
