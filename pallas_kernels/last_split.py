@@ -20,9 +20,17 @@ class Counters:
         self.array = jnp.zeros((size,), jnp.int32)
 
 
-def check_size(counters: Int[Array, " c"], num_sums: int) -> None:
+def counters_for(num_sums: int, counters: Int[Array, " c"] | None) -> Int[Array, " c"]:
+    """The counters that a kernel is given, or zeros of its own.
+
+    Raises:
+      ValueError: they are fewer than its sums.
+    """
+    if counters is None:
+        return jnp.zeros((num_sums,), jnp.int32)
     if len(counters) < num_sums:
         raise ValueError(f"{len(counters)} counters: wanted one for each of {num_sums} sums")
+    return counters
 
 
 def finish_last(
@@ -45,5 +53,5 @@ def finish_last(
 
     @pl.when(num_before == num_programs - 1)
     def _() -> None:
-        plt.store(counters_ref.at[index], 0)
+        plt.store(counters_ref.at[index], jnp.int32(0))
         finish()

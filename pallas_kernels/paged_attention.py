@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import dispatch
-from pjengine.pallas_kernels.last_split import Counters, check_size, finish_last
+from pjengine.pallas_kernels.last_split import Counters, counters_for, finish_last
 
 # Stands for minus infinity in the kernels: its exponential is 0, and LOWEST - LOWEST and LOWEST * scale stay
 # finite.
@@ -51,16 +51,16 @@ def paged_attention(
     check_attention_arguments(q.shape[-2], k_pages.shape[1], scale)
     args = (q, k_pages, v_pages, page_table, kv_lens, jnp.asarray(page_offset, jnp.int32))
 
-    def triton(*, interpret: bool = False) -> Float[Array, "b h d"]:
-        if counters is None:
-            return decode_triton(*args, scale=scale, interpret=interpret)
-        out, counters.array = decode_counted(*args, counters.array, scale=scale, interpret=interpret)
+    lent = counters or Counters(len(q) * k_pages.shape[1])
+
+    def triton(*, interpret: bool) -> Float[Array, "b h d"]:
+        out, lent.array = decode_triton(*args, lent.array, scale=scale, interpret=interpret)
         return out
 
     return dispatch(
         "paged_attention",
         {
-            "triton": triton,
+            "triton": functools.partial(triton, interpret=False),
             "reference": functools.partial(reference, *args, scale=scale),
             "triton_interpret": functools.partial(triton, interpret=True),
         },
@@ -198,26 +198,7 @@ def decode_triton(
     page_table: Int[Array, "b w"],
     kv_lens: Int[Array, " b"],
     page_offset: Int[Array, ""],
-    *,
-    scale: float,
-    tiles: DecodeTiles | None = None,
-    interpret: bool = False,
-) -> Float[Array, "b h d"]:
-    """`decode_counted` with counters of its own."""
-    counters = jnp.zeros((len(q) * k_pages.shape[1],), jnp.int32)
-    args = (q, k_pages, v_pages, page_table, kv_lens, page_offset, counters)
-    return decode_counted(*args, scale=scale, tiles=tiles, interpret=interpret)[0]
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "tiles", "interpret"))
-def decode_counted(
-    q: Float[Array, "b h d"],
-    k_pages: Float[Array, "n hk p d"],
-    v_pages: Float[Array, "n hk p d"],
-    page_table: Int[Array, "b w"],
-    kv_lens: Int[Array, " b"],
-    page_offset: Int[Array, ""],
-    counters: Int[Array, " c"],
+    counters: Int[Array, " c"] | None = None,
     *,
     scale: float,
     tiles: DecodeTiles | None = None,
@@ -225,10 +206,8 @@ def decode_counted(
 ) -> tuple[Float[Array, "b h d"], Int[Array, " c"]]:
     """`paged_attention` as one program per (sequence, KV head, split), the last of which merges the splits.
 
-    Returns the counters too: zeros, as they came.
-
-    The jit is there so that the layers of a model share one trace: page_offset is an operand, so the
-    compiled kernel is one too.
+    Returns the counters too: zeros, as they came, or of its own. The jit is there so that the layers of a
+    model share one trace: page_offset is an operand, so the compiled kernel is one too.
 
     Raises:
       NotImplementedError: see `check_kernel_can`.
@@ -237,6 +216,7 @@ def decode_counted(
     check_kernel_can(q, k_pages, v_pages)
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
+    counters = counters_for(batch * num_kv_heads, counters)
     group = num_heads // num_kv_heads
     tiles = tiles or DecodeTiles.choose(
         batch=batch,
@@ -256,27 +236,20 @@ def decode_counted(
         scale=scale * math.log2(math.e),
         interpret=interpret,
     )
-    operands = [page_offset[None], kv_lens, page_table, q, k_pages, v_pages]
-    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    if tiles.num_splits > 1:
-        check_size(counters, batch * num_kv_heads)
-        operands.append(counters)
-        out_shape += [
-            jax.ShapeDtypeStruct((tiles.num_splits, *q.shape), jnp.float32),
-            jax.ShapeDtypeStruct((tiles.num_splits, batch, num_heads), jnp.float32),
-            jax.ShapeDtypeStruct(counters.shape, counters.dtype),
-        ]
+    is_split = tiles.num_splits > 1
+    partial = jax.ShapeDtypeStruct((tiles.num_splits, *q.shape), jnp.float32)
+    lse = jax.ShapeDtypeStruct(partial.shape[:-1], jnp.float32)
     outs = pl.pallas_call(
         kernel,
         # The KV heads of a page lie next to each other: neighbouring programs read neighbouring memory.
         grid=(num_kv_heads, tiles.num_splits, batch),
-        out_shape=out_shape,
-        input_output_aliases={6: 3} if tiles.num_splits > 1 else {},
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *(is_split * [partial, lse, counters])],
+        input_output_aliases={6: 3} if is_split else {},
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="paged_decode",
-    )(*operands)
-    return outs[0], outs[3] if tiles.num_splits > 1 else counters
+    )(page_offset[None], kv_lens, page_table, q, k_pages, v_pages, *(is_split * [counters]))
+    return outs[0], outs[3] if is_split else counters
 
 
 def _decode_kernel(
@@ -344,7 +317,7 @@ def _decode_kernel(
     num_active = jnp.maximum(lax.div(num_tiles + (tiles_per_split - 1), jnp.maximum(tiles_per_split, 1)), 1)
 
     @pl.when(split < num_active)
-    def _() -> None:
+    def give() -> None:
         lse = jnp.where(total > 0, top * scale + jnp.log2(safe_total), LOWEST)
         plt.store(partial_ref.at[split, b, head[:, None], d], out, mask=is_row)
         plt.store(lse_ref.at[split, b, head], lse, mask=row < group)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import dispatch
-from pjengine.pallas_kernels.last_split import Counters, finish_last
+from pjengine.pallas_kernels.last_split import Counters, counters_for, finish_last
 
 MAX_ROWS = 32  # with 64, cuBLAS is faster on an H200
 
@@ -59,9 +59,8 @@ def skinny_linear(
     Raises:
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
     """
-    return _dispatch(x, weights, layer, biases, None, counters, eps=eps, is_gated=is_gated, backend=backend)[
-        0
-    ]
+    (out,) = _dispatch(x, weights, layer, biases, None, counters, eps=eps, is_gated=is_gated, backend=backend)
+    return out
 
 
 def skinny_residual(
@@ -111,17 +110,16 @@ def _dispatch(
         raise ValueError(f"x has {rows.shape[1]} columns, the weights {weights.shape[1]} rows: must be equal")
     args = (x, weights, jnp.asarray(layer, jnp.int32), biases, residual)
     options: dict[str, Any] = {"eps": eps, "is_gated": is_gated}
+    lent = counters or Counters(weights.shape[2])
 
-    def triton(*, interpret: bool = False) -> tuple[Array, ...]:
-        if counters is None:
-            return skinny_triton(*args, **options, interpret=interpret)
-        *outs, counters.array = skinny_triton(*args, counters.array, **options, interpret=interpret)
+    def triton(*, interpret: bool) -> tuple[Array, ...]:
+        *outs, lent.array = skinny_triton(*args, lent.array, **options, interpret=interpret)
         return tuple(outs)
 
     return dispatch(
         "skinny_linear",
         {
-            "triton": triton,
+            "triton": functools.partial(triton, interpret=False),
             "reference": functools.partial(reference, *args, **options),
             "triton_interpret": functools.partial(triton, interpret=True),
         },
@@ -241,17 +239,15 @@ def skinny_triton(
 ) -> tuple[Array, ...]:
     """One program per block of columns and split; the last split of a block to be done adds up its sums.
 
-    Returns the counters too, at the end, if they are given.
-
-    The jit is there so that the layers of a model share one trace: the layer is an operand, so the compiled
-    kernel is one too.
+    Returns the counters too, at the end, if they are given. The jit is there so that the layers of a model
+    share one trace: the layer is an operand, so the compiled kernel is one too.
 
     Raises:
       NotImplementedError: see `check_kernel_can`.
+      ValueError: fewer counters than blocks.
     """
     rows, squares = x if isinstance(x, Normed) else (x, None)
-    num_rows, k = len(rows), weights.shape[1]
-    n = weights.shape[2] // (1 + is_gated)
+    num_rows, k, n = len(rows), weights.shape[1], weights.shape[2] // (1 + is_gated)
     tiles = tiles or SkinnyTiles.choose(num_rows=num_rows, k=k, n=n, is_gated=is_gated)
     check_kernel_can(x, weights, residual, tiles, is_gated=is_gated)
     extras = _extras_of(squares, biases, residual)
@@ -260,9 +256,10 @@ def skinny_triton(
     if residual is not None:
         parts = jax.ShapeDtypeStruct((n // tiles.block_n, num_rows), jnp.float32)
         outs = [outs[0], outs[0], parts]
-    num_results = len(outs)
+    num_results, aliases = len(outs), {}
     if tiles.num_splits > 1:
-        counts = jnp.zeros((n // tiles.block_n,), jnp.int32) if counters is None else counters
+        counts = counters_for(n // tiles.block_n, counters)
+        aliases = {len(operands): num_results + 1}
         operands.append(counts)
         partial = jax.ShapeDtypeStruct((1 + is_gated, tiles.num_splits, num_rows, n), jnp.float32)
         outs += [partial, jax.ShapeDtypeStruct(counts.shape, counts.dtype)]
@@ -279,15 +276,13 @@ def skinny_triton(
         ),
         grid=(n // tiles.block_n, tiles.num_splits),
         out_shape=outs,
-        input_output_aliases={len(operands) - 1: len(outs) - 1} if tiles.num_splits > 1 else {},
+        input_output_aliases=aliases,
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="skinny_linear",
     )(*operands)
-    final = tuple(results[:num_results])
-    if counters is None:
-        return final
-    return (*final, results[-1] if tiles.num_splits > 1 else counters)
+    returned = () if counters is None else (results[-1] if aliases else counters,)
+    return (*results[:num_results], *returned)
 
 
 def _extras_of(squares: Array | None, biases: Array | None, residual: Residual | None) -> dict[str, Array]:
@@ -303,8 +298,8 @@ def _kernel(
     layer_ref: Any,  # [1]
     x_ref: Any,  # [m, k]
     weights_ref: Any,  # [layers, k, n], or [layers, k, 2 n] with gates
-    # Those of `names`, then the results (see `_finish`). Of several splits: the counters as they come in before
-    # the results; after them the splits' sums [1 or 2, splits, m, n] and the counters [blocks or more].
+    # Those of `names`, then the results (see `_finish`). Of several splits: before the results the counters
+    # as they come in; after them the splits' sums [1 or 2, splits, m, n], and the counters [blocks or more].
     *refs: Any,
     names: tuple[str, ...],
     tiles: SkinnyTiles,
@@ -313,28 +308,28 @@ def _kernel(
     interpret: bool,
     **options: Any,
 ) -> None:
-    num_rows = x_ref.shape[0]
     block, split = pl.program_id(0), pl.program_id(1)
     row, column = jnp.arange(block_m), block * tiles.block_n + jnp.arange(tiles.block_n)
-    at = (block, row, column, row < num_rows)
-    mask = at[3][:, None]
+    is_row = row < x_ref.shape[0]
+    at, mask = (block, row, column, is_row), is_row[:, None]
     extras, outs = dict(zip(names, refs, strict=False)), refs[len(names) :]
+
+    def load() -> Any:
+        return load_squares(extras["squares"], row, is_row) if "squares" in extras else None
+
     # Asked for before the loop and used after it: never waited for.
-    squares = None
-    if "squares" in extras and tiles.num_splits == 1:
-        squares = load_squares(extras["squares"], row, at[3])
+    squares = load() if tiles.num_splits == 1 else None
     sums = product_sums(layer_ref[0], x_ref, weights_ref, column, split, tiles, block_m, is_gated=is_gated)
     if tiles.num_splits == 1:
         _finish(sums, layer_ref, extras, outs, squares=squares, at=at, **options)
         return
-    _, *outs, partial_ref, counters_ref = outs
+    _, *results, partial_ref, counters_ref = outs
     for part, sum_ in enumerate(sums):
         plt.store(partial_ref.at[part, split, row[:, None], column[None, :]], sum_, mask=mask)
 
     def finish() -> None:
-        squares = load_squares(extras["squares"], row, at[3]) if "squares" in extras else None
         totals = tuple(add_splits(partial_ref, part, row, column, mask) for part in range(1 + is_gated))
-        _finish(totals, layer_ref, extras, outs, squares=squares, at=at, **options)
+        _finish(totals, layer_ref, extras, results, squares=load(), at=at, **options)
 
     finish_last(counters_ref, block, tiles.num_splits, finish, interpret=interpret)
 
