@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pjengine.models.state import Batch, KVCache
+from pjengine.pallas_kernels.last_split import Counters
 from pjengine.pallas_kernels.paged_attention import paged_attention
 from pjengine.pallas_kernels.ragged_prefill import ragged_paged_attention
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write, rotate
@@ -44,17 +45,21 @@ class PagedAttend:
         q, k_pages, v_pages = rope_kv_write(
             qkv, *rotary, cache.k, cache.v, batch.slots, page_offset=offset, backend=backend
         )
+        cache = cache._replace(k=k_pages, v=v_pages)
+        return self.read(q, cache, layer), cache
+
+    def read(self, q: Array, cache: KVCache, layer: int, counters: Counters | None = None) -> Array:
+        """Attends over the pages, which have this step's K and V; `counters` as in `paged_attention`."""
+        batch, offset = self.batch, jnp.int32(layer * self.num_pages)
         if batch.cu_q_lens is None:
-            out = paged_attention(
-                q, k_pages, v_pages, batch.page_table, batch.kv_lens,
-                page_offset=offset, scale=self.scale, backend=self.backend,
+            return paged_attention(
+                q, cache.k, cache.v, batch.page_table, batch.kv_lens,
+                page_offset=offset, scale=self.scale, counters=counters, backend=self.backend,
             )  # fmt: skip
-        else:
-            out = ragged_paged_attention(
-                q, k_pages, v_pages, batch.page_table, batch.kv_lens, batch.cu_q_lens,
-                page_offset=offset, scale=self.scale, backend=self.backend,
-            )  # fmt: skip
-        return out, cache._replace(k=k_pages, v=v_pages)
+        return ragged_paged_attention(
+            q, cache.k, cache.v, batch.page_table, batch.kv_lens, batch.cu_q_lens,
+            page_offset=offset, scale=self.scale, backend=self.backend,
+        )  # fmt: skip
 
 
 def dense_attend(*, scale: float) -> Attend:

@@ -1,4 +1,4 @@
-"""Llama's layers in a decode step of few tokens, as few kernels: seven a layer, and one a product in splits.
+"""Llama's layers in a decode step of few tokens, as few kernels: five a layer.
 
 Computes what `llama.Block` does, from the same parameters, and is no other model: `tests/models` holds the
 two together. The Block is the one to read, to train and to change first.
@@ -14,6 +14,7 @@ from pjengine.models.attention import PagedAttend, Rotary
 from pjengine.models.config import ModelConfig
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.dispatch import platform
+from pjengine.pallas_kernels.last_split import Counters
 from pjengine.pallas_kernels.skinny_linear import (
     MAX_ROWS,
     Residual,
@@ -22,6 +23,7 @@ from pjengine.pallas_kernels.skinny_linear import (
     skinny_residual,
     start_norm,
 )
+from pjengine.pallas_kernels.skinny_qkv import Destination, skinny_qkv
 
 
 def is_fused(config: ModelConfig, x: Array, attend: PagedAttend) -> bool:
@@ -46,12 +48,13 @@ def fused_layers(
     config: ModelConfig,
     x: Float[Array, "t e"],
     rotary: Rotary,
-    cache: KVCache | None,
+    cache: KVCache,
     attend: PagedAttend,
-) -> tuple[Float[Array, "t e"], KVCache | None]:
+) -> tuple[Float[Array, "t e"], KVCache]:
     """Embedded tokens to final hidden states, before the last norm."""
     c, layers, backend = config, params["layers"], attend.backend
-    group = c.num_heads // c.num_kv_heads
+    qkv_size = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    counters = Counters(max(qkv_size, c.hidden_size, len(x) * c.num_kv_heads))
 
     def stack(name: str, k: int) -> Array:
         return layers[name].reshape(c.num_layers, k, -1)
@@ -62,24 +65,28 @@ def fused_layers(
     normed = start_norm(x, layers["attn_norm"][0])
     for layer in range(c.num_layers):
         with jax.named_scope(f"layer_{layer}"):
-            qkv = skinny_linear(
+            offset = jnp.int32(layer * attend.num_pages)
+            q, k_pages, v_pages = skinny_qkv(
                 normed, stack("qkv", c.hidden_size), layer,
-                biases=biases("qkv_bias"), eps=c.rms_norm_eps, backend=backend,
+                Destination(*rotary, cache.k, cache.v, attend.batch.slots, offset),
+                biases=biases("qkv_bias"), eps=c.rms_norm_eps, counters=counters, backend=backend,
             )  # fmt: skip
-            qkv = qkv.reshape(len(x), c.num_kv_heads, group + 2, c.head_dim)
-            out, cache = attend(qkv, rotary, cache, layer)
+            cache = cache._replace(k=k_pages, v=v_pages)
+            out = attend.read(q, cache, layer, counters)
             x, normed = skinny_residual(
                 out.reshape(len(x), -1), stack("out", c.num_heads * c.head_dim), layer,
-                Residual(x, layers["mlp_norm"], layer), biases=biases("out_bias"), backend=backend,
+                Residual(x, layers["mlp_norm"], layer),
+                biases=biases("out_bias"), counters=counters, backend=backend,
             )  # fmt: skip
             h = skinny_linear(
                 normed, stack("gate_up", c.hidden_size), layer,
-                biases=biases("gate_up_bias"), eps=c.rms_norm_eps, is_gated=True, backend=backend,
+                biases=biases("gate_up_bias"), eps=c.rms_norm_eps, is_gated=True,
+                counters=counters, backend=backend,
             )  # fmt: skip
             # The last layer starts a norm that nobody finishes.
             x, normed = skinny_residual(
                 h, stack("down", c.intermediate_size), layer,
                 Residual(x, layers["attn_norm"], (layer + 1) % c.num_layers),
-                biases=biases("down_bias"), backend=backend,
+                biases=biases("down_bias"), counters=counters, backend=backend,
             )  # fmt: skip
     return x, cache

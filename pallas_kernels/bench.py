@@ -186,9 +186,14 @@ def decode_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) 
         )
         gb = 4 * batch * context * heads.num_kv_heads * heads.head_dim / 1e9
         for tiles in decode_tiles(chosen, is_tuning=is_tuning):
-            attend = functools.partial(decode_triton, scale=0.1, tiles=tiles, interpret=interpret)
+            attend = functools.partial(decode, tiles=tiles, interpret=interpret)
             case = {"op": "decode", "batch": batch, "context": context, **described("triton", tiles)}
             yield limits.row(case, functools.partial(time_calls, attend, cache, q), gb=gb)
+
+
+def decode(*args: Array, tiles: DecodeTiles, interpret: bool) -> Array:
+    out, _ = decode_triton(*args, scale=0.1, tiles=tiles, interpret=interpret)
+    return out
 
 
 def prefill_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import dispatch
+from pjengine.pallas_kernels.last_split import Counters, counters_for, finish_last
 
 # Stands for minus infinity in the kernels: its exponential is 0, and LOWEST - LOWEST and LOWEST * scale stay
 # finite.
@@ -28,6 +29,7 @@ def paged_attention(
     *,
     page_offset: int | Int[Array, ""],
     scale: float,
+    counters: Counters | None = None,
     backend: str | None = None,
 ) -> Float[Array, "b h d"]:
     """Attends with one query token per sequence to the first `kv_lens[b]` slots of its page-table row.
@@ -39,6 +41,7 @@ def paged_attention(
       page_table: pages of each sequence in order, counted from `page_offset`; any value past kv_lens.
       page_offset: the layer's first page.
       scale: factor of the scores, greater than 0.
+      counters: at least b * hk, those of the step; None for zeros of its own, which take a kernel.
       backend: None to let `dispatch` choose.
 
     Raises:
@@ -47,12 +50,19 @@ def paged_attention(
     """
     check_attention_arguments(q.shape[-2], k_pages.shape[1], scale)
     args = (q, k_pages, v_pages, page_table, kv_lens, jnp.asarray(page_offset, jnp.int32))
+
+    lent = counters or Counters(len(q) * k_pages.shape[1])
+
+    def triton(*, interpret: bool) -> Float[Array, "b h d"]:
+        out, lent.array = decode_triton(*args, lent.array, scale=scale, interpret=interpret)
+        return out
+
     return dispatch(
         "paged_attention",
         {
-            "triton": functools.partial(decode_triton, *args, scale=scale),
+            "triton": functools.partial(triton, interpret=False),
             "reference": functools.partial(reference, *args, scale=scale),
-            "triton_interpret": functools.partial(decode_triton, *args, scale=scale, interpret=True),
+            "triton_interpret": functools.partial(triton, interpret=True),
         },
         backend,
     )
@@ -148,7 +158,7 @@ class DecodeTiles:
     def choose(
         cls, *, batch: int, num_kv_heads: int, group: int, head_dim: int, max_slots: int, itemsize: int
     ) -> "DecodeTiles":
-        """Picks tiles of at most 16 KiB, and splits that give each of 132 processors 4 programs.
+        """Picks tiles of at most 16 KiB, and splits that fill 132 processors, each with 3 programs at a time.
 
         Measured on an H200 (B 8 to 256, 1k to 16k tokens, 32/8 heads of 128, bfloat16): 64 slots, 4 warps,
         5 stages.
@@ -156,8 +166,8 @@ class DecodeTiles:
         block_kv, num_warps = max(16, min(64, 16384 // (pl.next_power_of_2(head_dim) * itemsize))), 4
         if itemsize == 4 and group > 16:  # products without tensor cores would spill registers
             block_kv, num_warps = 16, 8
-        wanted = 4 * 132 // (batch * num_kv_heads)
-        num_splits = max(1, min(wanted, 32, pl.cdiv(max_slots, block_kv)))
+        wanted = 3 * 132 // (batch * num_kv_heads)  # more than run at once would wait for the first ones
+        num_splits = max(1, min(wanted, 16, pl.cdiv(max_slots, block_kv)))
         return cls(block_kv=block_kv, num_splits=num_splits, num_warps=num_warps)
 
 
@@ -188,22 +198,25 @@ def decode_triton(
     page_table: Int[Array, "b w"],
     kv_lens: Int[Array, " b"],
     page_offset: Int[Array, ""],
+    counters: Int[Array, " c"] | None = None,
     *,
     scale: float,
     tiles: DecodeTiles | None = None,
     interpret: bool = False,
-) -> Float[Array, "b h d"]:
-    """`paged_attention` as one program per (sequence, KV head, split), and a merge of the splits.
+) -> tuple[Float[Array, "b h d"], Int[Array, " c"]]:
+    """`paged_attention` as one program per (sequence, KV head, split), the last of which merges the splits.
 
-    The jit is there so that the layers of a model share one trace: page_offset is an operand, so the
-    compiled kernel is one too.
+    Returns the counters too: zeros, as they came, or of its own. The jit is there so that the layers of a
+    model share one trace: page_offset is an operand, so the compiled kernel is one too.
 
     Raises:
       NotImplementedError: see `check_kernel_can`.
+      ValueError: fewer counters than KV heads of all sequences.
     """
     check_kernel_can(q, k_pages, v_pages)
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
+    counters = counters_for(batch * num_kv_heads, counters)
     group = num_heads // num_kv_heads
     tiles = tiles or DecodeTiles.choose(
         batch=batch,
@@ -221,26 +234,22 @@ def decode_triton(
         block_kv=tiles.block_kv,
         num_splits=tiles.num_splits,
         scale=scale * math.log2(math.e),
+        interpret=interpret,
     )
-    if tiles.num_splits == 1:
-        out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    else:
-        out_shape = [
-            jax.ShapeDtypeStruct((tiles.num_splits, *q.shape), jnp.float32),
-            jax.ShapeDtypeStruct((tiles.num_splits, batch, num_heads), jnp.float32),
-        ]
+    is_split = tiles.num_splits > 1
+    partial = jax.ShapeDtypeStruct((tiles.num_splits, *q.shape), jnp.float32)
+    lse = jax.ShapeDtypeStruct(partial.shape[:-1], jnp.float32)
     outs = pl.pallas_call(
         kernel,
         # The KV heads of a page lie next to each other: neighbouring programs read neighbouring memory.
         grid=(num_kv_heads, tiles.num_splits, batch),
-        out_shape=out_shape,
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *(is_split * [partial, lse, counters])],
+        input_output_aliases={6: 3} if is_split else {},
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="paged_decode",
-    )(page_offset[None], kv_lens, page_table, q, k_pages, v_pages)
-    if tiles.num_splits == 1:
-        return outs[0]
-    return _merge_splits(*outs, dtype=q.dtype, interpret=interpret)
+    )(page_offset[None], kv_lens, page_table, q, k_pages, v_pages, *(is_split * [counters]))
+    return outs[0], outs[3] if is_split else counters
 
 
 def _decode_kernel(
@@ -250,15 +259,16 @@ def _decode_kernel(
     q_ref: Any,  # [b, h, d]
     k_ref: Any,  # [n, hk, p, d]
     v_ref: Any,  # [n, hk, p, d]
-    out_ref: Any,  # [splits, b, h, d], or [b, h, d] of one split
-    lse_ref: Any = None,  # [splits, b, h], log2 of the sum of exponentials
-    *,
+    # The result [b, h, d]. Of several splits: before it the counters as they come in; after it what
+    # `_merge_splits` reads, and the counters [b * hk or more].
+    *refs: Any,
     group: int,
     block_m: int,
     block_d: int,
     block_kv: int,
     num_splits: int,
     scale: float,  # times log2(e): exponentials are powers of 2
+    interpret: bool,
 ) -> None:
     kv_head, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     page_size, head_dim = k_ref.shape[2:]
@@ -298,13 +308,23 @@ def _decode_kernel(
     carry = (jnp.zeros((block_m, block_d), jnp.float32), zeros + LOWEST, zeros)
     acc, top, total = lax.fori_loop(first_tile, end_tile, body, carry)
     safe_total = jnp.where(total > 0, total, 1.0)
-    out = (acc / safe_total[:, None]).astype(out_ref.dtype)
+    out = acc / safe_total[:, None]
     if num_splits == 1:
-        plt.store(out_ref.at[b, head[:, None], d], out, mask=is_row)
-    else:
+        plt.store(refs[0].at[b, head[:, None], d], out.astype(refs[0].dtype), mask=is_row)
+        return
+    _, out_ref, partial_ref, lse_ref, counters_ref = refs
+    # Splits past the sequence's end have nothing to give; the first one has, be it zeros.
+    num_active = jnp.maximum(lax.div(num_tiles + (tiles_per_split - 1), jnp.maximum(tiles_per_split, 1)), 1)
+
+    @pl.when(split < num_active)
+    def give() -> None:
         lse = jnp.where(total > 0, top * scale + jnp.log2(safe_total), LOWEST)
-        plt.store(out_ref.at[split, b, head[:, None], d], out, mask=is_row)
+        plt.store(partial_ref.at[split, b, head[:, None], d], out, mask=is_row)
         plt.store(lse_ref.at[split, b, head], lse, mask=row < group)
+        merge = functools.partial(
+            _merge_splits, partial_ref, lse_ref, out_ref, b, kv_head * group, num_active, group, block_d
+        )
+        finish_last(counters_ref, b * k_ref.shape[1] + kv_head, num_active, merge, interpret=interpret)
 
 
 def full_precision_dot(a: Any, b: Any) -> Any:
@@ -313,38 +333,32 @@ def full_precision_dot(a: Any, b: Any) -> Any:
 
 
 def _merge_splits(
-    out: Float[Array, "splits b h d"], lse: Float[Array, "splits b h"], *, dtype: Any, interpret: bool
-) -> Float[Array, "b h d"]:
-    """Averages the splits, each weighted with its sum of exponentials. (XLA would take two kernels.)"""
-    num_splits, batch, num_heads, head_dim = out.shape
-    return pl.pallas_call(
-        functools.partial(
-            _merge_kernel,
-            block_splits=pl.next_power_of_2(num_splits),
-            block_d=max(16, pl.next_power_of_2(head_dim)),
-        ),
-        grid=(num_heads, batch),
-        out_shape=jax.ShapeDtypeStruct((batch, num_heads, head_dim), dtype),
-        compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
-        interpret=interpret,
-        name="paged_decode_merge",
-    )(out, lse)
-
-
-def _merge_kernel(
-    out_ref: Any,  # [splits, b, h, d]
-    lse_ref: Any,  # [splits, b, h]
-    merged_ref: Any,  # [b, h, d]
-    *,
-    block_splits: int,
+    partial_ref: Any,  # [splits, b, h, d]
+    lse_ref: Any,  # [splits, b, h], log2 of the sums of exponentials
+    out_ref: Any,  # [b, h, d]
+    b: Any,
+    first_head: Any,
+    num_active: Any,
+    group: int,
     block_d: int,
 ) -> None:
-    head, b = pl.program_id(0), pl.program_id(1)
-    num_splits, _, _, head_dim = out_ref.shape
-    split, d = jnp.arange(block_splits), jnp.arange(block_d)
-    lse = plt.load(lse_ref.at[split, b, head], mask=split < num_splits, other=LOWEST)
-    weight = jnp.exp2(lse - lse.max())
-    mask = (split < num_splits)[:, None] & (d < head_dim)[None, :]
-    out = plt.load(out_ref.at[split[:, None], b, head, d[None, :]], mask=mask, other=0.0)
-    merged = (out * weight[:, None]).sum(axis=0) / weight.sum()
-    plt.store(merged_ref.at[b, head, d], merged.astype(merged_ref.dtype), mask=d < head_dim)
+    """Averages the splits of a KV head's queries, each weighted with its sum of exponentials."""
+    num_splits, _, _, head_dim = partial_ref.shape
+    heads_at_once = min(4, pl.next_power_of_2(group))
+    split, d = jnp.arange(pl.next_power_of_2(num_splits)), jnp.arange(block_d)
+
+    def merge(i: Any, carry: None) -> None:
+        head = first_head + i * heads_at_once + jnp.arange(heads_at_once)
+        is_head = head < first_head + group
+        mask = (split < num_active)[:, None] & is_head[None, :]
+        lse = plt.load(lse_ref.at[split[:, None], b, head[None, :]], mask=mask, other=LOWEST)
+        at = (split[:, None, None], b, head[None, :, None], d[None, None, :])
+        is_d = (d < head_dim)[None, None, :]
+        out = plt.load(partial_ref.at[at], mask=mask[:, :, None] & is_d, other=0.0)
+        weight = jnp.exp2(lse - lse.max(axis=0)[None, :])
+        weight = weight / weight.sum(axis=0)[None, :]
+        merged = (out * weight[:, :, None]).sum(axis=0).astype(out_ref.dtype)
+        mask = is_head[:, None] & (d < head_dim)[None, :]
+        plt.store(out_ref.at[b, head[:, None], d[None, :]], merged, mask=mask)
+
+    lax.fori_loop(0, pl.cdiv(group, heads_at_once), merge, None)

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import dispatch
+from pjengine.pallas_kernels.last_split import Counters, counters_for, finish_last
 
 MAX_ROWS = 32  # with 64, cuBLAS is faster on an H200
 
@@ -45,6 +46,7 @@ def skinny_linear(
     biases: Float[Array, "layers n"] | None = None,
     eps: float = 0.0,
     is_gated: bool = False,
+    counters: Counters | None = None,
     backend: str | None = None,
 ) -> Float[Array, "m out"]:
     """`x @ weights[layer] + biases[layer]`, summed in float32.
@@ -52,11 +54,13 @@ def skinny_linear(
     Args:
       x: rows, or rows whose norm the product finishes with `eps`.
       is_gated: the first half of the n columns are gates: gives `silu(gates) * others`, n / 2 columns.
+      counters: at least n, those of the step; None for zeros of its own, which take a kernel.
 
     Raises:
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
     """
-    return _dispatch(x, weights, layer, biases, None, eps=eps, is_gated=is_gated, backend=backend)[0]
+    (out,) = _dispatch(x, weights, layer, biases, None, counters, eps=eps, is_gated=is_gated, backend=backend)
+    return out
 
 
 def skinny_residual(
@@ -66,15 +70,18 @@ def skinny_residual(
     residual: Residual,
     *,
     biases: Float[Array, "layers n"] | None = None,
+    counters: Counters | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Array, "m n"], Normed]:
     """Adds `x @ weights[layer] + biases[layer]` to the residual rows, and starts the norm of the sum.
+
+    `counters` as in `skinny_linear`.
 
     Raises:
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
     """
     rows, scaled, squares = _dispatch(
-        x, weights, layer, biases, residual, eps=0.0, is_gated=False, backend=backend
+        x, weights, layer, biases, residual, counters, eps=0.0, is_gated=False, backend=backend
     )
     return rows, Normed(scaled, squares)
 
@@ -92,6 +99,7 @@ def _dispatch(
     layer: int | Array,
     biases: Array | None,
     residual: Residual | None,
+    counters: Counters | None,
     *,
     eps: float,
     is_gated: bool,
@@ -102,12 +110,18 @@ def _dispatch(
         raise ValueError(f"x has {rows.shape[1]} columns, the weights {weights.shape[1]} rows: must be equal")
     args = (x, weights, jnp.asarray(layer, jnp.int32), biases, residual)
     options: dict[str, Any] = {"eps": eps, "is_gated": is_gated}
+    lent = counters or Counters(weights.shape[2])
+
+    def triton(*, interpret: bool) -> tuple[Array, ...]:
+        *outs, lent.array = skinny_triton(*args, lent.array, **options, interpret=interpret)
+        return tuple(outs)
+
     return dispatch(
         "skinny_linear",
         {
-            "triton": functools.partial(skinny_triton, *args, **options),
+            "triton": functools.partial(triton, interpret=False),
             "reference": functools.partial(reference, *args, **options),
-            "triton_interpret": functools.partial(skinny_triton, *args, **options, interpret=True),
+            "triton_interpret": functools.partial(triton, interpret=True),
         },
         backend,
     )
@@ -216,58 +230,59 @@ def skinny_triton(
     layer: Int[Array, ""],
     biases: Float[Array, "layers n"] | None,
     residual: Residual | None,
+    counters: Int[Array, " c"] | None = None,
     *,
     eps: float,
     is_gated: bool,
     tiles: SkinnyTiles | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "..."], ...]:
-    """One program per block of columns and split; a second kernel adds up the splits.
+) -> tuple[Array, ...]:
+    """One program per block of columns and split; the last split of a block to be done adds up its sums.
 
-    The jit is there so that the layers of a model share one trace: the layer is an operand, so the compiled
-    kernel is one too.
+    Returns the counters too, at the end, if they are given. The jit is there so that the layers of a model
+    share one trace: the layer is an operand, so the compiled kernel is one too.
 
     Raises:
       NotImplementedError: see `check_kernel_can`.
+      ValueError: fewer counters than blocks.
     """
     rows, squares = x if isinstance(x, Normed) else (x, None)
-    num_rows, k = len(rows), weights.shape[1]
-    n = weights.shape[2] // (1 + is_gated)
+    num_rows, k, n = len(rows), weights.shape[1], weights.shape[2] // (1 + is_gated)
     tiles = tiles or SkinnyTiles.choose(num_rows=num_rows, k=k, n=n, is_gated=is_gated)
     check_kernel_can(x, weights, residual, tiles, is_gated=is_gated)
     extras = _extras_of(squares, biases, residual)
-    final = [jax.ShapeDtypeStruct((num_rows, n), rows.dtype)]
+    operands = [layer[None], rows, weights, *extras.values()]
+    outs = [jax.ShapeDtypeStruct((num_rows, n), rows.dtype)]
     if residual is not None:
         parts = jax.ShapeDtypeStruct((n // tiles.block_n, num_rows), jnp.float32)
-        final = [final[0], final[0], parts]
-    partial = jax.ShapeDtypeStruct((1 + is_gated, tiles.num_splits, num_rows, n), jnp.float32)
-    options: dict[str, Any] = {
-        "tiles": tiles,
-        "block_m": max(16, pl.next_power_of_2(num_rows)),  # a tensor-core product has at least 16 rows
-        "mean_of": k,
-        "eps": eps,
-        "is_gated": is_gated,
-    }
-    is_split = tiles.num_splits > 1
-    names = () if is_split else tuple(extras)
-    outs = pl.pallas_call(
-        functools.partial(_product_kernel, names=names, **options),
+        outs = [outs[0], outs[0], parts]
+    num_results, aliases = len(outs), {}
+    if tiles.num_splits > 1:
+        counts = counters_for(n // tiles.block_n, counters)
+        aliases = {len(operands): num_results + 1}
+        operands.append(counts)
+        partial = jax.ShapeDtypeStruct((1 + is_gated, tiles.num_splits, num_rows, n), jnp.float32)
+        outs += [partial, jax.ShapeDtypeStruct(counts.shape, counts.dtype)]
+    results = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            names=tuple(extras),
+            tiles=tiles,
+            block_m=max(16, pl.next_power_of_2(num_rows)),  # a tensor-core product has at least 16 rows
+            is_gated=is_gated,
+            interpret=interpret,
+            mean_of=k,
+            eps=eps,
+        ),
         grid=(n // tiles.block_n, tiles.num_splits),
-        out_shape=[partial] if is_split else final,
+        out_shape=outs,
+        input_output_aliases=aliases,
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="skinny_linear",
-    )(layer[None], rows, weights, *(extras[name] for name in names))
-    if is_split:
-        outs = pl.pallas_call(
-            functools.partial(_merge_kernel, names=tuple(extras), **options),
-            grid=(n // tiles.block_n,),
-            out_shape=final,
-            compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-            interpret=interpret,
-            name="skinny_merge",
-        )(layer[None], outs[0], *extras.values())
-    return tuple(outs)
+    )(*operands)
+    returned = () if counters is None else (results[-1] if aliases else counters,)
+    return (*results[:num_results], *returned)
 
 
 def _extras_of(squares: Array | None, biases: Array | None, residual: Residual | None) -> dict[str, Array]:
@@ -279,31 +294,65 @@ def _extras_of(squares: Array | None, biases: Array | None, residual: Residual |
     return {name: extra for name, extra in extras.items() if extra is not None}
 
 
-def _product_kernel(
+def _kernel(
     layer_ref: Any,  # [1]
     x_ref: Any,  # [m, k]
     weights_ref: Any,  # [layers, k, n], or [layers, k, 2 n] with gates
-    *refs: Any,  # those of `names`, then the results: see `_finish`; of several splits [1 or 2, splits, m, n]
+    # Those of `names`, then the results (see `_finish`). Of several splits: before the results the counters
+    # as they come in; after them the splits' sums [1 or 2, splits, m, n], and the counters [blocks or more].
+    *refs: Any,
     names: tuple[str, ...],
     tiles: SkinnyTiles,
     block_m: int,
     is_gated: bool,
+    interpret: bool,
     **options: Any,
 ) -> None:
+    block, split = pl.program_id(0), pl.program_id(1)
+    row, column = jnp.arange(block_m), block * tiles.block_n + jnp.arange(tiles.block_n)
+    is_row = row < x_ref.shape[0]
+    at, mask = (block, row, column, is_row), is_row[:, None]
+    extras, outs = dict(zip(names, refs, strict=False)), refs[len(names) :]
+
+    def load() -> Any:
+        return load_squares(extras["squares"], row, is_row) if "squares" in extras else None
+
+    # Asked for before the loop and used after it: never waited for.
+    squares = load() if tiles.num_splits == 1 else None
+    sums = product_sums(layer_ref[0], x_ref, weights_ref, column, split, tiles, block_m, is_gated=is_gated)
+    if tiles.num_splits == 1:
+        _finish(sums, layer_ref, extras, outs, squares=squares, at=at, **options)
+        return
+    _, *results, partial_ref, counters_ref = outs
+    for part, sum_ in enumerate(sums):
+        plt.store(partial_ref.at[part, split, row[:, None], column[None, :]], sum_, mask=mask)
+
+    def finish() -> None:
+        totals = tuple(add_splits(partial_ref, part, row, column, mask) for part in range(1 + is_gated))
+        _finish(totals, layer_ref, extras, results, squares=load(), at=at, **options)
+
+    finish_last(counters_ref, block, tiles.num_splits, finish, interpret=interpret)
+
+
+def product_sums(
+    layer: Any,
+    x_ref: Any,  # [m, k]
+    weights_ref: Any,  # [layers, k, n], or [layers, k, 2 n] with gates
+    column: Any,
+    split: Any,
+    tiles: SkinnyTiles,
+    block_m: int,
+    *,
+    is_gated: bool = False,
+) -> tuple[Any, ...]:
+    """The split's share of the sums of some columns: a tile [block_m, block_n]; two with gates."""
     num_rows, k = x_ref.shape[0], weights_ref.shape[1]
     n = weights_ref.shape[2] // (1 + is_gated)
-    block, split = pl.program_id(0), pl.program_id(1)
-    layer = layer_ref[0]
-    row, column = jnp.arange(block_m), block * tiles.block_n + jnp.arange(tiles.block_n)
-    is_row = row < num_rows
-    split_k = k // tiles.num_splits
-    extras, outs = dict(zip(names, refs, strict=False)), refs[len(names) :]
-    # Asked for before the loop and used after it: never waited for.
-    squares = _load_squares(extras["squares"], row, is_row) if "squares" in extras else None
+    split_k, row = k // tiles.num_splits, jnp.arange(block_m)
 
     def body(i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
         at = split * split_k + i * tiles.block_k + jnp.arange(tiles.block_k)
-        x = plt.load(x_ref.at[row[:, None], at[None, :]], mask=is_row[:, None], other=0.0)
+        x = plt.load(x_ref.at[row[:, None], at[None, :]], mask=(row < num_rows)[:, None], other=0.0)
 
         def add(part: int, sum_: Any) -> Any:
             w = plt.load(weights_ref.at[layer, at[:, None], (part * n + column)[None, :]])
@@ -312,43 +361,19 @@ def _product_kernel(
         return tuple(add(part, sum_) for part, sum_ in enumerate(sums))
 
     zeros = jnp.zeros((block_m, tiles.block_n), jnp.float32)
-    sums = lax.fori_loop(0, split_k // tiles.block_k, body, (zeros,) * (1 + is_gated))
-    if tiles.num_splits == 1:
-        _finish(sums, layer_ref, extras, outs, squares=squares, at=(block, row, column, is_row), **options)
-        return
-    for part, sum_ in enumerate(sums):
-        plt.store(outs[0].at[part, split, row[:, None], column[None, :]], sum_, mask=is_row[:, None])
+    return lax.fori_loop(0, split_k // tiles.block_k, body, (zeros,) * (1 + is_gated))
 
 
-def _merge_kernel(
-    layer_ref: Any,  # [1]
-    partial_ref: Any,  # [1 or 2, splits, m, n]
-    *refs: Any,  # those of `names`, then the results: see `_finish`
-    names: tuple[str, ...],
-    tiles: SkinnyTiles,
-    block_m: int,
-    is_gated: bool,
-    **options: Any,
-) -> None:
-    num_rows = partial_ref.shape[2]
-    block = pl.program_id(0)
-    row, column = jnp.arange(block_m), block * tiles.block_n + jnp.arange(tiles.block_n)
-    is_row = row < num_rows
-    extras, outs = dict(zip(names, refs, strict=False)), refs[len(names) :]
-    squares = _load_squares(extras["squares"], row, is_row) if "squares" in extras else None
+def add_splits(partial_ref: Any, part: int, row: Any, column: Any, mask: Any) -> Any:
+    """The sum over the splits of [parts, splits, m, n], in their order, whichever came last."""
 
-    def load(part: int, split: int) -> Any:
-        at = partial_ref.at[part, split, row[:, None], column[None, :]]
-        return plt.load(at, mask=is_row[:, None], other=0.0)
+    def load(split: int) -> Any:
+        return plt.load(partial_ref.at[part, split, row[:, None], column[None, :]], mask=mask, other=0.0)
 
-    sums = tuple(
-        functools.reduce(jnp.add, [load(part, split) for split in range(tiles.num_splits)])
-        for part in range(1 + is_gated)
-    )
-    _finish(sums, layer_ref, extras, outs, squares=squares, at=(block, row, column, is_row), **options)
+    return functools.reduce(jnp.add, [load(split) for split in range(partial_ref.shape[1])])
 
 
-def _load_squares(squares_ref: Any, row: Any, is_row: Any) -> Any:
+def load_squares(squares_ref: Any, row: Any, is_row: Any) -> Any:
     num_parts = squares_ref.shape[0]
     part = jnp.arange(pl.next_power_of_2(num_parts))
     mask = (part < num_parts)[:, None] & is_row[None, :]

@@ -50,7 +50,8 @@ def test_lengths_around_pages_tiles_and_splits(page_size: int, num_splits: int, 
     case = make_case(replace(SMALL, page_size=page_size), kv_lens=lens)
     args = (*case.decode_args(), jnp.int32(case.page_offset))
     tiles = DecodeTiles(block_kv=32, num_splits=num_splits)
-    out = decode_triton(*args, scale=case.scale, tiles=tiles, interpret=interpret)
+    out, counters = decode_triton(*args, scale=case.scale, tiles=tiles, interpret=interpret)
+    assert not counters.any()
     assert_close(out, expected(case), length=300)
     assert_close(reference(*args, scale=case.scale), expected(case), length=300)
 
@@ -109,8 +110,8 @@ def test_the_kernel_refuses_mixed_dtypes() -> None:
 def test_there_are_never_more_splits_than_tiles() -> None:
     choose = functools.partial(DecodeTiles.choose, num_kv_heads=8, group=4, head_dim=128, itemsize=2)
     assert choose(batch=1, max_slots=100).num_splits == 2
-    assert choose(batch=1, max_slots=8192).num_splits == 32
-    assert choose(batch=8, max_slots=8192).num_splits == 8
+    assert choose(batch=1, max_slots=8192).num_splits == 16
+    assert choose(batch=8, max_slots=8192).num_splits == 6
     assert choose(batch=256, max_slots=8192).num_splits == 1
 
 
@@ -128,7 +129,7 @@ def test_every_named_shape_lowers_for_cuda_once_for_all_layers(name: str) -> Non
     with cuda_target():
         traced = jax.jit(two_layers).trace(q, pages, pages, ints((1, 64)), ints((1,)))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@__gpu$xla.gpu.triton(") == 2  # the kernel and the merge of its splits
+    assert text.count("@__gpu$xla.gpu.triton(") == 1
 
 
 @pytest.mark.gpu

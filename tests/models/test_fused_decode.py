@@ -1,6 +1,7 @@
 """The few kernels of a decode step, interpreted, against the Block they stand for."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from pjengine.models.attention import PagedAttend
 from pjengine.models.llama import Llama
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import Batch, KVCache, kv_shape
+from tests.kernels.cases import cuda_target
 
 NUM_PAGES = 6
 CONFIG = dataclasses.replace(
@@ -101,6 +103,18 @@ def test_fused_only_where_the_kernels_can_and_were_measured_to_pay() -> None:
     assert not fused_decode.is_fused(CONFIG, x, dataclasses.replace(decode, backend=None))  # on a CPU
     mixed = _no_batch(jnp.zeros((1,), jnp.int32))
     assert not fused_decode.is_fused(CONFIG, x, dataclasses.replace(decode, batch=mixed))
+
+
+def test_a_layer_is_five_kernels() -> None:
+    model = Llama(CONFIG, jnp.dtype("bfloat16"))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    cache = jax.eval_shape(lambda: random_cache(model, "bfloat16"))
+    with cuda_target():
+        traced = jax.jit(lambda params, cache: run(model, params, cache, 5, None)).trace(params, cache)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"call @\w+_triton", text)) == 5 * CONFIG.num_layers
+    # All layers share them; but the first norm came from no product, and the last one nobody finishes.
+    assert text.count("@__gpu$xla.gpu.triton(") == 5 + 2
 
 
 def test_gradients_never_meet_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
