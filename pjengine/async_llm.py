@@ -14,12 +14,12 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from pjengine.config import EngineConfig
+from pjengine.config import EngineConfig, known_settings
 from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
 from pjengine.outputs import RequestOutput
 from pjengine.prompts import Prompt
-from pjengine.request import new_request_id
+from pjengine.request import request_id_for
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
-        self._start(LLMEngine(EngineConfig(model=os.fspath(model), **settings)))
+        self._start(LLMEngine(EngineConfig(model=os.fspath(model), **known_settings(settings))))
 
     @classmethod
     def from_engine(cls, engine: LLMEngine) -> "AsyncLLM":
@@ -89,7 +89,7 @@ class AsyncLLM:
           EngineGenerateError: a step failed while the request ran; `__cause__` says why.
           EngineDeadError: the engine is closed, or has failed for good.
         """
-        thread, request_id = self._thread, request_id or new_request_id()
+        thread, request_id = self._thread, request_id_for(request_id)
         stream = thread.open(
             request_id,
             partial(

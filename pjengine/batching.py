@@ -180,7 +180,7 @@ def _row_record(chunk: Chunk, vocab_size: int) -> Int[np.ndarray, " fields"]:
     top_k = vocab_size if params.top_k <= 0 else min(params.top_k, vocab_size)
     seed_low, seed_high = np.array([request.seed], np.uint64).view(np.int32)  # little-endian
     penalties = [getattr(request.edits, name) for name in PENALTIES]
-    floats = np.array([params.effective_temperature, params.top_p, params.min_p, *penalties], np.float32)
+    floats = np.array([params.temperature, params.top_p, params.min_p, *penalties], np.float32)
     return np.array(
         [chunk.row, len(request.prompt_token_ids), seed_high, seed_low, top_k, *floats.view(np.int32)],
         np.int32,

@@ -230,13 +230,16 @@ def start_once(begun: float, settings: Mapping[str, Any], cache_dir: str) -> dic
         }
 
 
-def host_share(num_running: int, *, num_steps: int = 128, repeats: int = 3) -> dict[str, float | int]:
+def host_share(
+    num_running: int, *, num_stop_ids: int = 0, num_steps: int = 128, repeats: int = 3
+) -> dict[str, float | int]:
     """What the host does in a step of `num_running` decodes, on a device that answers at once.
 
-    Everything that `LLMEngine.advance` does is in it, up to the call of the compiled step.
+    Everything that `LLMEngine.advance` does is in it, up to the call of the compiled step. Each request has
+    `num_stop_ids` stop ids, and meets none.
 
     Raises:
-      ValueError: the requests would not run through all steps.
+      ValueError: the requests would not run through all steps, or there are not so many tokens to stop at.
     """
     import jax.numpy as jnp
 
@@ -248,20 +251,18 @@ def host_share(num_running: int, *, num_steps: int = 128, repeats: int = 3) -> d
         max_num_seqs=num_running, max_num_batched_tokens=max(8192, num_running), kv_cache_memory_bytes=2**30,
     )  # fmt: skip
     engine = LLMEngine(config)
-    programs: dict[Any, Any] = engine.runner.programs
     for layout in engine.runner.layouts():
         answer = StepOutput(jnp.full((layout.depth, layout.num_seqs), FIRST_TOKEN_ID, jnp.int32))
-        programs[layout] = lambda params, cache, rows, blob, answer=answer: (
-            cache,
-            rows,
-            answer,
-        )
+        engine.runner.use(layout, lambda params, cache, rows, blob, answer=answer: (cache, rows, answer))
     lens = random.Random(0).choices(range(16, 64), k=num_running)  # so that pages fill at different steps
     output_len = engine.max_model_len - max(lens)
     if repeats * num_steps + 2 > output_len:
         raise ValueError(f"repeats * num_steps must be at most {output_len - 2}, got {repeats * num_steps}")
+    if num_stop_ids < 0:
+        raise ValueError(f"num_stop_ids must be at least 0, got {num_stop_ids}")
+    stops = [FIRST_TOKEN_ID + 1 + i for i in range(num_stop_ids)]
     for prompt in random_tokens(engine.model_config.vocab_size, lens, seed=0):
-        engine.add_request(prompt, _fixed_length(output_len))
+        engine.add_request(prompt, _fixed_length(output_len, stop_token_ids=stops))
     while engine.scheduler.waiting or engine.scheduler.rows.prefilling():
         engine.advance()
     engine.advance()  # reads the last of the prompts
@@ -274,6 +275,7 @@ def host_share(num_running: int, *, num_steps: int = 128, repeats: int = 3) -> d
     medians = [statistics.median(times[i::repeats]) for i in range(repeats)]
     return {
         "num_running": num_running,
+        "num_stop_ids": num_stop_ids,
         "num_steps": len(times),
         "median_ms": statistics.median(times),
         "median_spread_ms": max(medians) - min(medians),

@@ -130,9 +130,7 @@ class CompileCache:
             os.utime(path)
         except FileNotFoundError:
             return None
-        except (
-            Exception
-        ) as error:  # what JAX, XLA and pickle raise on a payload they cannot read is not listed
+        except Exception as error:  # JAX, XLA and pickle do not say what they raise on a bad payload
             logger.warning("compile cache: %s cannot be used: %r", path, error)
             return None
         logger.debug("loaded %s bytes=%d seconds=%.2f", path, len(payload), time.perf_counter() - start)

@@ -14,6 +14,16 @@ LOAD_FORMATS = ("auto", "safetensors", "bin", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 GENERATION_CONFIGS = ("auto", "vllm")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+# Whole numbers: the least, and one more than the most.
+LIMITS = {
+    "kv_cache_memory_bytes": (1, 2**63),
+    "max_model_len": (2, 2**31),
+    "max_num_seqs": (1, 2**31),
+    "max_num_batched_tokens": (1, 2**31),
+    "decode_steps": (1, 2**31),
+    "max_logprobs": (-1, 2**31),
+    "seed": (0, 2**63),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +63,13 @@ class EngineConfig:
     compile_cache_dir: str | None = None  # keeps compiled programs; "": none; None: ~/.cache/pjengine
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        for name in ("skip_tokenizer_init", "enable_prefix_caching", "warm_up"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.hf_overrides, Mapping):
+            raise ValueError(f"hf_overrides must be a dict, got {self.hf_overrides!r:.80}")
+        if isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
         for name, choices in (
             ("dtype", DTYPES),
             ("load_format", LOAD_FORMATS),
@@ -62,24 +78,23 @@ class EngineConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not 0 < self.gpu_memory_utilization <= 1:
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
         if not is_whole(self.page_size) or self.page_size < 16 or self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two and at least 16, got {self.page_size!r}")
         object.__setattr__(self, "max_model_len", parse_length(self.max_model_len))
-        least = {
-            "kv_cache_memory_bytes": 1,
-            "max_model_len": 2,
-            "max_num_seqs": 1,
-            "max_num_batched_tokens": 1,
-            "decode_steps": 1,
-        }
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and (not is_whole(value) or value < lowest):
+        for name, (least, end) in LIMITS.items():
+            value, needs_value = getattr(self, name), name in ("max_logprobs", "seed")
+            if (value is not None or needs_value) and not (is_whole(value) and least <= value < end):
                 raise ValueError(
-                    f"{name} must be a whole number of at least {lowest}, or None, got {value!r}"
+                    f"{name} must be a whole number of at least {least} and less than {end}"
+                    f"{'' if needs_value else ', or None'}, got {value!r:.80}"
                 )
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raises ValueError where one setting does not go with another."""
         if self.decode_steps is not None and self.decode_steps > self.page_size:
             raise ValueError(
                 f"decode_steps must be at most page_size={self.page_size}, got {self.decode_steps}"
@@ -89,10 +104,6 @@ class EngineConfig:
                 f"tokenizer_revision={self.tokenizer_revision!r} is of the tokenizer that `tokenizer` names, "
                 "and none is named; the model's own comes with `revision`"
             )
-        if type(self.max_logprobs) is not int or self.max_logprobs < -1:
-            raise ValueError(f"max_logprobs must be a whole number of at least -1, got {self.max_logprobs!r}")
-        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,21 +141,40 @@ class RunnerConfig:
 
 # vLLM's name -> ours.
 RENAMED = {"block_size": "page_size"}
+# Settings of vLLM that are not here, and the values that say just that.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), (1,)),
+    **dict.fromkeys(("trust_remote_code", "enforce_eager", "enable_lora", "enable_sleep_mode"), (False,)),
+    **dict.fromkeys(("enable_expert_parallel", "disable_custom_all_reduce"), (False,)),
+    **dict.fromkeys(("quantization", "quantization_config", "speculative_config"), (None,)),
+    **dict.fromkeys(("code_revision", "distributed_executor_backend", "logits_processors"), (None,)),
+    **dict.fromkeys(("kv_cache_dtype", "tokenizer_mode", "config_format"), ("auto",)),
+    **dict.fromkeys(("cpu_offload_gb", "swap_space"), (0, 0.0)),
+    "enable_chunked_prefill": (True, None),
+    "disable_log_stats": (True,),
+}
 
 
 def known_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings as they are, all of them fields of `EngineConfig`.
+    """The settings that are fields of `EngineConfig`: all but those of NEUTRAL.
 
     Raises:
-      TypeError: one is not; the text names the closest.
+      TypeError: one is neither; the text names the closest.
+      NotImplementedError: one of NEUTRAL asks for what is not here.
     """
     names = [setting.name for setting in fields(EngineConfig)]
-    for name in settings:
+    known = {}
+    for name, value in settings.items():
+        if name in NEUTRAL:
+            if not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name]):
+                raise NotImplementedError(f"{name}={value!r:.80} is not supported, only {NEUTRAL[name][0]!r}")
+            continue
         if name not in names:
             close = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, names, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"there is no setting {name!r}{hint}")
-    return settings
+        known[name] = value
+    return known
 
 
 def is_whole(value: Any) -> bool:

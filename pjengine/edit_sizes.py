@@ -21,6 +21,10 @@ class EditSizes:
     num_asked: int = 0
     num_prompt_top: int | None = None
 
+    @property
+    def can_forbid(self) -> bool:
+        return bool(self.num_bias or self.num_allowed or self.num_bad_words)
+
     def covers(self, other: "EditSizes") -> bool:
         """Whether there is room for all that `other` has room for."""
         return all(
@@ -56,7 +60,7 @@ def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
         bad_word_len=_room(bad_word_len),
         has_penalties=bool(penalties),
         num_top=limited(top),
-        num_asked=_room(asked),
+        num_asked=min(_room(asked), vocab_size),
         num_prompt_top=limited(prompt_top),
     )
 

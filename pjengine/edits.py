@@ -58,7 +58,7 @@ NO_EDITS = Edits()  # of nearly all requests: compared by identity
 NEEDS = ("bias", "allowed", "bad_words", "bad_word_len", "penalties", "top", "asked", "prompt_top")
 NUM_SUMMED = 3
 EVERY_TOKEN = 2**31  # a number of logprobs: those of the whole vocabulary
-
+MAX_ASKED = 128  # tokens that a request may name for their logprobs, whatever max_logprobs says; as in vLLM
 
 _PAST_PROMPTS = np.array([name != "prompt_top" for name in NEEDS])
 
@@ -73,3 +73,13 @@ def join_needs(needs: np.ndarray) -> np.ndarray:
 def past_prompts(needs: np.ndarray) -> np.ndarray:
     """Without what only the tokens of prompts need."""
     return needs * _PAST_PROMPTS
+
+
+def most_logprobs(max_logprobs: int, vocab_size: int) -> int:
+    """What an engine's setting allows at each position; -1: the vocabulary."""
+    return vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
+
+
+def max_asked(max_logprobs: int, vocab_size: int) -> int:
+    """How many tokens a request may name for their logprobs."""
+    return min(max(MAX_ASKED, most_logprobs(max_logprobs, vocab_size)), vocab_size)

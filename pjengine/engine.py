@@ -1,27 +1,28 @@
 """LLMEngine: requests in, outputs out. The one owner of mutable state."""
 
 import logging
-import threading
 import time
+from functools import partial
 from itertools import compress
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from pjengine.compile_cache import open_compile_cache
-from pjengine.config import EngineConfig, compile_cache_folder
+from pjengine.config import EngineConfig, compile_cache_folder, is_whole
 from pjengine.generation import Completion, Generation
 from pjengine.loading import LoadedModel, load_model
 from pjengine.outputs import RequestOutput
 from pjengine.page_pool import PagePool
 from pjengine.preparation import Preparation, seed_source
 from pjengine.prompts import Prompt
-from pjengine.request import Request, new_request_id
+from pjengine.request import Request, request_id_for
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
 from pjengine.schedule import Decodes, Schedule
 from pjengine.scheduler import Scheduler
 from pjengine.token_logprobs import LogprobArrays, to_host
+from pjengine.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class LLMEngine:
         self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache)
         self.scheduler = self._new_scheduler()
         self._in_flight: Launched | None = None
-        self._stepping = threading.Lock()
+        self._turns = Turns()  # to change what is below, and the scheduler
         self._generations: dict[str, Generation] = {}
         self._completions: dict[str, tuple[Completion, Generation]] = {}  # by the id of each continuation
         self._preparation = Preparation(
@@ -57,6 +58,7 @@ class LLMEngine:
             draw_seed=seed_source(config.seed),
         )
         self.is_broken = False  # a step failed, and so did starting over: nothing can run any more
+        self.is_closed = False
         if config.warm_up:
             try:
                 self.runner.warm_up()
@@ -89,8 +91,10 @@ class LLMEngine:
 
         Raises:
           ValueError: the prompt is empty, too long or out of the vocabulary; the parameters do not suit
-            the model; the request can never fit; its id is in use; or a priority is given under another
-            policy. Nothing is queued then.
+            the model; the request can never fit; its id is in use; or the priority is no whole number, or
+            given under another policy. Nothing is queued then.
+          TypeError: the prompt is none, `params` are no SamplingParams, or the id is no str.
+          RuntimeError: the engine is closed.
         """
         generation = self.prepare(prompt, params, request_id=request_id, priority=priority)
         self.submit(generation)
@@ -108,10 +112,14 @@ class LLMEngine:
 
         Without `params`, the model's own defaults hold. May run on another thread, beside a step.
         """
+        if not is_whole(priority):
+            raise ValueError(f"priority must be a whole number, got {priority!r:.80}")
         if priority != 0 and self.config.scheduling_policy != "priority":
             raise ValueError(f"priority={priority} needs scheduling_policy='priority'")
-        params = params or self.default_sampling_params
-        generation = self._preparation.generation(request_id or new_request_id(), prompt, params, priority)
+        params = self.default_sampling_params if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
+        generation = self._preparation.generation(request_id_for(request_id), prompt, params, priority)
         self.scheduler.check_fits(generation.request)
         return generation
 
@@ -121,18 +129,24 @@ class LLMEngine:
         return self._preparation.default_params
 
     def submit(self, generation: Generation) -> None:
-        """Queues a prepared request."""
-        ids = [completion.request.request_id for completion in generation.completions]
-        for request_id in ids:
-            if request_id in self._completions or request_id in self._generations:
-                raise ValueError(f"request id {request_id!r} is in use; choose another or leave it out")
-        for completion in generation.completions:
-            self.scheduler.add(completion.request)
-        self._completions |= {
-            request_id: (completion, generation)
-            for request_id, completion in zip(ids, generation.completions, strict=True)
-        }
-        self._generations[ids[0]] = generation
+        """Queues a prepared request; after the step that another thread is in."""
+        with self._turns.take():
+            self._check_open()
+            ids = [completion.request.request_id for completion in generation.completions]
+            for request_id in ids:
+                if request_id in self._completions or request_id in self._generations:
+                    raise ValueError(f"request id {request_id!r} is in use; choose another or leave it out")
+            for completion in generation.completions:
+                self.scheduler.add(completion.request)
+            self._completions |= {
+                request_id: (completion, generation)
+                for request_id, completion in zip(ids, generation.completions, strict=True)
+            }
+            self._generations[ids[0]] = generation
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("this engine is closed; create another")
 
     def step(self) -> list[RequestOutput]:
         """Runs one step; returns the requests that got a token from the step before, as they want it."""
@@ -150,14 +164,11 @@ class LLMEngine:
         engine goes on with new requests.
 
         Raises:
-          RuntimeError: another thread is in here; AsyncLLM is for several of them.
+          RuntimeError: the engine is closed, or another thread is in here; AsyncLLM is for several of them.
         """
-        if not self._stepping.acquire(blocking=False):
-            raise RuntimeError("another thread runs this engine; use AsyncLLM, or one thread")
-        try:
+        with self._turns.take(is_waiting=False):
+            self._check_open()
             return self._advance()
-        finally:
-            self._stepping.release()
 
     def _advance(self) -> list[Generation]:
         try:
@@ -170,7 +181,7 @@ class LLMEngine:
             return refused + (self._take_results(ended) if ended is not None else [])
         except BaseException as error:
             if isinstance(error, Exception):  # not Ctrl-C
-                logger.error("a step failed; aborted requests=%d", len(self._generations))
+                logger.error("a step failed: %r; aborted requests=%d", error, len(self._generations))
             self._start_over()
             raise
 
@@ -227,13 +238,11 @@ class LLMEngine:
         self, decodes: Decodes, tokens: Int[np.ndarray, "depth seqs"]
     ) -> Bool[np.ndarray, " decodes"]:
         """Where a token may be the last, or is more than a token."""
-        rows, ends, table = decodes.rows, decodes.starts + decodes.lengths, self.scheduler.rows
+        rows, stops, table = decodes.rows, decodes.starts + decodes.lengths, self.scheduler.rows
         own = tokens[:, : len(rows)]
-        is_marked = own < 0
-        for token in self._preparation.eos_token_ids:
-            is_marked |= own == token
+        is_end = (own < 0) | (own[:, :, None] == table.end_ids[rows]).any(axis=2)
         is_short = decodes.lengths < len(tokens)
-        return table.is_watched[rows] | (ends >= table.limit[rows]) | is_short | is_marked.any(axis=0)
+        return table.is_watched[rows] | (stops >= table.limit[rows]) | is_short | is_end.any(axis=0)
 
     def _take_prompt_logprobs(self, schedule: Schedule, arrays: LogprobArrays) -> None:
         first_row = len(schedule.decodes.requests)
@@ -245,7 +254,13 @@ class LLMEngine:
             first_row += chunk.length
 
     def abort_request(self, request_id: str) -> None:
-        """Ends a request now, wherever it is. An unknown or finished one is left as it is."""
+        """Ends a request wherever it is: now, or after the step that another thread is in.
+
+        An unknown or finished one is left as it is.
+        """
+        self._turns.leave(partial(self._abort, request_id))
+
+    def _abort(self, request_id: str) -> None:
         generation = self._generations.get(request_id)
         if generation is not None:
             generation.abort()
@@ -273,14 +288,23 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets the pages that requests could share, as after a change of the weights."""
-        self.scheduler.reset_prefix_cache()
+        with self._turns.take():
+            self._check_open()
+            self.scheduler.reset_prefix_cache()
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._generations)
 
     def close(self) -> None:
-        """Ends all requests and frees the device memory. The engine cannot be used afterwards."""
+        """Ends all requests and frees the device memory: now, or after the step that another thread is in.
+
+        The engine cannot be used afterwards. Safe to call twice.
+        """
+        self.is_closed = True
+        self._turns.leave(self._close)
+
+    def _close(self) -> None:
         for request_id in list(self._generations):
-            self.abort_request(request_id)
+            self._abort(request_id)
         self._in_flight = None
         self.runner.close()

@@ -7,10 +7,14 @@ from threading import Lock
 from pjengine.outputs import CompletionOutput, RequestOutput, merge_metrics
 from pjengine.request import Request
 from pjengine.sampling_params import RequestOutputKind
+from pjengine.schedule import BROKEN, FORBIDDEN
 from pjengine.token_logprobs import LogprobArrays, LogprobsList, OutputLogprobs, PromptLogprobs
 from pjengine.tokenizer import IncrementalDetokenizer
 
-NOT_A_NUMBER = "the model's logits are not a number (NaN): check its weights, and its dtype for overflow"
+NO_TOKEN = {
+    BROKEN: "the model's logits are not a number (NaN): check its weights, and its dtype for overflow",
+    FORBIDDEN: "no token is left: allowed_token_ids, bad_words, min_tokens and stop ids forbid them all",
+}
 
 
 @dataclass(eq=False)
@@ -44,12 +48,12 @@ class Completion:
     ) -> None:
         """Takes a token sampled `now` (see `Request.append`); may finish the request.
 
-        `arrays` hold its logprobs at `row`, where they are asked for. A token below 0 says that the
-        logits were not a number: the request ends with an error.
+        `arrays` hold its logprobs at `row`, where they are asked for. A token below 0 says why there is
+        none: the request ends with that error.
         """
         with self._lock:
             if token < 0:
-                self.request.finish("error", NOT_A_NUMBER)
+                self.request.finish("error", NO_TOKEN[token])
                 return
             if self.logprobs is not None and arrays is not None:
                 self.logprobs.add(arrays, row, token)
@@ -79,15 +83,20 @@ class Completion:
             self._is_text_complete = True
 
     def _find_stop_string(self, searched: int) -> None:
-        """Cuts the text at the first stop string that ends after its first `searched` characters."""
-        params = self.request.params
-        found = [
-            (self._text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in params.stop_strings
-        ]
-        found = [(index, stop) for index, stop in found if index >= 0]
+        """Cuts the text at the stop string that ends first after its first `searched` characters.
+
+        Of several that end together it is the first of the list: however tokens divide the text, the
+        same one is found.
+        """
+        params, found = self.request.params, list[tuple[int, int]]()
+        for order, stop in enumerate(params.stop_strings):
+            index = self._text.find(stop, max(0, searched - len(stop) + 1))
+            if index >= 0:
+                found.append((index + len(stop), order))
         if found:
-            index, stop = min(found)
-            self._text = self._text[: index + len(stop) if params.include_stop_str_in_output else index]
+            end, order = min(found)
+            stop = params.stop_strings[order]
+            self._text = self._text[: end if params.include_stop_str_in_output else end - len(stop)]
             self._is_text_complete = True
             self.request.finish("stop", stop)
 

@@ -1,5 +1,6 @@
 """LLM: prompts in, text out, in the caller's own process."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pjengine.prompts import Prompt
 from pjengine.sampling_params import SamplingParams
 
 type Message = Mapping[str, Any]
+
+LOOKS = 16  # requests that `generate` looks at after a step, of those that have not grown in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +167,6 @@ class LLM:
     def _prepare(self, prompts: list[Prompt], params: Any, priority: int | Sequence[int]) -> list[Generation]:
         """Checks all requests before any is queued."""
         each = one_each("sampling_params", params, len(prompts))
-        for own in each:
-            if own is not None and not isinstance(own, SamplingParams):
-                raise TypeError(f"sampling_params must be SamplingParams, got {own!r:.80}")
         priorities = one_each("priority", priority, len(prompts))
         return [
             self.engine.prepare(prompt, own, priority=rank)
@@ -181,12 +181,17 @@ class LLM:
         """Runs until all have ended; makes each one's output as it ends, while the device computes."""
         num_prompt_tokens = num_output_tokens = 0
         outputs: dict[Generation, RequestOutput] = {}
-        own = set(generations)
-        while len(outputs) < len(generations):
-            ended = [generation for generation in self.engine.advance() if generation.is_finished]
-            ended = [generation for generation in ended if generation in own]
+        still_open, each_in_turn = set(generations), itertools.cycle(generations)
+        while still_open:
+            grown = self.engine.advance()
+            # Some may have ended elsewhere, by an abort or in a step that somebody else ran.
+            is_idle = not self.engine.has_unfinished_requests()
+            others = generations if is_idle else itertools.islice(each_in_turn, LOOKS)
+            looked_at = dict.fromkeys([*grown, *others])
+            ended = [own for own in looked_at if own in still_open and own.is_finished]
             if not ended:
                 continue
+            still_open.difference_update(ended)
             outputs |= {generation: generation.output() for generation in ended}
             num_prompt_tokens += sum(len(generation.request.prompt_token_ids) for generation in ended)
             num_output_tokens += sum(generation.num_output_tokens for generation in ended)

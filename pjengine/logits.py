@@ -4,10 +4,17 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pjengine.edit_sizes import EditSizes
 from pjengine.models.state import Batch
+
+HISTORY_BLOCK = 2**20  # tokens of prompts and outputs, of all sequences together, that are looked at at once
+
+
+def history_bytes(num_seqs: int, max_model_len: int, page_size: int) -> int:
+    """What looking at a block of them takes, at most, however long the sequences are."""
+    return 32 * min(num_seqs * (max_model_len + page_size), max(HISTORY_BLOCK, num_seqs * page_size))
 
 
 def apply_edits(
@@ -28,56 +35,78 @@ def apply_edits(
         is_limited = jnp.zeros(len(logits), bool).at[seq].set(True, mode="drop")
         is_allowed = jnp.zeros(logits.shape, bool).at[seq, token].set(True, mode="drop")
         logits = jnp.where(is_limited[:, None] & ~is_allowed, -jnp.inf, logits)
-    if sizes.num_bad_words or sizes.has_penalties:
-        history = token_ids[batch.page_table].reshape(len(logits), -1)
     if sizes.num_bad_words:
-        logits = _forbid_words(logits, parts["bad_words"], history, batch.kv_lens)
+        logits = _forbid_words(logits, parts["bad_words"], batch, token_ids, prompt_lens)
     if sizes.num_bias:
         seq, token, bits = parts["bias"]
         logits = logits.at[seq, token].add(_floats(bits), mode="drop")
     if sizes.has_penalties:
-        logits = _penalize(logits, penalties, history, prompt_lens, batch.kv_lens)
+        seen, counts = _count_tokens(logits.shape, batch, token_ids, prompt_lens)
+        logits = _penalize(logits, penalties, seen, counts)
     return logits
 
 
 def _forbid_words(
     logits: Float[Array, "s v"],
     words: Int[Array, "rows words"],
-    history: Int[Array, "s slots"],
-    lens: Int[Array, " s"],
+    batch: Batch,
+    token_ids: Int[Array, "pages page_size"],
+    prompt_lens: Int[Array, " s"],
 ) -> Float[Array, "s v"]:
-    """Forbids the last token of each word whose other tokens are the last of the sequence."""
+    """Forbids the last token of each word whose other tokens are the last of the output."""
     seq, word_len, tokens = words[0], words[1], words[2:]
-    width = len(tokens)
+    width, page_size = len(tokens), token_ids.shape[1]
     owner = jnp.minimum(seq, len(logits) - 1)
     matches = seq < len(logits)
     for i in range(width - 1):  # the token i places from the front of the right-aligned word
         back = width - 1 - i  # so many tokens before the one to be sampled
-        at = lens[owner] - back
-        is_equal = history[owner, jnp.maximum(at, 0)] == tokens[i]
-        matches &= (back >= word_len) | ((at >= 0) & is_equal)
+        at = batch.kv_lens[owner] - back
+        page = batch.page_table[owner, jnp.maximum(at, 0) // page_size]
+        is_equal = token_ids[page, at % page_size] == tokens[i]
+        matches &= (back >= word_len) | ((at >= prompt_lens[owner]) & is_equal)
     return logits.at[jnp.where(matches, seq, len(logits)), tokens[-1]].set(-jnp.inf, mode="drop")
+
+
+def _count_tokens(
+    shape: tuple[int, ...],
+    batch: Batch,
+    token_ids: Int[Array, "pages page_size"],
+    prompt_lens: Int[Array, " s"],
+) -> tuple[Bool[Array, "s v"], Float[Array, "s v"]]:
+    """Which tokens are in each sequence, and how often each is in its output; a block of pages at a time."""
+    num_seqs, page_size = shape[0], token_ids.shape[1]
+    most_pages = batch.page_table.shape[1]
+    num_pages = min(max(1, HISTORY_BLOCK // (num_seqs * page_size)), most_pages)  # of a block
+    num_blocks = -(-most_pages // num_pages)
+    pad = num_blocks * num_pages - most_pages
+    blocks = jnp.pad(batch.page_table, ((0, 0), (0, pad))).reshape(num_seqs, num_blocks, num_pages)
+    lens, prompt_lens = batch.kv_lens[:, None], prompt_lens[:, None]
+
+    def add(
+        index: int | Int[Array, ""], found: tuple[Bool[Array, "s v"], Float[Array, "s v"]]
+    ) -> tuple[Bool[Array, "s v"], Float[Array, "s v"]]:
+        tokens = token_ids[blocks[:, index]].reshape(num_seqs, -1)
+        seq = lax.broadcasted_iota(jnp.int32, tokens.shape, 0)
+        position = lax.broadcasted_iota(jnp.int32, tokens.shape, 1) + index * tokens.shape[1]
+        is_token = position < lens
+        is_output = is_token & (position >= prompt_lens)
+        seen, counts = found
+        seen = seen.at[jnp.where(is_token, seq, num_seqs), tokens].set(True, mode="drop")
+        counts = counts.at[jnp.where(is_output, seq, num_seqs), tokens].add(1.0, mode="drop")
+        return seen, counts
+
+    # The number of rounds is known, so that no host has to look whether another one follows.
+    return lax.fori_loop(0, num_blocks, add, (jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32)))
 
 
 def _penalize(
     logits: Float[Array, "s v"],
     penalties: Sequence[Float[Array, " s"]],
-    history: Int[Array, "s slots"],
-    prompt_lens: Int[Array, " s"],
-    lens: Int[Array, " s"],
+    seen: Bool[Array, "s v"],
+    counts: Float[Array, "s v"],
 ) -> Float[Array, "s v"]:
     """Repetition over prompt and output; frequency and presence over the output alone."""
     repetition, frequency, presence = (penalty[:, None] for penalty in penalties)
-    seq = lax.broadcasted_iota(jnp.int32, history.shape, 0)
-    position = lax.broadcasted_iota(jnp.int32, history.shape, 1)
-    is_token = position < lens[:, None]
-    is_output = is_token & (position >= prompt_lens[:, None])
-    seen = (
-        jnp.zeros(logits.shape, bool)
-        .at[jnp.where(is_token, seq, len(logits)), history]
-        .set(True, mode="drop")
-    )
-    counts = jnp.zeros(logits.shape, jnp.float32).at[seq, history].add(is_output.astype(jnp.float32))
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(seen, scaled, logits)
     return logits - frequency * counts - presence * (counts > 0).astype(jnp.float32)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from pjengine.edit_sizes import sizes_for
-from pjengine.edits import Edits
+from pjengine.edits import Edits, max_asked, most_logprobs
 from pjengine.logprobs import num_rows
 
 SHARE = 0.1  # of the device's budget, for the logprobs of prompts
@@ -11,8 +11,14 @@ SHARE = 0.1  # of the device's budget, for the logprobs of prompts
 
 def largest_num_top(max_logprobs: int, vocab_size: int) -> int:
     """The likeliest tokens of each position, in the largest program that requests may ask for."""
-    needs = np.array(Edits(num_prompt_logprobs=max_logprobs).needs)
+    needs = np.array(Edits(num_prompt_logprobs=most_logprobs(max_logprobs, vocab_size)).needs)
     return sizes_for(needs, vocab_size).num_prompt_top or 0
+
+
+def largest_num_asked(max_logprobs: int, vocab_size: int) -> int:
+    """The tokens of each sequence that are asked for by id, in the largest program."""
+    asked = tuple(range(max_asked(max_logprobs, vocab_size)))
+    return sizes_for(np.array(Edits(logprob_ids=asked).needs), vocab_size).num_asked
 
 
 def position_bytes(num_top: int) -> int:
@@ -20,9 +26,12 @@ def position_bytes(num_top: int) -> int:
     return 4 * (2 + 2 * num_top)
 
 
-def sampled_bytes(num_seqs: int, num_top: int) -> int:
-    """Those of sampled tokens: of a step under way, and of the one before it, which the host reads."""
-    return 2 * num_seqs * position_bytes(num_top)
+def sampled_bytes(num_seqs: int, num_top: int, num_asked: int) -> int:
+    """Those of sampled tokens: of a step under way, and of the one before it, which the host reads.
+
+    Ids that were asked for go up with the step, and their logprobs come down.
+    """
+    return 2 * num_seqs * (position_bytes(num_top) + 8 * num_asked)
 
 
 def prompt_bytes(num_tokens: int, num_top: int) -> int:

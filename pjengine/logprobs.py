@@ -1,5 +1,6 @@
 """Log-probabilities of chosen tokens and of the likeliest ones, on the device."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -43,14 +44,16 @@ def num_rows(num_tokens: int) -> int:
 
 
 def prompt_logprobs_of(
-    hidden: Float[Array, "t e"], targets: Int[Array, " t"], num_top: int, unembed: object
+    hidden: Float[Array, "t e"],
+    targets: Int[Array, " t"],
+    num_top: int,
+    unembed: Callable[[Float[Array, "n e"]], Float[Array, "n v"]],
 ) -> Logprobs:
     """`logprobs_of` for the hidden states of a prompt, a block at a time.
 
     `targets` are the tokens that follow; `unembed` maps [n, e] to float32 logits [n, v]. At most
     BLOCK rows of logits exist at once; what grows with the prompt is the result.
     """
-    assert callable(unembed)
     num_tokens = len(targets)
     num_blocks = num_rows(num_tokens) // BLOCK
     pad = num_blocks * BLOCK - num_tokens

@@ -1,4 +1,4 @@
-"""How a device's memory is divided: weights, activations, and the rest for KV pages."""
+"""How a device's memory is divided: weights, what programs need, and the rest for KV pages."""
 
 import logging
 from dataclasses import dataclass
@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from pjengine.logprob_sizes import largest_num_top, max_prompt_tokens, prompt_bytes, sampled_bytes
+from pjengine.logits import history_bytes
+from pjengine.logprob_sizes import (
+    largest_num_asked,
+    largest_num_top,
+    max_prompt_tokens,
+    prompt_bytes,
+    sampled_bytes,
+)
 from pjengine.logprobs import BLOCK
 from pjengine.models.config import ModelConfig
 from pjengine.models.state import page_bytes
@@ -21,7 +28,8 @@ class MemoryPlan:
     """Bytes on the device, and what they leave room for."""
 
     weights_bytes: int
-    activations_bytes: int
+    activations_bytes: int  # of the model, and logits
+    temp_bytes: int  # of programs, beside them: histories, logprobs, page tables
     page_bytes: int  # one page, all layers
     page_size: int
     num_pages: int  # the null page among them
@@ -34,11 +42,16 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.activations_bytes + self.kv_bytes
+        return self.weights_bytes + self.activations_bytes + self.temp_bytes + self.kv_bytes
 
     @property
     def num_kv_tokens(self) -> int:
         return (self.num_pages - 1) * self.page_size
+
+    def beside_kv(self) -> str:
+        """What else there is, for a text."""
+        others = self.activations_bytes + self.temp_bytes
+        return f"{self.weights_bytes:,} of weights and {others:,} of activations and program temp"
 
     def table(self) -> str:
         """The plan for a person to read."""
@@ -47,10 +60,11 @@ class MemoryPlan:
         rows = [
             ("weights", self.weights_bytes, ""),
             ("activations", self.activations_bytes, "the largest program's, at most"),
+            ("program temp", self.temp_bytes, "for penalties and logprobs, at most"),
             ("KV pages", self.kv_bytes, pages),
             ("total", self.total_bytes, ""),
         ]
-        lines = [f"{name:12}{size / 2**30:10.2f} GiB   {note}".rstrip() for name, size, note in rows]
+        lines = [f"{name:14}{size / 2**30:10.2f} GiB   {note}".rstrip() for name, size, note in rows]
         full = f"{self.num_kv_tokens // self.max_model_len:,} requests of max_model_len={self.max_model_len}"
         lines.append(f"room for {self.num_kv_tokens:,} tokens, which is {full} at once")
         if self.max_prompt_logprob_tokens is not None:
@@ -59,7 +73,7 @@ class MemoryPlan:
 
 
 def activation_bytes(config: ModelConfig, dtype: jnp.dtype, num_tokens: int, num_seqs: int) -> int:
-    """An upper estimate of what the largest program needs beside weights, KV pages and its output.
+    """An upper estimate of what layers, or logits, need in the largest program.
 
     Layers, sampling and a block of a prompt's logprobs do not overlap, so the largest counts. Sampling
     holds logits in float32: raw, edited, filtered and noisy, and what the edits need (four copies were
@@ -70,6 +84,21 @@ def activation_bytes(config: ModelConfig, dtype: jnp.dtype, num_tokens: int, num
     heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim
     layer = num_tokens * itemsize * (4 * config.hidden_size + max(3 * config.intermediate_size, heads))
     return max(layer, max(num_seqs, BLOCK) * config.vocab_size * 4 * 6)
+
+
+def program_temp_bytes(
+    vocab_size: int, max_logprobs: int, num_prompt_tokens: int, num_seqs: int, max_len: int, page_size: int
+) -> int:
+    """What the programs of rare requests need beside that, and what two steps at a time leave for the host.
+
+    Args:
+      num_prompt_tokens: of the longest step with logprobs of prompts.
+    """
+    num_top = largest_num_top(max_logprobs, vocab_size)
+    num_asked = largest_num_asked(max_logprobs, vocab_size)
+    page_tables = 2 * 4 * num_seqs * -(-max_len // page_size)  # that of all rows, and the step's own
+    logprobs = prompt_bytes(num_prompt_tokens, num_top) + sampled_bytes(num_seqs, num_top, num_asked)
+    return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables
 
 
 def plan_memory(
@@ -93,40 +122,55 @@ def plan_memory(
       max_model_len: None: as long as the model supports, or as long as fits if that is less.
 
     Raises:
-      ValueError: the pages that fit cannot hold one request of `max_model_len` tokens, or none at all.
+      ValueError: the pages that fit cannot hold one request of `max_model_len` tokens, or none at all; or
+        all together is more than `budget_bytes`.
     """
     one_page = page_bytes(config, page_size, dtype)
     num_seqs = min(max_num_seqs, max_num_batched_tokens)
-    num_top = largest_num_top(max_logprobs, config.vocab_size)
+    wanted_len = max_model_len or config.max_model_len
+    vocab_size = config.vocab_size
+    num_top = largest_num_top(max_logprobs, vocab_size)
     bound = max_prompt_tokens(budget_bytes, num_top, max_num_batched_tokens, num_seqs)
     activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
-    activations += prompt_bytes(bound or max_num_batched_tokens, num_top) + sampled_bytes(num_seqs, num_top)
+    num_prompt_tokens = bound or max_num_batched_tokens
+    temp = program_temp_bytes(vocab_size, max_logprobs, num_prompt_tokens, num_seqs, wanted_len, page_size)
     kv_bytes = kv_cache_memory_bytes
     if kv_bytes is None:
-        kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations
-    wanted_len = max_model_len or config.max_model_len
+        kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations - temp
     num_pages = min(max_num_seqs * -(-wanted_len // page_size) + 1, max(kv_bytes, 0) // one_page)
     room = (num_pages - 1) * page_size  # tokens
-    least = max_model_len or page_size
-    if room < least:
-        raise ValueError(
-            f"the KV cache gets {max(kv_bytes, 0):,} bytes beside {weights_bytes:,} of weights and "
-            f"{activations:,} of activations, which hold {max(room, 0)} tokens; one request of "
-            f"{least} tokens needs {(-(-least // page_size) + 1) * one_page:,} bytes: "
-            + ("lower max_model_len, or " if max_model_len else "")
-            + ("raise kv_cache_memory_bytes" if kv_cache_memory_bytes else "raise gpu_memory_utilization")
-        )
-    if room < wanted_len:
-        logger.warning("max_model_len=%d does not fit into the KV cache; it is now %d", wanted_len, room)
-    return MemoryPlan(
+    plan = MemoryPlan(
         weights_bytes=weights_bytes,
         activations_bytes=activations,
+        temp_bytes=temp,
         page_bytes=one_page,
         page_size=page_size,
         num_pages=num_pages,
         max_model_len=min(wanted_len, room),
         max_prompt_logprob_tokens=bound,
     )
+    _check_room(plan, max(kv_bytes, 0), max_model_len, is_given=kv_cache_memory_bytes is not None)
+    if budget_bytes is not None and plan.total_bytes > budget_bytes:
+        raise ValueError(
+            f"{plan.kv_bytes:,} bytes of KV pages are too many beside {plan.beside_kv()}: there are "
+            f"{budget_bytes:,} in all. Lower kv_cache_memory_bytes, or raise gpu_memory_utilization"
+        )
+    if room < wanted_len:
+        logger.warning("max_model_len=%d does not fit into the KV cache; it is now %d", wanted_len, room)
+    return plan
+
+
+def _check_room(plan: MemoryPlan, kv_bytes: int, max_model_len: int | None, *, is_given: bool) -> None:
+    """Raises ValueError where the pages do not hold one request."""
+    least = max_model_len or plan.page_size
+    if plan.num_kv_tokens < least:
+        raise ValueError(
+            f"the KV cache gets {kv_bytes:,} bytes beside {plan.beside_kv()}, which hold "
+            f"{max(plan.num_kv_tokens, 0)} tokens; one request of {least} tokens needs "
+            f"{(-(-least // plan.page_size) + 1) * plan.page_bytes:,} bytes: "
+            + ("lower max_model_len, or " if max_model_len else "")
+            + ("raise kv_cache_memory_bytes" if is_given else "raise gpu_memory_utilization")
+        )
 
 
 def device_budget(device: jax.Device, share: float) -> int | None:

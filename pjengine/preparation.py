@@ -12,7 +12,7 @@ from pjengine.edits import NO_EDITS, Edits
 from pjengine.generation import Completion, Generation
 from pjengine.models.config import ModelConfig
 from pjengine.prompts import EncodedPrompt, Prompt, encode_prompt
-from pjengine.request import Request
+from pjengine.request import Request, request_id_for
 from pjengine.resolution import Resolver, default_params
 from pjengine.sampling_params import SamplingParams
 from pjengine.token_logprobs import DecodeToken, OutputLogprobs, PromptLogprobs
@@ -35,18 +35,20 @@ class Preparation:
         return default_params(self.generation_config)
 
     @cached_property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Those of config.json, and those of generation_config.json."""
+    def _eos_token_ids(self) -> list[int]:
+        """The tokenizer's, those of config.json and of generation_config.json; the first is the main one."""
+        own = None if self.tokenizer is None else self.tokenizer.eos_token_id
         more = self.generation_config.get("eos_token_id")
         more_ids: Iterable[int] = [more] if isinstance(more, int) else more or ()
-        return frozenset(self.model_config.eos_token_ids).union(more_ids)
+        ids = [*([] if own is None else [own]), *self.model_config.eos_token_ids, *more_ids]
+        return list(dict.fromkeys(ids))
 
     @cached_property
     def _resolver(self) -> Resolver:
         return Resolver(
             tokenizer=self.tokenizer,
             vocab_size=self.model_config.vocab_size,
-            eos_token_ids=self.eos_token_ids,
+            eos_token_ids=frozenset(self._eos_token_ids),
             max_logprobs=self.max_logprobs,
         )
 
@@ -88,14 +90,15 @@ class Preparation:
             keep_last=params.truncate_prompt_tokens,
         )
         seed = self.draw_seed() if params.seed is None or params.seed < 0 else params.seed
-        first = self._request(request_id, encoded, params, edits, seed, priority)
+        fork = request_id_for(None) if params.n > 1 else ""
+        first = self._request(request_id, encoded, params, edits, seed, priority, fork)
         generation = Generation([self._completion(first)], self._prompt_logprobs(first))
         if generation.prompt_logprobs is not None:  # one continuation is enough for them
             edits = dataclasses.replace(edits, num_prompt_logprobs=None)
             edits = NO_EDITS if edits == NO_EDITS else edits
         for i in range(1, params.n):
-            other = self._request(f"{i}_{request_id}", encoded, params, edits, seed + i, priority)
-            other.is_cache_read = not params.skip_reading_prefix_cache
+            other = self._request(f"{i}_{request_id}", encoded, params, edits, seed + i, priority, fork)
+            other.is_cache_read = True
             generation.completions.append(self._completion(other, i))
         return generation
 
@@ -107,8 +110,10 @@ class Preparation:
         edits: Edits,
         seed: int,
         priority: int,
+        fork: str,
     ) -> Request:
         num_prompt = len(encoded.token_ids)
+        salt = f"{encoded.cache_salt}/{self.model_config.rope.excess(num_prompt)}"
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, num_prompt + params.max_tokens)
@@ -118,11 +123,13 @@ class Preparation:
             prompt_token_ids=encoded.token_ids,
             params=params,
             max_total_tokens=limit,
-            eos_token_ids=self.eos_token_ids,
+            eos_token_ids=frozenset(self._eos_token_ids[:1]),
+            more_eos_token_ids=frozenset(self._eos_token_ids[1:]),
             seed=seed,
             priority=priority,
             edits=edits,
-            salt=f"{encoded.cache_salt}/{self.model_config.rope.excess(num_prompt)}",
+            salt=fork if fork and params.skip_reading_prefix_cache else salt,
+            fork=fork,
             is_cache_read=params.is_cache_read,
         )
 

@@ -85,6 +85,12 @@ class Programs[L: Hashable, P]:
                 self._num_working += 1
             self._changed.notify_all()
 
+    def put(self, layout: L, program: P) -> None:
+        """Takes a program that was made elsewhere."""
+        with self._changed:
+            self.ready[layout] = program
+            self._changed.notify_all()
+
     def wait(self, layouts: Sequence[L]) -> None:
         """Returns once all of `layouts` are ready; makes them before any others.
 

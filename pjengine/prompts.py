@@ -9,7 +9,8 @@ import numpy as np
 
 from pjengine.tokenizer import Tokenizer
 
-# A text, token ids, or a dict with "prompt" or "prompt_token_ids", and "cache_salt" if wanted.
+# A text, token ids, or a dict with "prompt" or "prompt_token_ids", and "cache_salt" if wanted; None is as
+# good as absent.
 # What a list of ids holds is checked one by one.
 type Prompt = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
 
@@ -72,21 +73,22 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> EncodedPrompt:
 
 def _encode_dict(prompt: Mapping[str, Any], tokenizer: Tokenizer | None) -> EncodedPrompt:
     known = {"prompt", "prompt_token_ids", "cache_salt"}
-    if not set(prompt) <= known or not {"prompt", "prompt_token_ids"} & set(prompt):
+    given = {name: value for name, value in prompt.items() if value is not None}
+    if not set(given) <= known or not {"prompt", "prompt_token_ids"} & set(given):
         got = ", ".join(map(repr, prompt)) or "nothing"
         raise ValueError(
             f"a prompt dict holds 'prompt' or 'prompt_token_ids', and 'cache_salt' if wanted; got {got}"
         )
-    salt = prompt.get("cache_salt", "")
-    text, ids = prompt.get("prompt", ""), prompt.get("prompt_token_ids", ())
+    salt = given.get("cache_salt", "")
+    text, ids = given.get("prompt", ""), given.get("prompt_token_ids", ())
     if not isinstance(salt, str) or not isinstance(text, str):
         raise TypeError(f"prompt and cache_salt must be str, got {text!r:.80} and {salt!r:.80}")
     if isinstance(ids, str | Mapping):
         raise TypeError(f"prompt_token_ids must be whole numbers in one list, got {ids!r:.80}")
     if any("\ud800" <= letter <= "\udfff" for letter in salt):
         raise ValueError(f"cache_salt holds half of a surrogate pair: {salt!r:.80}")
-    if "prompt_token_ids" in prompt:
+    if "prompt_token_ids" in given:
         token_ids = _encode(ids, tokenizer).token_ids
-        return EncodedPrompt(token_ids=token_ids, text=prompt.get("prompt"), cache_salt=salt)
+        return EncodedPrompt(token_ids=token_ids, text=given.get("prompt"), cache_salt=salt)
     encoded = _encode(text, tokenizer)
     return EncodedPrompt(token_ids=encoded.token_ids, text=encoded.text, cache_salt=salt)

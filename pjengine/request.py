@@ -5,6 +5,7 @@ import itertools
 import secrets
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from pjengine.edits import NO_EDITS, Edits
 from pjengine.outputs import RequestMetrics
@@ -29,7 +30,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     max_total_tokens: int  # prompt and output together
-    eos_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]  # end it without a reason, but with ignore_eos
     seed: int
     prompt: str | None = None
     output_token_ids: list[int] = field(default_factory=list)
@@ -40,8 +41,10 @@ class Request:
     pages: list[int] = field(default_factory=list)
     priority: int = 0  # lower ones go first
     order: int = -1  # of arrival
+    more_eos_token_ids: frozenset[int] = frozenset()  # the same, and are named as the reason
     edits: Edits = NO_EDITS  # what is done to its logits
     salt: str = ""  # requests share cached pages only under the same salt
+    fork: str = ""  # names the continuations of one prompt, which share its pages without a prefix cache too
     is_cache_read: bool = True  # take pages that others have computed
     page_hashes: list[bytes] = field(default_factory=list)  # of its first full pages
     num_registered: int = 0  # pages, from the first, that the prefix cache has been told of
@@ -58,9 +61,18 @@ class Request:
 
     @property
     def is_watched(self) -> bool:
-        """Whether each of its tokens has to be looked at, not only EOS tokens and the last one."""
-        params = self.params
-        return bool(params.stop_strings or params.stop_ids or self.edits.num_logprobs is not None)
+        """Whether each of its tokens has to be looked at, not only those that end it."""
+        return bool(self.params.stop_strings or self.edits.num_logprobs is not None)
+
+    @cached_property
+    def _silent_ends(self) -> frozenset[int]:
+        return frozenset() if self.params.ignore_eos else self.eos_token_ids
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens after any of which it ends."""
+        more = frozenset() if self.params.ignore_eos else self.more_eos_token_ids
+        return self._silent_ends | more | self.params.stop_ids
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -88,10 +100,8 @@ class Request:
             metrics.first_token_s = now
         metrics.last_token_s = now
         metrics.num_generation_tokens += 1
-        if token in self.params.stop_ids:
-            self.finish("stop", token)
-        elif token in self.eos_token_ids and not self.params.ignore_eos:
-            self.finish("stop")
+        if token in self.end_ids:
+            self.finish("stop", None if token in self._silent_ends else token)
         elif self.num_known >= self.max_total_tokens:
             self.finish("length")
 
@@ -106,5 +116,14 @@ _ids = itertools.count()
 _PROCESS = secrets.token_hex(4)  # no caller's own id looks like ours by chance
 
 
-def new_request_id() -> str:
-    return f"request-{_PROCESS}-{next(_ids)}"
+def request_id_for(wanted: str | None) -> str:
+    """`wanted`, or a new id.
+
+    Raises:
+      TypeError: it is no str.
+    """
+    if wanted is None:
+        return f"request-{_PROCESS}-{next(_ids)}"
+    if not isinstance(wanted, str):
+        raise TypeError(f"request_id must be a str, got {wanted!r:.80}")
+    return wanted

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pjengine.edits import NO_EDITS, Edits
-from pjengine.sampling_params import MAX_BIAS, SamplingParams
+from pjengine.edits import NO_EDITS, Edits, max_asked, most_logprobs
+from pjengine.sampling_params import MAX_BIAS, SamplingParams, shown
 from pjengine.tokenizer import Tokenizer
 
 # What a model's generation_config.json says about sampling, under our names.
@@ -61,7 +61,12 @@ class Resolver:
             self._check_ids(name, getattr(params, name) or ())
         self._check_num_logprobs("logprobs", params.logprobs)
         self._check_num_logprobs("prompt_logprobs", params.prompt_logprobs)
-        asked = tuple(params.logprob_token_ids or ())
+        asked = tuple(dict.fromkeys(params.logprob_token_ids or ()))
+        if len(asked) > (limit := max_asked(self.max_logprobs, self.vocab_size)):
+            raise ValueError(
+                f"logprob_token_ids must hold at most {limit} ids, got {len(asked)}: create the engine with "
+                "a higher max_logprobs"
+            )
         stops = self.eos_token_ids | params.stop_ids if params.min_tokens else ()
         edits = Edits(
             bias={
@@ -86,7 +91,7 @@ class Resolver:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"{name} must be within the vocabulary of {self.vocab_size} tokens, got {token}"
+                    f"{name} must be within the vocabulary of {self.vocab_size} tokens, got {shown(token)}"
                 )
 
     def _check_spaces(self, params: SamplingParams) -> None:
@@ -99,26 +104,37 @@ class Resolver:
             )
 
     def _check_num_logprobs(self, name: str, count: int | None) -> None:
-        limit = self.max_logprobs
-        if count is not None and limit != -1 and (count == -1 or count > limit):
-            wanted = f"{self.vocab_size}, the whole vocabulary" if count == -1 else count
+        if count is None:
+            return
+        if count > self.vocab_size:
+            raise ValueError(
+                f"{name} must be at most {self.vocab_size}, the whole vocabulary, got {shown(count)}"
+            )
+        wanted = self.vocab_size if count == -1 else count
+        if wanted > (limit := most_logprobs(self.max_logprobs, self.vocab_size)):
             raise ValueError(
                 f"{name} must be at most max_logprobs={limit}, got {wanted}: create the engine with a higher "
                 "max_logprobs (-1: no limit)"
             )
 
     def _bad_words(self, words: Iterable[str]) -> Iterable[tuple[int, ...]]:
-        """Each word as it is spelled at the start of a text or within a word, and after a space."""
+        """Each word as it is spelled at the start of a text or within a word.
+
+        And after a space, where that makes another first token of the same number, as vLLM has it.
+        """
         for word in words:
             if self.tokenizer is None:
                 raise ValueError("bad_words need a tokenizer, and skip_tokenizer_init=True")
             bare = word.lstrip() or word
-            for spelling in (bare, f" {bare}"):
-                tokens = tuple(self.tokenizer.encode(spelling, add_special_tokens=False))
-                if not tokens:
-                    raise ValueError(f"bad_words must hold words that have tokens, got {word!r}")
-                self._check_ids("bad_words", tokens)
-                yield tokens
+            tokens, spaced = (
+                tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}")
+            )
+            if not tokens:
+                raise ValueError(f"bad_words must hold words that have tokens, got {word!r}")
+            is_other = len(spaced) == len(tokens) and spaced[0] != tokens[0]
+            for spelling in (tokens, spaced) if is_other else (tokens,):
+                self._check_ids("bad_words", spelling)
+                yield spelling
 
     def _check_any_left(self, edits: Edits) -> None:
         if not edits.allowed:

@@ -8,6 +8,8 @@ import numpy as np
 from pjengine.edits import NEEDS
 from pjengine.request import Request
 
+MAX_END_IDS = 64  # columns of tokens that end a request; of those with more, each token is looked at
+
 
 class RowTable:
     """Who owns which row, and how far it is.
@@ -32,6 +34,7 @@ class RowTable:
         self.needs = np.zeros((num_rows, len(NEEDS)), np.int64)  # of its edits
         self.travels = np.zeros(num_rows, np.bool_)  # something of its edits, with every step
         self.is_watched = np.zeros(num_rows, np.bool_)  # each of its tokens has to be looked at
+        self.end_ids = np.full((num_rows, 1), -1, np.int32)  # tokens that end it; -1: no more
         self._free = list(range(num_rows))  # a heap: low rows first
         self._numbers = itertools.count(1)
 
@@ -54,8 +57,15 @@ class RowTable:
         self.room[row] = room
         self.needs[row] = request.edits.needs
         self.travels[row] = request.edits.travels
-        self.is_watched[row] = request.is_watched
+        self.is_watched[row] = request.is_watched or len(request.end_ids) > MAX_END_IDS
+        self._set_end_ids(row, () if self.is_watched[row] else tuple(request.end_ids))
         return row
+
+    def _set_end_ids(self, row: int, ids: tuple[int, ...]) -> None:
+        if (more := len(ids) - self.end_ids.shape[1]) > 0:
+            self.end_ids = np.pad(self.end_ids, ((0, 0), (0, more)), constant_values=-1)
+        self.end_ids[row] = -1
+        self.end_ids[row, : len(ids)] = ids
 
     def vacate(self, row: int) -> None:
         self.requests[row] = None

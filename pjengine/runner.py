@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -146,14 +146,13 @@ class Runner:
         return [layout for layout in chain.from_iterable(pairs) if layout is not None]
 
     @property
-    def programs(self) -> dict[Layout, Compiled]:
+    def programs(self) -> Mapping[Layout, Compiled]:
         """The programs that are ready."""
         return self._programs.ready
 
-    @property
-    def is_warm(self) -> bool:
-        """Whether every program is ready."""
-        return all(layout in self.programs for layout in self.layouts())
+    def use(self, layout: Layout, program: Any) -> None:
+        """Takes a step that was made elsewhere, instead of compiling one."""
+        self._programs.put(layout, program)
 
     def program_for(self, layout: Layout) -> tuple[Layout, Compiled]:
         """The compiled step for `layout`, or while that is not ready, for one with more room.

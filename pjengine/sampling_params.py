@@ -1,6 +1,7 @@
 """How to choose the tokens of one request, and how to give them back. Plain Python."""
 
 import enum
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from functools import cached_property
 from types import NoneType
 from typing import Any
 
-GREEDY_EPSILON = 1e-5  # temperatures below it mean: take the likeliest token
+logger = logging.getLogger(__name__)
+
 MIN_TEMPERATURE = 0.01  # smaller ones overflow the scaled logits
+FLOAT32 = (2.0**-126, 2.0**127)  # numbers that the device keeps as they are
 MAX_BIAS = 100.0
 MAX_N = 16384  # so that a slip of the keyboard does not fill the host's memory
 
@@ -27,20 +30,20 @@ class SamplingParams:
     """How to choose the tokens of one request, and how to give them back.
 
     Raises:
-      ValueError: a field is out of its range; the text names field, value and range.
-      TypeError: a field has the wrong type.
+      ValueError: a field has the wrong type or is out of its range; the text names field, value and range.
+      TypeError: `top_k` is no whole number.
     """
 
     n: int = 1  # continuations of the same prompt; the seed of the i-th (from 0) is seed + i
     presence_penalty: float = 0.0  # taken from the logits of tokens in the output
     frequency_penalty: float = 0.0  # the same, times their number
     repetition_penalty: float = 1.0  # divides the logits of tokens in prompt or output; above 1: rarer
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0  # 0: greedy; above 0 and below 0.01 it is raised to 0.01
     top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
     top_k: int = 0  # keep the k likeliest tokens; 0 or -1: all
     min_p: float = 0.0  # keep tokens at least this likely, relative to the likeliest
     seed: int | None = None  # None or -1: drawn from the engine's own seed
-    stop: str | Sequence[str] | None = None  # generation ends at any of these
+    stop: str | Sequence[str] | None = None  # generation ends at any of these, the one complete first
     stop_token_ids: Sequence[int] | None = None  # generation ends after any of these
     ignore_eos: bool = False
     max_tokens: int | None = 16  # None: up to max_model_len
@@ -56,7 +59,7 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     logit_bias: Mapping[int, float] | None = None  # added to logits, within [-100, 100]
     allowed_token_ids: Sequence[int] | None = None  # all others are forbidden
-    bad_words: Sequence[str] | None = None  # never generated, at the start of a word or within one
+    bad_words: Sequence[str] | None = None  # never in the output, at the start of a word or within one
     truncate_prompt_tokens: int | None = None  # keep so many, the last; -1: as many as fit
     skip_reading_prefix_cache: bool | None = None  # None: only if prompt_logprobs needs it
 
@@ -67,8 +70,11 @@ class SamplingParams:
             _check_items(name, self.stop_strings if name == "stop" else getattr(self, name) or (), item_type)
         for name, is_valid, wanted in _RANGES:
             if (value := getattr(self, name)) is not None and not is_valid(value):
-                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+                raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
         self._check_together()
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            logger.warning("temperature=%s is raised to %s", self.temperature, MIN_TEMPERATURE)
+            object.__setattr__(self, "temperature", MIN_TEMPERATURE)
 
     def _check_together(self) -> None:
         """Raises ValueError where one field does not go with another."""
@@ -79,7 +85,9 @@ class SamplingParams:
                 f"n={self.n} greedy continuations are all the same: raise temperature, got {self.temperature}"
             )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
+            raise ValueError(
+                f"min_tokens={shown(self.min_tokens)} must not exceed max_tokens={self.max_tokens}"
+            )
         if self.prompt_logprobs is not None and self.is_cache_read:
             raise ValueError(
                 "prompt_logprobs needs the whole prompt computed: leave skip_reading_prefix_cache out, "
@@ -88,7 +96,7 @@ class SamplingParams:
         if self.logprob_token_ids is not None and self.logprobs not in (None, len(self.logprob_token_ids)):
             raise ValueError(
                 f"logprob_token_ids takes the place of the likeliest tokens: logprobs must be None or "
-                f"{len(self.logprob_token_ids)}, got {self.logprobs}"
+                f"{len(self.logprob_token_ids)}, got {shown(self.logprobs)}"
             )
 
     @cached_property
@@ -103,12 +111,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature < GREEDY_EPSILON
-
-    @property
-    def effective_temperature(self) -> float:
-        """0 when greedy; never so small that scaled logits overflow."""
-        return 0.0 if self.is_greedy else max(self.temperature, MIN_TEMPERATURE)
+        return self.temperature == 0
 
     @property
     def is_cache_read(self) -> bool:
@@ -151,7 +154,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("n", lambda n: 1 <= n <= MAX_N, f"in [1, {MAX_N}]"),
     ("presence_penalty", lambda penalty: -2 <= penalty <= 2, "in [-2, 2]"),
     ("frequency_penalty", lambda penalty: -2 <= penalty <= 2, "in [-2, 2]"),
-    ("repetition_penalty", lambda penalty: penalty > 0, "above 0"),
+    ("repetition_penalty", lambda penalty: FLOAT32[0] <= penalty <= FLOAT32[1], "above 0, within float32"),
     ("temperature", lambda temperature: 0 <= temperature <= 2, "in [0, 2]"),
     ("top_p", lambda top_p: 0 < top_p <= 1, "in (0, 1]"),
     ("top_k", lambda top_k: top_k >= -1, "at least 1, or 0 or -1 to keep all tokens"),
@@ -173,18 +176,24 @@ def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
     is_flag = isinstance(value, bool) and bool not in types  # True is an int to Python, not to us
     if not isinstance(value, types) or is_flag:
         names = " or ".join("None" if t is NoneType else t.__name__ for t in types)
-        raise TypeError(f"{name} must be {names}, got {value!r}")
+        error = TypeError if name == "top_k" else ValueError
+        raise error(f"{name} must be {names}, got {shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
     if name == "logit_bias" and isinstance(value, Mapping):
         for token, bias in value.items():
-            if not isinstance(bias, int | float) or isinstance(bias, bool):
-                raise TypeError(f"logit_bias must hold numbers, got {token!r}: {bias!r}")
-            if math.isnan(bias):
-                raise ValueError(f"logit_bias must hold numbers, got {token!r}: {bias!r}")
+            if not isinstance(bias, int | float) or isinstance(bias, bool) or bias != bias:
+                raise ValueError(f"logit_bias must hold numbers, got {shown(token)}: {shown(bias)}")
 
 
 def _check_items(name: str, items: Iterable[object], item_type: type) -> None:
     for item in items:
         if not isinstance(item, item_type) or isinstance(item, bool):
-            raise TypeError(f"{name} must hold {item_type.__name__}, got {item!r}")
+            raise ValueError(f"{name} must hold {item_type.__name__}, got {shown(item)}")
+
+
+def shown(value: object) -> str:
+    """A value as an error names it: not too long, and no more digits than Python prints."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    return f"{value!r:.80}"

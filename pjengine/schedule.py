@@ -8,6 +8,10 @@ import numpy as np
 from pjengine.edits import Edits
 from pjengine.request import Request
 
+# In place of a token, where there is none to choose.
+BROKEN = -1  # the logits hold NaN
+FORBIDDEN = -2  # the request's edits forbid every token
+
 
 class Chunk(NamedTuple):
     """Tokens start to start + length of one request, all known to the host, to be computed in one step."""

@@ -233,7 +233,7 @@ class Scheduler:
 
     def _find_cached(self, request: Request) -> list[int]:
         """The pages of the cache that hold the request's beginning; at least one token is left to compute."""
-        if not self.is_caching or not request.is_cache_read:
+        if self._chain(request) is None or not request.is_cache_read:
             return []
         self._hash_pages(request)
         return self.pool.match(request.page_hashes[: (request.num_known - 1) // self.page_size])
@@ -267,8 +267,7 @@ class Scheduler:
         start = int(table.computed[row])
         self._add_pages(request, self._pages_for(start + length) - len(request.pages), new_pages)
         table.computed[row] += length
-        if self.is_caching:
-            self._register(request)
+        self._register(request)
         return Chunk(
             request=request,
             row=row,
@@ -280,24 +279,32 @@ class Scheduler:
         )
 
     def _register(self, request: Request) -> None:
-        """Tells the prefix cache of the request's full pages, as far as the host knows their tokens.
+        """Tells others of the request's full pages, as far as the host knows their tokens.
 
         Those of prompts at once, those of outputs when the request leaves its row.
         No step reads them before they are written: later ones run later, and within this one each
         layer writes before it attends.
         """
+        if self._chain(request) is None:
+            return
         self._hash_pages(request)
         full = min(int(self.rows.computed[request.row]), request.num_known) // self.page_size
         for index in range(request.num_registered, full):
             self.pool.register(request.pages[index], request.page_hashes[index])
         request.num_registered = max(full, request.num_registered)
 
+    def _chain(self, request: Request) -> str | None:
+        """The salt of the names of a request's pages; None: they have none, and nobody shares them."""
+        return request.salt if self.is_caching else request.fork or None
+
     def _hash_pages(self, request: Request) -> None:
         names = request.page_hashes
         start, stop = len(names) * self.page_size, request.num_known
         if start + self.page_size <= stop:
             tokens = request.known_tokens(start, stop)
-            names += page_hashes(tokens, self.page_size, request.salt, names[-1] if names else None)
+            salt = self._chain(request)
+            assert salt is not None
+            names += page_hashes(tokens, self.page_size, salt, names[-1] if names else None)
 
     def _preempt(self, request: Request) -> None:
         """Takes a request's row and pages; it will recompute its tokens, and sample the same ones."""
@@ -325,8 +332,7 @@ class Scheduler:
             request.num_registered = len(request.pages)
 
     def _free(self, request: Request) -> None:
-        if self.is_caching:
-            self._register(request)
+        self._register(request)
         self.pool.release(request.pages)
         request.pages = []
         self.rows.vacate(request.row)

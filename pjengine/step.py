@@ -15,9 +15,9 @@ from pjengine.models.attention import PagedAttend
 from pjengine.models.llama import Llama, Params
 from pjengine.models.state import Batch, KVCache
 from pjengine.sampler import sample
+from pjengine.schedule import BROKEN, FORBIDDEN
 
 SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
-BROKEN = -1  # in place of a token: the logits hold NaN
 
 
 class StepOutput(NamedTuple):
@@ -97,6 +97,8 @@ def compute_tokens(
         penalties = [getattr(rows, name).at[row].get(mode="clip") for name in PENALTIES]
         logits = apply_edits(raw, parts, layout.edits, penalties, batch, updated.token_ids, prompt_lens)
         tokens = sample(logits, positions=batch.kv_lens, backend=backend, **own)
+        if layout.edits.can_forbid:
+            tokens = jnp.where(jnp.max(logits, axis=-1) == -jnp.inf, FORBIDDEN, tokens)
         tokens = jnp.where(jnp.isnan(jnp.max(raw, axis=-1)), BROKEN, tokens)
         logprobs = None
         if layout.edits.num_top is not None:

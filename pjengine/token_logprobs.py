@@ -64,10 +64,7 @@ class FlatLogprobs(Sequence[PositionLogprobs | None]):
     def __getitem__(self, index: slice) -> "FlatLogprobs": ...
     def __getitem__(self, index: int | slice) -> "PositionLogprobs | FlatLogprobs | None":
         if isinstance(index, slice):
-            part = FlatLogprobs()
-            for i in range(*index.indices(len(self))):
-                part.append(self[i])
-            return part
+            return self._part(range(*index.indices(len(self))))
         index = range(len(self))[index]
         start, end = self._ends[index - 1] if index else 0, self._ends[index]
         position = {
@@ -75,6 +72,18 @@ class FlatLogprobs(Sequence[PositionLogprobs | None]):
             for i in range(start, end)
         }
         return position or None
+
+    def _part(self, indices: range) -> "FlatLogprobs":
+        part = FlatLogprobs()
+        if indices.step != 1:
+            for i in indices:
+                part.append(self[i])
+        elif indices:  # the arrays as they are, without dicts
+            start, end = self._ends[indices.start - 1] if indices.start else 0, self._ends[indices[-1]]
+            part.token_ids, part.logprobs = self.token_ids[start:end], self.logprobs[start:end]
+            part.ranks, part.decoded_tokens = self.ranks[start:end], self.decoded_tokens[start:end]
+            part._ends = array("q", [at - start for at in self._ends[indices.start : indices.stop]])
+        return part
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -100,14 +109,15 @@ def position_logprobs(
     decode: DecodeToken | None,
 ) -> PositionLogprobs:
     """One row of what a step gave: the token itself, the `num_top` likeliest (-1: all), those asked for."""
-    end = arrays.top.shape[1] if num_top == -1 else num_top
-    ids = [token, *arrays.top_ids[row, :end].tolist(), *asked_ids]
+    end = None if num_top == -1 else num_top
+    top_ids = arrays.top_ids[row, :end].tolist()
+    ids = [token, *top_ids, *asked_ids]
     logprobs = [
         arrays.chosen[row].item(),
         *arrays.top[row, :end].tolist(),
         *arrays.asked[row, : len(asked_ids)].tolist(),
     ]
-    ranks = [arrays.rank[row].item(), *range(1, end + 1), *[None] * len(asked_ids)]
+    ranks = [arrays.rank[row].item(), *range(1, len(top_ids) + 1), *[None] * len(asked_ids)]
     position: PositionLogprobs = {}
     for token_id, logprob, rank in zip(ids, logprobs, ranks, strict=True):
         if token_id not in position:

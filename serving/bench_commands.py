@@ -121,6 +121,9 @@ def _add_host(kinds: Any) -> None:
     command.add_argument(
         "--num-running", metavar="N", type=positive, default=1000, help="requests that decode"
     )
+    command.add_argument(
+        "--num-stop-ids", metavar="N", type=int, default=0, help="stop ids of each (default: none)"
+    )
     command.add_argument("--output", metavar="FILE", help="append the result to this file too")
     command.add_argument("--verbose", action="store_true", help="log what happens, to standard error")
 
@@ -201,12 +204,13 @@ def _latency(args: argparse.Namespace) -> None:
 def _host(args: argparse.Namespace) -> None:
     from pjengine.bench import host_share
 
-    result = host_share(args.num_running)
+    result = host_share(args.num_running, num_stop_ids=args.num_stop_ids)
     _report(
         args,
         {"bench": "host", **result},
-        f"{args.num_running} running requests: {result['median_ms']:.3f} ms a step (median), "
-        f"{result['mean_ms']:.3f} (mean), {result['p99_ms']:.3f} (99th percentile)",
+        f"{args.num_running} running requests, {args.num_stop_ids} stop ids each: "
+        f"{result['median_ms']:.3f} ms a step (median), {result['mean_ms']:.3f} (mean), "
+        f"{result['p99_ms']:.3f} (99th percentile)",
     )
 
 

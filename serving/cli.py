@@ -1,12 +1,13 @@
 """The command line. The only place that sets up logging."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pjengine
@@ -23,7 +24,7 @@ from pjengine.serving.options import (
     given,
 )
 
-MAX_TOKENS = 128  # of `generate`; SamplingParams' own 16 are few for a person who reads along
+MAX_TOKENS = 128  # of `generate`, where nobody says; SamplingParams' own 16 are few for a person who reads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,12 +80,11 @@ def _add_plan(commands: Any) -> None:
     add_engine_options(command)
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace) -> None:
     from pjengine.planning import plan_without_device
 
     config = EngineConfig(model=args.model, **given(args, ENGINE_OPTIONS))
     print(plan_without_device(config, args.gpu).table())
-    return 0
 
 
 def _add_generate(commands: Any) -> None:
@@ -105,7 +105,10 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--stream", action="store_true", help="show the text while it is generated")
     sampling = command.add_argument_group("sampling")
     sampling.add_argument(
-        "--max-tokens", metavar="N", type=int, default=MAX_TOKENS, help="tokens to generate for each prompt"
+        "--max-tokens",
+        metavar="N",
+        type=int,
+        help=f"tokens to generate for each prompt, unless the model says how many (default: {MAX_TOKENS})",
     )
     sampling.add_argument(
         "--stop", metavar="TEXT", action="append", help="end before this text; may be given several times"
@@ -121,14 +124,16 @@ def _add_generate(commands: Any) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    sampling = given(args, SAMPLING_OPTIONS)
-    params = SamplingParams(max_tokens=args.max_tokens, stop=args.stop, **sampling)
+    asked = {**given(args, SAMPLING_OPTIONS), "max_tokens": args.max_tokens, "stop": args.stop}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    SamplingParams(**asked)  # refuses before jax is loaded, as the next line does
     settings = given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS))
-    config = EngineConfig(model=args.model, warm_up=args.warm_up, **settings)  # refuses before jax is loaded
+    config = EngineConfig(model=args.model, warm_up=args.warm_up, **settings)
     prompts = args.prompt or [_read_prompt()]
     for prompt in prompts:
         _check_utf8(prompt)
     with pjengine.LLM(**vars(config)) as llm:
+        params = _laid_over(llm.get_default_sampling_params(), asked)
         ready, compile_s = time.perf_counter(), llm.engine.runner.compile_s
         if args.stream:
             num_tokens = _show(llm.stream(prompts, params), prompts)
@@ -146,6 +151,13 @@ def _generate(args: argparse.Namespace) -> None:
         f"{num_tokens} tokens in {elapsed:.2f} s: {num_tokens / elapsed:.1f} tokens/s",
         file=sys.stderr,
     )
+
+
+def _laid_over(defaults: SamplingParams, asked: Mapping[str, Any]) -> SamplingParams:
+    """What the caller asks for, over what the model says."""
+    is_open = defaults.max_tokens == SamplingParams().max_tokens
+    own = {"max_tokens": MAX_TOKENS} if is_open else {}
+    return dataclasses.replace(defaults, **{**own, **asked})
 
 
 def _read_prompt() -> str:

@@ -49,7 +49,12 @@ ENGINE_OPTIONS = (
     Option("download_dir", str, "DIR", "where Hub downloads are kept (default: huggingface_hub's cache)"),
     Option("hf_overrides", json_object, "JSON", "object that is laid over the model's config.json"),
     Option("seed", int, "N", "seed of dummy weights and of requests without a seed of their own"),
-    Option("max_model_len", int, "N", "longest prompt and output together, in tokens (default: the model's)"),
+    Option(
+        "max_model_len",
+        str,
+        "N",
+        "longest prompt and output together, such as 8192, 8k or 8K tokens (default: the model's)",
+    ),
     Option("max_num_seqs", int, "N", "requests that run at once (default: by device; 16 on a CPU)"),
     Option(
         "max_num_batched_tokens", int, "N", "tokens computed in one step (default: by device; 512 on a CPU)"

@@ -123,6 +123,18 @@ def test_startup_hands_on_why_the_engine_refused() -> None:
         list(startup(TINY | {"max_model_len": 9999}))
 
 
+def test_the_host_s_share_is_measured_with_and_without_stop_ids() -> None:
+    from pjengine.bench import host_share
+
+    for num_stop_ids in (0, 3):
+        result = host_share(3, num_stop_ids=num_stop_ids, num_steps=4, repeats=2)
+        assert (result["num_running"], result["num_stop_ids"], result["num_steps"]) == (3, num_stop_ids, 8)
+        assert 0 < result["median_ms"] <= result["p99_ms"]
+    for bad in (-1, 1000):
+        with pytest.raises(ValueError, match="stop"):
+            host_share(1, num_stop_ids=bad, num_steps=4, repeats=1)
+
+
 def test_environment_names_hardware_and_versions() -> None:
     from pjengine.bench import environment
 

@@ -223,6 +223,34 @@ def test_step_returns_growing_outputs_and_abort_ends_them_at_any_moment(llm: Any
         assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_usable
 
 
+def test_tokens_that_end_nothing_are_not_looked_at_one_by_one(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pjengine import SamplingParams
+    from pjengine.generation import Completion
+
+    def params(**fields: Any) -> Any:
+        return SamplingParams(temperature=0, max_tokens=20, **fields)
+
+    [plain] = llm.generate([[1, 2]], params(ignore_eos=True), use_tqdm=False)
+    ids = plain.outputs[0].token_ids
+    unseen = [token for token in range(160) if token not in ids]
+    push, pushed = Completion.push, list[int]()
+
+    def note_and_push(self: Any, token: int, *args: Any) -> None:
+        pushed.append(token)
+        push(self, token, *args)
+
+    monkeypatch.setattr(Completion, "push", note_and_push)
+    for fields in ({}, {"stop_token_ids": unseen[:5]}, {"stop_token_ids": [*unseen[:5], ids[12]]}):
+        pushed.clear()
+        [output] = llm.generate([[1, 2]], params(ignore_eos=True, **fields), use_tqdm=False)
+        stop = fields.get("stop_token_ids", [])
+        cut = next((i + 1 for i, token in enumerate(ids) if token in stop), 20)
+        assert output.outputs[0].token_ids == ids[:cut]
+        assert pushed == [ids[0], ids[cut - 1]], "the first, of the prompt, and the last"
+
+
 def test_an_id_in_use_is_refused(llm: Any) -> None:
     engine = llm.engine
     engine.add_request([1], request_id="twice")

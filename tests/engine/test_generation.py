@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pjengine.generation import Completion, Generation
 from pjengine.outputs import RequestMetrics, merge_metrics
 from pjengine.request import Request
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
-from pjengine.token_logprobs import FlatLogprobs, Logprob
+from pjengine.token_logprobs import FlatLogprobs, Logprob, LogprobArrays, position_logprobs
 from pjengine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 
 TEXT = "for item in items:\n    print(item)\n"
@@ -55,10 +56,28 @@ def test_a_stream_ends_at_the_first_stop_string_and_shows_none_of_it_early(
     completion = make(tokenizer, stop=stop, include_stop_str_in_output=is_included)
     pieces = stream(completion, tokenizer.encode(TEXT, add_special_tokens=False))
     stops = [stop] if isinstance(stop, str) else stop
-    at, found = min((TEXT.find(each), each) for each in stops if each in TEXT)
+    _, at, found = min((TEXT.find(each) + len(each), TEXT.find(each), each) for each in stops if each in TEXT)
     wanted = TEXT[: at + len(found) if is_included else at]
     assert "".join(pieces) == completion.output().text == wanted
     assert (completion.request.finish_reason, completion.request.stop_reason) == ("stop", found)
+
+
+@pytest.mark.parametrize(
+    ("stop", "wanted"),
+    [
+        (["print", "rin"], "rin"),  # both within one token: the one that is complete first
+        (["int", "print", "nt"], "int"),  # that end together: the first of the list
+        (["print", "int", "nt"], "print"),
+        (["items:\n", "item"], "item"),
+    ],
+)
+def test_of_several_stop_strings_the_one_that_is_complete_first_ends_the_text(
+    tokenizer: Tokenizer, stop: list[str], wanted: str
+) -> None:
+    completion = make(tokenizer, stop=stop)
+    stream(completion, tokenizer.encode(TEXT, add_special_tokens=False))
+    assert completion.request.stop_reason == wanted
+    assert completion.output().text == TEXT[: TEXT.find(wanted)]
 
 
 @pytest.mark.parametrize("is_included", [False, True])
@@ -163,12 +182,13 @@ def test_a_delta_is_finished_once_the_ends_of_all_continuations_are_taken() -> N
 
 
 def test_a_token_that_is_none_ends_with_an_error(tokenizer: Tokenizer) -> None:
-    completion = make(tokenizer)
     ids = tokenizer.encode(TEXT, add_special_tokens=False)[:3]
-    stream(completion, [*ids, -1])
-    output = completion.output()
-    assert (output.finish_reason, output.token_ids, output.text) == ("error", ids, tokenizer.decode(ids))
-    assert "NaN" in str(output.stop_reason)
+    for mark, reason in ((-1, "NaN"), (-2, "no token is left")):
+        completion = make(tokenizer)
+        stream(completion, [*ids, mark])
+        output = completion.output()
+        assert (output.finish_reason, output.token_ids, output.text) == ("error", ids, tokenizer.decode(ids))
+        assert reason in str(output.stop_reason)
 
 
 def test_metrics_of_continuations_are_put_together() -> None:
@@ -216,6 +236,12 @@ def test_metrics_of_continuations_admitted_at_different_times_follow_each_other(
     assert merged.tpot_s == (4 + 6) / (2 + 6)
 
 
+def test_a_position_with_fewer_of_the_likeliest_than_were_asked_for_has_those() -> None:
+    one = np.array([-0.5, -1.5])
+    arrays = LogprobArrays(one[:1], np.array([2]), one[None], np.array([[7, 4]]), np.zeros((1, 0)))
+    assert position_logprobs(arrays, 0, 4, 5, (), None) == {4: Logprob(-0.5, 2), 7: Logprob(-0.5, 1)}
+
+
 def test_flat_logprobs_are_indexed_like_a_list() -> None:
     positions = [
         None,
@@ -229,6 +255,12 @@ def test_flat_logprobs_are_indexed_like_a_list() -> None:
     assert [flat[-1], flat[1]] == [positions[2], positions[1]]
     assert list(flat[1:]) == positions[1:] and list(flat[::-1]) == positions[::-1]
     assert flat[:] == flat and flat != positions
+    for start in range(-4, 5):
+        for stop in range(-4, 5):
+            assert list(flat[start:stop]) == positions[start:stop]
+            assert list(flat[1:][start:stop]) == positions[1:][start:stop]
+    flat[1:].append(positions[1])
+    assert len(flat) == 3, "a slice is a copy"
     assert flat.token_ids.tolist() == [3, 1, 7]
     with pytest.raises(IndexError):
         flat[3]

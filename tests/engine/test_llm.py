@@ -1,5 +1,6 @@
 """Text in, text out, with the packaged model."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -190,6 +191,40 @@ def test_progress_goes_to_whoever_is_asked(demo: Any) -> None:
 
     demo.generate(PROMPTS, greedy(), use_tqdm=make)
     assert bars[0].total == 3
+
+
+@pytest.mark.timeout(60)
+def test_requests_that_are_aborted_while_generate_runs_end_there(demo: Any) -> None:
+    from tqdm import tqdm
+
+    from pjengine import SamplingParams
+
+    class Aborting(tqdm):  # type: ignore[misc] # what a caller gives as a bar may do anything
+        def update(self, n: float | None = 1) -> bool | None:
+            for request_id in list(demo.engine._generations):
+                demo.engine.abort_request(request_id)
+            return super().update(n)
+
+    each = [greedy(), *[SamplingParams(max_tokens=900, ignore_eos=True)] * 5]
+    outputs = demo.generate([PROMPTS[0]] * 6, each, use_tqdm=functools.partial(Aborting, disable=True))
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", *["abort"] * 5]
+
+
+@pytest.mark.timeout(60)
+def test_what_ends_in_a_step_of_somebody_else_is_not_waited_for(demo: Any) -> None:
+    advance = demo.engine.advance
+
+    def advance_twice() -> Any:
+        advance()
+        return advance()
+
+    wanted = demo.generate(PROMPTS, greedy(), use_tqdm=False)
+    demo.engine.advance = advance_twice
+    try:
+        outputs = demo.generate(PROMPTS, greedy(), use_tqdm=False)
+    finally:
+        del demo.engine.advance
+    assert [output.outputs for output in outputs] == [output.outputs for output in wanted]
 
 
 def test_an_unknown_setting_is_refused() -> None:

@@ -49,7 +49,7 @@ def by_definition(edits: Any, logits: np.ndarray, sequence: list[int], prompt_le
         if edits.allowed and token not in edits.allowed:
             row[token] = -np.inf
     for *before, last in edits.bad_words:
-        if not before or sequence[-len(before) :] == before:
+        if not before or outputs[-len(before) :] == before:
             row[last] = -np.inf
     for token, value in edits.bias.items():
         row[token] += value
@@ -86,10 +86,15 @@ def random_edits(rng: np.random.Generator, sequence: list[int]) -> Any:
     )
 
 
+@pytest.mark.parametrize("block", [8, 2**20], ids=["pages one by one", "all at once"])
 @pytest.mark.parametrize("seed", range(12))
-def test_edits_in_a_mixed_batch_equal_their_definitions(seed: int) -> None:
+def test_edits_in_a_mixed_batch_equal_their_definitions(
+    seed: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pjengine import logits as module
     from pjengine.edits import NO_EDITS
 
+    monkeypatch.setattr(module, "HISTORY_BLOCK", block)
     rng = np.random.default_rng(seed)
     token_ids, table, sequences = make_history(rng)
     logits = rng.normal(0, 3, (NUM_SEQS, VOCAB)).astype(np.float32)

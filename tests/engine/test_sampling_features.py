@@ -342,6 +342,9 @@ UNFIT = [
     ({"stop": ["a"]}, "stop strings need a tokenizer"),
     ({"allowed_token_ids": [3], "stop_token_ids": [3], "min_tokens": 1}, "nothing to sample"),
     ({"truncate_prompt_tokens": 129}, "truncate_prompt_tokens=129.*max_model_len=128"),
+    ({"logprobs": 161}, "logprobs must be at most 160, the whole vocabulary, got 161"),
+    ({"logprobs": 10**30}, "logprobs must be at most 160, the whole vocabulary, got 10000"),
+    ({"prompt_logprobs": 5000}, "prompt_logprobs must be at most 160, the whole vocabulary, got 5000"),
 ]
 
 
@@ -373,6 +376,7 @@ def test_bad_words_are_not_written_and_logprobs_name_their_tokens(demo: Any) -> 
     first, plain, last = (output.outputs[0] for output in outputs)
     assert plain.token_ids == ids
     spelled = [encode(one), encode(f" {one}")]
+    assert len(spelled[0]) == len(spelled[1]) and spelled[0][0] != spelled[1][0]
     for output, words in ((first, spelled), (last, [*spelled, pairs[several]])):
         for word in words:
             written = [output.token_ids[i : i + len(word)] for i in range(len(output.token_ids))]
@@ -380,6 +384,32 @@ def test_bad_words_are_not_written_and_logprobs_name_their_tokens(demo: Any) -> 
     assert first.text != plain.text
     names = [at[token].decoded_token for token, at in zip(plain.token_ids, plain.logprobs, strict=True)]
     assert "".join(names) == plain.text
+
+
+def test_bad_words_are_spelled_with_a_space_as_vllm_does_it(demo: Any) -> None:
+    tokenizer, resolver = demo.engine.tokenizer, demo.engine._preparation._resolver
+    num_spellings = set()
+    for word in ("import", " import", "zebra", "x", "def f", "print(", "é", "unittest", "qq", "  self"):
+        bare, spaced = (
+            tuple(tokenizer.encode(text, add_special_tokens=False))
+            for text in (word.lstrip(), f" {word.lstrip()}")
+        )
+        is_other = len(bare) == len(spaced) and bare[0] != spaced[0]
+        wanted = (bare, spaced) if is_other else (bare,)
+        assert resolver.edits(greedy(bad_words=[word])).bad_words == wanted
+        num_spellings.add(len(wanted))
+    assert num_spellings == {1, 2}
+
+
+def test_a_request_that_may_choose_nothing_ends_with_an_error_and_the_others_go_on(llm: Any) -> None:
+    every: dict[str, Any] = {"min_tokens": 3, "stop_token_ids": [*range(160)]}
+    wanted = [run(llm).token_ids, run(llm, logit_bias={5: 2.0}).token_ids]
+    each = [params(), params(**every), params(logit_bias={5: 2.0}), params(temperature=1.0, **every)]
+    outputs = [own.outputs[0] for own in llm.generate([PROMPT] * 4, each, use_tqdm=False)]
+    for output in (outputs[1], outputs[3]):
+        assert (output.finish_reason, output.token_ids) == ("error", [])
+        assert "no token is left" in output.stop_reason
+    assert [outputs[0].token_ids, outputs[2].token_ids] == wanted
 
 
 def test_a_stop_string_is_part_of_the_text_where_asked_for(demo: Any) -> None:
@@ -403,7 +433,16 @@ def test_streams_tell_continuations_apart(demo: Any) -> None:
     assert texts == {(i, o.index): o.text for i, output in enumerate(wanted) for o in output.outputs}
 
 
+def test_as_many_logprobs_as_the_vocabulary_has_are_all_of_them(llm: Any) -> None:
+    both = run(llm, logprobs=160, max_tokens=1), run(llm, logprobs=-1, max_tokens=1)
+    assert both[0].logprobs == both[1].logprobs and len(both[0].logprobs[0]) == 160
+
+
 def test_more_logprobs_than_the_engine_gives_are_refused(demo: Any) -> None:
+    with pytest.raises(ValueError, match=r"logprob_token_ids must hold at most 128 ids, got 129"):
+        demo.generate("x", greedy(logprob_token_ids=[*range(129)]))
+    [output] = demo.generate("x", greedy(logprob_token_ids=[*range(128), 5], max_tokens=1), use_tqdm=False)
+    assert set(output.outputs[0].logprobs[0]) >= set(range(128))
     for fields in ({"logprobs": 21}, {"prompt_logprobs": 21}, {"logprobs": -1}):
         with pytest.raises(ValueError, match=rf"{next(iter(fields))} must be at most max_logprobs=20"):
             demo.generate("x", greedy(**fields))
@@ -425,7 +464,7 @@ def test_the_model_says_what_holds_without_params(demo: Any, gqa_folder: Path, t
         assert llm.get_default_sampling_params() == SamplingParams(temperature=0.0, max_tokens=9)
         [output] = llm.generate([PROMPT], use_tqdm=False)
         assert output.outputs[0].token_ids == run(llm, max_tokens=9).token_ids
-        assert {3, 150} < llm.engine.add_request(PROMPT, request_id="x").request.eos_token_ids
+        assert {3, 150} < llm.engine.add_request(PROMPT, request_id="x").request.end_ids
         llm.engine.abort_request("x")
     with open_llm(tmp_path, generation_config="vllm") as llm:
         assert llm.get_default_sampling_params() == SamplingParams()

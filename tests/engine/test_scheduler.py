@@ -13,6 +13,7 @@ from pjengine.edits import NO_EDITS, Edits, join_needs
 from pjengine.page_pool import PagePool
 from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
+from pjengine.row_table import MAX_END_IDS
 from pjengine.sampling_params import SamplingParams
 from pjengine.scheduler import Scheduler
 from tests.engine.stub_device import StubDevice, expected
@@ -156,6 +157,31 @@ def test_a_salt_or_an_opt_out_computes_everything(fields: dict[str, Any]) -> Non
     again = make_request("again", 10, 4, prompt_token_ids=list(range(10)), **fields)
     run_alone(device, again)
     assert again.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("is_caching", [False, True])
+@pytest.mark.parametrize("num_batched", [16, 64])
+def test_continuations_compute_their_prompt_once(is_caching: bool, num_batched: int) -> None:
+    scheduler = make_scheduler(num_pages=128, max_num_batched_tokens=num_batched, is_caching=is_caching)
+    device = StubDevice(scheduler)
+    prompt = list(range(58))
+    for round_ in range(2):  # the second group shares nothing with the first
+        fork = f"group {round_}"
+        first = make_request(
+            "first", 0, 6, prompt_token_ids=prompt, fork=fork, salt=fork, is_cache_read=False
+        )
+        others = [make_request(f"{i}", 0, 6, prompt_token_ids=prompt, fork=fork, salt=fork) for i in range(3)]
+        alone = make_request("alone", 0, 6, prompt_token_ids=prompt, is_cache_read=False)
+        for request in (first, *others, alone):
+            scheduler.add(request)
+        lengths = {"group": 0, "alone": 0}
+        while scheduler.has_requests:
+            for chunk in device.step().chunks:
+                lengths["alone" if chunk.request is alone else "group"] += chunk.length
+        assert lengths == {"group": 58 + 3 * 2, "alone": 58}  # each its own last page, half full
+        for request in (first, *others, alone):
+            assert request.output_token_ids == expected(request)
+    assert scheduler.pool.num_free == scheduler.pool.num_usable
 
 
 def test_a_reset_cache_is_empty_and_what_runs_goes_on() -> None:
@@ -326,17 +352,26 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
             # Few distinct tokens in long runs: prompts share beginnings of every length.
             num_prompt, shared = rng.randint(1, limit // 2), rng.randint(0, limit // 2)
             prompt = ([7] * shared + [rng.randint(0, 1) for _ in range(num_prompt)])[:num_prompt]
-            request = make_request(
-                str(len(requests)),
-                num_prompt,
-                rng.randint(1, limit // 2),
-                prompt_token_ids=prompt,
-                priority=rng.randint(0, 2),
-                salt=rng.choice(["", "", "tenant"]),
-                is_cache_read=rng.random() < 0.8,
-            )
-            requests.append(request)
-            scheduler.add(request)
+            num_continuations, salt = rng.choice((1, 1, 2, 3)), rng.choice(["", "", "tenant"])
+            fork = f"fork {len(requests)}" if num_continuations > 1 else ""
+            has_no_cache = rng.random() < 0.2
+            group = [
+                make_request(
+                    str(len(requests) + i),
+                    num_prompt,
+                    rng.randint(1, limit // 2),
+                    prompt_token_ids=prompt,
+                    priority=priority,
+                    salt=fork if fork and has_no_cache else salt,
+                    fork=fork,
+                    is_cache_read=i > 0 or not has_no_cache,
+                )
+                for priority in [rng.randint(0, 2)]
+                for i in range(num_continuations)
+            ]
+            requests += group
+            for request in group:
+                scheduler.add(request)
         live = [r for r in requests if not r.is_finished]
         if live and rng.random() < 0.05:
             victim = rng.choice(live)
@@ -360,3 +395,15 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
     for request in requests:
         if request.request_id not in aborted:
             assert request.output_token_ids == expected(request)
+
+
+def test_tokens_that_end_a_request_are_columns_unless_they_are_many() -> None:
+    scheduler = make_scheduler()
+    for name, ids in (("none", []), ("few", [5, 6, 7]), ("many", [*range(MAX_END_IDS + 1)])):
+        request = make_request(name, 4, 4)
+        request.params = SamplingParams(stop_token_ids=ids)
+        scheduler.add(request)
+    scheduler.schedule()
+    table = scheduler.rows
+    assert table.is_watched[:3].tolist() == [False, False, True]
+    assert [set(ids) - {-1} for ids in table.end_ids[:3].tolist()] == [set(), {5, 6, 7}, set()]

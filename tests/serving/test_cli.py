@@ -117,6 +117,14 @@ BAD_INPUT = {
         (*GENERATE, "--max-model-len", "9999"),
         "max_model_len=9999 is beyond the 1024 positions",
     ),
+    "max_model_len, no number": (
+        (*GENERATE, "--max-model-len", "long"),
+        "max_model_len must be a whole number of at least 2 and less than 2147483648, or None, got 'long'",
+    ),
+    "more KV than the card has": (
+        ("plan", "llama-8b", "--gpu", "l4", "--kv-cache-memory-bytes", "60000000000"),
+        "bytes of KV pages are too many beside 16,060,522,496 of weights",
+    ),
     "no room for KV": ((*GENERATE, "--kv-cache-memory-bytes", "1000"), "the KV cache gets 1,000 bytes"),
     "shape of no name": (
         ("bench", "startup", "--shape", "lama"),
@@ -155,6 +163,30 @@ def test_bad_input_is_one_line_and_status_2(
     assert out == ""
     assert err.startswith("pjengine: ") and err.endswith("\n") and err.count("\n") == 1
     assert message in err
+
+
+def test_only_what_is_given_takes_the_place_of_the_model_s_own_sampling() -> None:
+    from pjengine import SamplingParams
+    from pjengine.serving.cli import _laid_over
+
+    own = SamplingParams(temperature=0.6, top_k=5)
+    assert _laid_over(own, {}) == SamplingParams(temperature=0.6, top_k=5, max_tokens=128)
+    assert _laid_over(own, {"top_k": 0, "stop": ["x"]}) == SamplingParams(
+        temperature=0.6, max_tokens=128, stop=["x"]
+    )
+    own = SamplingParams(max_tokens=300)
+    assert [_laid_over(own, asked).max_tokens for asked in ({}, {"max_tokens": 9})] == [300, 9]
+
+
+def test_the_model_s_generation_config_counts_unless_it_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = []
+    for options in ((), ("--generation-config", "vllm"), ("--generation-config", "vllm", *SHORT[2:3], "0.6")):
+        sizes = (*SHORT[:2], *SHORT[4:])
+        assert pjengine(*GENERATE, "--sampling-seed", "3", *sizes, *options) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[2] != texts[1]
 
 
 def test_truncated_weights_are_one_line_and_status_2(
