@@ -9,13 +9,16 @@ CUDA_EXTRA := $(shell nvidia-smi 2>/dev/null | awk 'match($$0, /CUDA[A-Za-z ]*Ve
 	version = substr($$0, RSTART, RLENGTH); sub(/.*[^0-9]/, "", version); version += 0; \
 	print (version >= 13 ? "cuda13" : version >= 12 ? "cuda12" : ""); exit }')
 comma := ,
+# Tests compile for an H200. JAX's CUDA build can; elsewhere these two wheels of it are enough. They lie in a folder of
+# their own: among the other packages JAX would take them for a broken build, and say so at every start.
+CUDA_COMPILER := $(if $(CUDA_EXTRA),,$(if $(filter Linux,$(shell uname -s)),jax-cuda13-plugin jax-cuda13-pjrt))
 
 .PHONY: demo test check clean
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/pjengine generate demo --prompt 'def fibonacci(n):' --stream \
 		--temperature 0.6 --top-p 0.95 --sampling-seed 115
 
-test: $(VENV)/installed-test check
+test: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler) check
 	$(VENV)/bin/python -m pytest
 
 check: $(VENV)/installed-test
@@ -33,6 +36,11 @@ $(VENV)/installed-demo: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q -e '.[test$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))]'
+	touch $@
+
+$(VENV)/cuda-compiler: $(VENV)/installed-test
+	version=$$($(VENV)/bin/python -c 'import jaxlib; print(jaxlib.__version__)') && $(VENV)/bin/python -m pip \
+		install -q --no-deps --upgrade --target $@ $(patsubst %,%==$$version,$(CUDA_COMPILER))
 	touch $@
 
 clean:

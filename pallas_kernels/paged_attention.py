@@ -164,7 +164,7 @@ class DecodeTiles:
         5 stages.
         """
         block_kv, num_warps = max(16, min(64, 16384 // (pl.next_power_of_2(head_dim) * itemsize))), 4
-        if itemsize == 4 and group > 16:  # products without tensor cores would spill registers
+        if itemsize == 4 and (group > 16 or head_dim > 128):  # no tensor cores: 4 warps would spill registers
             block_kv, num_warps = 16, 8
         wanted = 3 * 132 // (batch * num_kv_heads)  # more than run at once would wait for the first ones
         num_splits = max(1, min(wanted, 16, pl.cdiv(max_slots, block_kv)))

@@ -20,23 +20,6 @@ SHAPES_AND_DTYPES = [
 ]
 
 
-# Of XLA's `GpuTargetConfigProto`: as much as the compiler asks of an H200.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 core_count: 132 clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 device_memory_size: 151397597184
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } name: "NVIDIA H200"
-  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-}
-platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 12 }
-"""
-
-
 @contextmanager
 def quick_compile() -> Iterator[None]:
     """Halves the time XLA's CPU compiler takes for an interpreted kernel; no effect on a GPU."""

@@ -1,0 +1,71 @@
+"""Reads optimized HLO: which instructions make an array as large as one that must never be copied."""
+
+import math
+import re
+from collections.abc import Collection, Iterator
+
+# These pass arrays on; the last two change one in place where they can, and where not XLA inserts a copy.
+IN_PLACE = {
+    "parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "opt-barrier",
+    "scatter", "dynamic-update-slice",
+}  # fmt: skip
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][a-z0-9-]*)\("
+)
+_ARRAY = re.compile(r"([a-z]+[0-9]\w*)\[([\d,]*)\]")
+_FUSED = re.compile(r"\bfusion\(.*\bcalls=%([\w.-]+)")
+
+
+def copies(hlo: str, sizes: Collection[tuple[str, int]]) -> list[str]:
+    """The instructions that write an array of one of these types and numbers of elements, not in place.
+
+    Inside a fusion only its results are written, so only those count.
+    """
+    bodies = dict(_computations(hlo))
+    fused = {match[1] for lines in bodies.values() for line in lines if (match := _FUSED.search(line))}
+    found = []
+    for name, lines in bodies.items():
+        for line in _results(lines) if name in fused else lines:
+            match = _INSTRUCTION.match(line)
+            if match is None or match["opcode"] in IN_PLACE or match["opcode"] == "fusion":
+                continue
+            if match["opcode"] == "custom-call" and "output_to_operand_aliasing=" in line:
+                continue
+            if any(size in sizes for size in _sizes(match["shape"])):
+                found.append(line.partition(" metadata=")[0].strip())
+    return found
+
+
+def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
+    """Name and lines of each."""
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            lines = []
+            yield match[1], lines
+        else:
+            lines.append(line)
+
+
+def _results(lines: list[str]) -> list[str]:
+    """Of a fusion: its root, or what its root is a tuple of; what a bitcast shows is looked at instead."""
+    by_name = {match["name"]: line for line in lines if (match := _INSTRUCTION.match(line))}
+    (root,) = (line for line in lines if line.lstrip().startswith("ROOT "))
+    found, queue = [], [root]
+    while queue:
+        line = queue.pop()
+        match = _INSTRUCTION.match(line)
+        assert match is not None, line
+        if match["opcode"] in ("tuple", "bitcast"):
+            operands = line[match.end() :].partition(")")[0]
+            queue += [by_name[operand] for operand in re.findall(r"%([\w.-]+)", operands)]
+        else:
+            found.append(line)
+    return found
+
+
+def _sizes(shape: str) -> Iterator[tuple[str, int]]:
+    """Type and number of elements of each array of a shape."""
+    for dtype, sizes in _ARRAY.findall(shape):
+        yield dtype, math.prod(int(size) for size in sizes.split(",") if size)

@@ -1,0 +1,220 @@
+"""Every kernel with all tile configurations that the shapes of real models lead to, and with wrong ones."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.stages import Compiled
+
+from pjengine.config import buckets
+from pjengine.models.shapes import SHAPES as MODELS
+from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
+from pjengine.pallas_kernels.keep_threshold import threshold_triton
+from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, check_mosaic_can, ragged_mosaic
+from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
+from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
+from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
+from pjengine.pallas_kernels.shapes import PRODUCTS, SHAPES, HeadShape
+from pjengine.pallas_kernels.skinny_linear import MAX_ROWS, Normed, Residual, SkinnyTiles, skinny_triton
+from pjengine.pallas_kernels.skinny_qkv import Destination, skinny_qkv_triton
+from tests.compile.target import compile_for_h200, struct
+
+MAX_LEN = 8192
+# Float16 takes no other path than bfloat16.
+DTYPES = ("bfloat16", "float32")
+# Of an array of K or V. From 4 on Triton counts its elements in 64 bits: other registers, more or fewer.
+CACHE_GIB = (1, 8)
+
+
+def pages(shape: HeadShape, dtype: str, cache_gib: int) -> jax.ShapeDtypeStruct:
+    page_bytes = shape.num_kv_heads * shape.page_size * shape.head_dim * jnp.dtype(dtype).itemsize
+    num_pages = cache_gib * 2**30 // page_bytes
+    return struct((num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim), dtype)
+
+
+def compile_decode(
+    shape: HeadShape, dtype: str, batch: int, *, cache_gib: int = 8, tiles: DecodeTiles | None = None
+) -> Compiled:
+    kv, q = pages(shape, dtype, cache_gib), struct((batch, shape.num_heads, shape.head_dim), dtype)
+    ints = [struct(size) for size in ((batch, MAX_LEN // shape.page_size), (batch,), ())]
+    return compile_for_h200(functools.partial(decode_triton, scale=0.1, tiles=tiles), q, kv, kv, *ints)
+
+
+def compile_prefill(
+    kernel: Callable[..., Any],
+    shape: HeadShape,
+    dtype: str,
+    num_tokens: int,
+    *,
+    cache_gib: int = 8,
+    tiles: Any = None,
+) -> Compiled:
+    kv, q = pages(shape, dtype, cache_gib), struct((num_tokens, shape.num_heads, shape.head_dim), dtype)
+    ints = [struct(size) for size in ((32, MAX_LEN // shape.page_size), (32,), (33,), ())]
+    return compile_for_h200(functools.partial(kernel, scale=0.1, tiles=tiles), q, kv, kv, *ints)
+
+
+def compile_rope(shape: HeadShape, dtype: str) -> Compiled:
+    num_tokens, group = 8, shape.num_heads // shape.num_kv_heads
+    qkv = struct((num_tokens, shape.num_kv_heads, group + 2, shape.head_dim), dtype)
+    angles, kv = struct((num_tokens, shape.head_dim // 2), jnp.float32), pages(shape, dtype, 8)
+    args = (qkv, angles, angles, kv, kv, struct((num_tokens,)), struct(()))
+    return compile_for_h200(rope_kv_write_triton, *args, donate=(3, 4))
+
+
+def compile_threshold(vocab_size: int) -> Compiled:
+    floats, ints = struct((256,), jnp.float32), struct((256,))
+    return compile_for_h200(
+        threshold_triton, struct((256, vocab_size), jnp.float32), floats, ints, floats, floats
+    )
+
+
+def compile_product(product: str, k: int, n: int, num_rows: int, *, has_biases: bool = False) -> Compiled:
+    """One of a decode layer's four products, of 32 layers, with all that belongs to it."""
+    layers, bf16 = 32, jnp.bfloat16
+    rows, residual = struct((num_rows, k), bf16), None
+    if product in ("qkv", "gate_up"):
+        rows = Normed(rows, struct((k // 64, num_rows), jnp.float32))
+    else:
+        residual = Residual(struct((num_rows, n), bf16), struct((layers, n), bf16), struct(()))
+    biases = struct((layers, n), bf16) if has_biases else None
+    run = functools.partial(skinny_triton, eps=1e-5, is_gated=product == "gate_up")
+    return compile_for_h200(run, rows, struct((layers, k, n), bf16), struct(()), biases, residual)
+
+
+def compile_qkv(shape: HeadShape, k: int, n: int, num_rows: int, *, has_biases: bool = False) -> Compiled:
+    """The product of queries, keys and values, with its rotation and the KV write."""
+    layers, bf16, kv = 32, jnp.bfloat16, pages(shape, "bfloat16", 8)
+    rows = Normed(struct((num_rows, k), bf16), struct((k // 64, num_rows), jnp.float32))
+    angles = struct((num_rows, shape.head_dim // 2), jnp.float32)
+    destination = Destination(angles, angles, kv, kv, struct((num_rows,)), struct(()))
+    biases = struct((layers, n), bf16) if has_biases else None
+    run = functools.partial(skinny_qkv_triton, eps=1e-5)
+    weights = struct((layers, k, n), bf16)
+    return compile_for_h200(run, rows, weights, struct(()), destination, biases, donate=(3,))
+
+
+def compile_gated(k: int, n: int, num_rows: int, *, tiles: GatedTiles | None = None) -> Compiled:
+    """Gate and up of many rows; n is one half."""
+    x, weights = struct((num_rows, k), jnp.bfloat16), struct((32, k, 2, n), jnp.bfloat16)
+    return compile_for_h200(functools.partial(gated_mosaic, tiles=tiles), x, weights, struct(()))
+
+
+def decode_batches(shape: HeadShape, dtype: str) -> Iterator[int]:
+    """One of each tile configuration; any two numbers of splits, but for one, are the same kernel."""
+    seen = set()
+    for batch in buckets(1, 1024):
+        tiles = DecodeTiles.choose(
+            batch=batch,
+            num_kv_heads=shape.num_kv_heads,
+            group=shape.num_heads // shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            max_slots=MAX_LEN,
+            itemsize=jnp.dtype(dtype).itemsize,
+        )
+        kind = dataclasses.replace(tiles, num_splits=min(tiles.num_splits, 2))
+        if kind not in seen:
+            seen.add(kind)
+            yield batch
+
+
+def prefill_lengths(shape: HeadShape, dtype: str) -> Iterator[int]:
+    """One of each tile configuration."""
+    group, itemsize, seen = shape.num_heads // shape.num_kv_heads, jnp.dtype(dtype).itemsize, set()
+    for num_tokens in buckets(32, 16384):
+        tiles = PrefillTiles.choose(
+            num_tokens=num_tokens, group=group, head_dim=shape.head_dim, itemsize=itemsize
+        )
+        if tiles not in seen:
+            seen.add(tiles)
+            yield num_tokens
+
+
+def product_rows(product: str, k: int, n: int) -> Iterator[int]:
+    """One of each tile configuration and height of a block."""
+    is_gated, seen = product == "gate_up", set()
+    for num_rows in buckets(1, MAX_ROWS):
+        tiles = SkinnyTiles.choose(num_rows=num_rows, k=k, n=n // (1 + is_gated), is_gated=is_gated)
+        kind = (tiles, max(16, num_rows))
+        if kind not in seen:
+            seen.add(kind)
+            yield num_rows
+
+
+def can_mosaic(shape: HeadShape) -> bool:
+    q = jax.ShapeDtypeStruct((2048, shape.num_heads, shape.head_dim), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, shape.num_kv_heads, shape.page_size, shape.head_dim), jnp.bfloat16)
+    try:
+        jax.eval_shape(check_mosaic_can, q, kv, kv)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def attention_programs(name: str, shape: HeadShape) -> Iterator[tuple[str, Callable[[], Compiled]]]:
+    partial = functools.partial
+    for dtype in DTYPES:
+        for gib in CACHE_GIB:
+            for batch in decode_batches(shape, dtype):
+                run = partial(compile_decode, shape, dtype, batch, cache_gib=gib)
+                yield f"paged_attention {name} {dtype} {batch} of {gib} GiB", run
+            for length in prefill_lengths(shape, dtype):
+                run = partial(compile_prefill, ragged_triton, shape, dtype, length, cache_gib=gib)
+                yield f"ragged_prefill {name} {dtype} {length} of {gib} GiB", run
+        yield f"rope_kv_write {name} {dtype}", partial(compile_rope, shape, dtype)
+    if can_mosaic(shape):
+        yield f"mosaic_prefill {name}", partial(compile_prefill, ragged_mosaic, shape, "bfloat16", 2048)
+
+
+def product_programs(name: str) -> Iterator[tuple[str, Callable[[], Compiled]]]:
+    for product, (k, n) in PRODUCTS[name].items():
+        for num_rows in product_rows(product, k, n):
+            run = functools.partial(compile_product, product, k, n, num_rows)
+            yield f"skinny_linear {name} {product} {num_rows}", run
+        biased = functools.partial(compile_product, product, k, n, MAX_ROWS, has_biases=True)
+        yield f"skinny_linear {name} {product} {MAX_ROWS} with biases", biased
+    k, n = PRODUCTS[name]["qkv"]
+    for num_rows in product_rows("qkv", k, n):
+        yield f"skinny_qkv {name} {num_rows}", functools.partial(compile_qkv, SHAPES[name], k, n, num_rows)
+    biased = functools.partial(compile_qkv, SHAPES[name], k, n, MAX_ROWS, has_biases=True)
+    yield f"skinny_qkv {name} {MAX_ROWS} with biases", biased
+    k, n = PRODUCTS[name]["gate_up"]
+    for num_rows in (32, 256) if name != "demo" else ():  # one of each tile configuration
+        yield f"gated_linear {name} {num_rows}", functools.partial(compile_gated, k, n // 2, num_rows)
+
+
+def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
+    for name, shape in SHAPES.items():
+        yield from attention_programs(name, shape)
+    for name in PRODUCTS:
+        yield from product_programs(name)
+    for name, config in MODELS.items():
+        yield f"keep_threshold {name}", functools.partial(compile_threshold, config.vocab_size)
+
+
+PROGRAMS: Mapping[str, Callable[[], Compiled]] = dict(_programs())
+
+_LLAMA = SHAPES["llama-8b"]
+# What must not get through: more shared memory than a program may have, more registers than there are.
+WRONG: Mapping[str, Callable[[], Compiled]] = {
+    "paged_attention of 9 stages": functools.partial(
+        compile_decode, _LLAMA, "bfloat16", 256,
+        tiles=DecodeTiles(block_kv=256, num_splits=1, num_stages=9),
+    ),
+    "ragged_prefill of 4 warps": functools.partial(
+        compile_prefill, ragged_triton, _LLAMA, "bfloat16", 2048,
+        tiles=PrefillTiles(block_m=128, block_kv=128, num_warps=4),
+    ),
+    "mosaic_prefill of 4 stages": functools.partial(
+        compile_prefill, ragged_mosaic, _LLAMA, "bfloat16", 2048, tiles=MosaicTiles(num_stages=4)
+    ),
+    "gated_linear of 8 stages": functools.partial(
+        compile_gated, 4096, 14336, 256, tiles=GatedTiles(num_stages=8)
+    ),
+    "mosaic_prefill of 256 slots": functools.partial(
+        compile_prefill, ragged_mosaic, SHAPES["opt-125m"], "bfloat16", 2048, tiles=MosaicTiles(block_kv=256)
+    ),
+}  # fmt: skip

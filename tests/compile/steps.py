@@ -1,0 +1,128 @@
+"""The engine's programs as its compiler makes them, of models as wide as real ones and two layers deep."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.stages import Compiled, Lowered
+
+from pjengine.batching import Layout, Rows
+from pjengine.config import RunnerConfig
+from pjengine.edit_sizes import NO_SIZES, EditSizes
+from pjengine.models.llama import Llama, Params
+from pjengine.models.shapes import SHAPES
+from pjengine.models.state import KVCache, kv_shape, page_bytes
+from pjengine.step import step
+from pjengine.step_compiler import COMPILER_OPTIONS, StepCompiler
+from tests.compile.target import sharding
+from tests.kernels.cases import cuda_target
+
+PAGE_SIZE, MAX_NUM_SEQS, DTYPE = 16, 256, jnp.dtype("bfloat16")
+KV_BYTES = 96 * 2**30  # of an H200's 141 GB: there is no room for a second one
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One program of one model."""
+
+    shape: str
+    num_tokens: int
+    is_decode: bool
+    depth: int = 1
+    edits: EditSizes = NO_SIZES
+    make_model: Callable[..., Llama] = Llama
+
+    @functools.cached_property
+    def model(self) -> Llama:
+        return self.make_model(dataclasses.replace(SHAPES[self.shape], num_layers=2), DTYPE)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.num_tokens, MAX_NUM_SEQS, PAGE_SIZE, self.is_decode, self.edits, self.depth)
+
+    @property
+    def config(self) -> RunnerConfig:
+        return RunnerConfig(
+            num_pages=KV_BYTES // page_bytes(self.model.config, PAGE_SIZE, DTYPE),
+            page_size=PAGE_SIZE,
+            max_model_len=self.model.config.max_model_len,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_num_batched_tokens=1024,
+        )
+
+    def state(self) -> tuple[Params, KVCache, Rows]:
+        """Shapes of the parameters, and of what is donated: the cache and the rows."""
+        config, num_pages = self.config, self.config.num_pages
+
+        def make() -> tuple[Params, KVCache, Rows]:
+            kv = jnp.zeros(kv_shape(self.model.config, num_pages, PAGE_SIZE), DTYPE)
+            cache = KVCache(kv, kv, jnp.zeros((num_pages, PAGE_SIZE), jnp.int32))
+            return self.model.init(jax.random.key(0)), cache, Rows.empty(MAX_NUM_SEQS, config.pages_per_seq)
+
+        return jax.eval_shape(make)
+
+    def compile(self, make: Callable[..., StepCompiler] = StepCompiler) -> Compiled:
+        state = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding()), self.state()
+        )
+        compiler = make(self.model, self.config, state, sharding(), None)
+        with cuda_target():
+            lowered = compiler.lower(self.layout)
+        return compiler.compile(self.layout, lowered)
+
+
+class Undonated(StepCompiler):
+    """Forgets to donate."""
+
+    def lower(self, layout: Layout) -> Lowered:
+        return jax.jit(functools.partial(step, **self._settings(layout))).lower(*self._arguments(layout))
+
+
+class Plain(StepCompiler):
+    """Forgets its options for XLA."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        assert self.options == COMPILER_OPTIONS["gpu"]
+        self.options = {}
+
+
+class Sliced(Llama):
+    """Takes every layer's weights out of the stack."""
+
+    def forward(self, params: Params, *args: Any) -> Any:
+        def cut(stack: jax.Array) -> jax.Array:
+            return jnp.stack([jax.lax.optimization_barrier(layer) for layer in stack])
+
+        return super().forward({**params, "layers": jax.tree.map(cut, params["layers"])}, *args)
+
+
+EDITS = EditSizes(
+    num_bias=16, num_allowed=16, num_bad_words=4, bad_word_len=4, has_penalties=True, num_top=32, num_asked=4
+)
+PROMPT_EDITS = dataclasses.replace(EDITS, num_prompt_top=32)
+STEPS: Mapping[str, Step] = {
+    # One of each kind of products: cut for few rows, cut for more, XLA's.
+    "llama-8b decode 1": Step("llama-8b", 1, True),
+    "llama-8b decode 32": Step("llama-8b", 32, True),
+    "llama-8b decode 256": Step("llama-8b", 256, True),
+    "llama-8b decode 32 edits": Step("llama-8b", 32, True, edits=EDITS),
+    "llama-8b mixed 1024": Step("llama-8b", 1024, False),
+    "opt-125m-llama decode 32 times 4": Step("opt-125m-llama", 32, True, depth=4),
+    "opt-125m-llama mixed 1024": Step("opt-125m-llama", 1024, False),
+    "opt-125m-llama mixed 32 edits": Step("opt-125m-llama", 32, False, edits=PROMPT_EDITS),
+}
+PROGRAMS: Mapping[str, Callable[[], Compiled]] = {name: each.compile for name, each in STEPS.items()}
+WRONG_STEPS: Mapping[str, Step] = {
+    "undonated": Step("opt-125m-llama", 1, True),
+    "plain": Step("opt-125m-llama", 64, True),
+    "sliced": Step("opt-125m-llama", 1, True, make_model=Sliced),
+}
+WRONG: Mapping[str, Callable[[], Compiled]] = {
+    "undonated": functools.partial(WRONG_STEPS["undonated"].compile, Undonated),
+    "plain": functools.partial(WRONG_STEPS["plain"].compile, Plain),
+    "sliced": WRONG_STEPS["sliced"].compile,
+}

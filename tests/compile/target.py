@@ -1,0 +1,48 @@
+"""An NVIDIA H200 to compile for where there is none: XLA's CUDA compiler needs only its description."""
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled
+
+from tests.kernels.cases import cuda_target
+
+WHEELS = Path(sys.prefix) / "cuda-compiler"  # where the Makefile puts the CUDA compiler of a CPU machine
+DESCRIPTION = Path(__file__).parent / "h200.txtpb"
+
+
+def compiler_path() -> list[str] | None:
+    """What to add to the path of imports for the CUDA compiler of JAX; None: there is none."""
+    if any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
+        return []  # JAX's CUDA build, as on a GPU machine
+    return [str(WHEELS)] if WHEELS.exists() else None
+
+
+@functools.cache
+def sharding() -> NamedSharding:
+    """Of every argument: whole, on the one H200."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=DESCRIPTION.read_text(), topology="1x1x1"
+    )
+    mesh: Mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def struct(shape: Sequence[int], dtype: Any = jnp.int32) -> Any:
+    """Stands for an array."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding())
+
+
+def compile_for_h200(function: Callable[..., Any], *args: Any, donate: Sequence[int] = ()) -> Compiled:
+    """The function, traced for the shapes of `args`, through XLA and NVIDIA's assembler."""
+    with cuda_target():
+        lowered = jax.jit(function, donate_argnums=donate).lower(*args)
+    return lowered.compile()

@@ -1,0 +1,42 @@
+"""The chosen tiles on an H200, found without one: no spilled registers, enough shared memory."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from tests.compile.kernels import PROGRAMS
+from tests.compile.worker import Report
+
+pytestmark = pytest.mark.timeout(1200)  # the first test to ask for `compiled` waits for all programs
+
+
+def assert_fits(report: Report) -> None:
+    assert not report.error  # XLA makes a spill one
+    assert set(report.spilled_bytes) <= {0}, report.printed
+    if "mosaic_gpu" in report.hlo:
+        assert report.spilled_bytes, "its assembler was not heard"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_chosen_tiles_fit_and_spill_no_registers(compiled: Mapping[str, Report], program: str) -> None:
+    assert_fits(compiled[program])
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (
+            "paged_attention of 9 stages",
+            r"Shared memory size limit exceeded: requested 5\d+, available: 23\d+",
+        ),
+        ("ragged_prefill of 4 warps", "discarded due to register spilling"),
+        ("mosaic_prefill of 4 stages", "exceeds available shared memory"),
+        ("gated_linear of 8 stages", "exceeds available shared memory"),
+        ("mosaic_prefill of 256 slots", r"[1-9]\d* bytes spill stores"),
+    ],
+)
+def test_tiles_that_are_too_large_are_found(
+    compiled: Mapping[str, Report], program: str, message: str
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        assert_fits(compiled[program])

@@ -1,0 +1,121 @@
+"""What XLA makes of the engine's programs on an H200, found without one."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import pytest
+
+from pjengine.edit_sizes import NO_SIZES
+from pjengine.logprobs import BLOCK
+from pjengine.memory import activation_bytes
+from tests.compile.hlo import copies
+from tests.compile.steps import DTYPE, STEPS, WRONG_STEPS, Step
+from tests.compile.worker import Report
+
+pytestmark = pytest.mark.timeout(1200)  # the first test to ask for `compiled` waits for all programs
+every_program = pytest.mark.parametrize("program", STEPS)
+
+CUBLAS_BYTES = 32 * 2**20  # its workspace
+FUSED = {"skinny_linear", "skinny_merge", "rope_kv_write", "paged_decode", "keep_threshold"}
+KERNELS = {
+    "llama-8b decode 1": FUSED | {"paged_decode_merge"},
+    "llama-8b decode 32": FUSED | {"paged_decode_merge"},
+    "llama-8b decode 32 edits": FUSED | {"paged_decode_merge"},
+    "llama-8b decode 256": {"rope_kv_write", "paged_decode", "keep_threshold"},
+    "llama-8b mixed 1024": {"ragged_paged_attention_mosaic", "keep_threshold"},
+    "opt-125m-llama decode 32 times 4": FUSED,
+    "opt-125m-llama mixed 1024": {"ragged_paged_attention_mosaic", "keep_threshold"},
+    "opt-125m-llama mixed 32 edits": {"ragged_paged_attention_mosaic", "keep_threshold"},
+}
+
+
+def temp_bound(step: Step) -> int:
+    """The larger of what a layer keeps and what sampling does, and cuBLAS's workspace.
+
+    Sampling is fused around one array of logits; with edits it has up to the six that the memory plan
+    counts. A layer's weights would not fit.
+    """
+    config, layout, num_copies = step.model.config, step.layout, 1 if step.edits == NO_SIZES else 6
+    layer = layout.num_tokens * DTYPE.itemsize * (4 * config.hidden_size + 3 * config.intermediate_size)
+    num_rows = layout.num_seqs if step.edits.num_prompt_top is None else BLOCK
+    return CUBLAS_BYTES + max(layer, num_copies * num_rows * config.vocab_size * 4)
+
+
+def assert_updated_in_place(step: Step, report: Report) -> None:
+    _, *donated = step.state()
+    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(donated))
+    assert report.alias_bytes >= num_bytes, "what is donated does not come back in the same memory"
+    assert report.temp_bytes <= temp_bound(step)
+
+
+def assert_copies_nothing(step: Step, report: Report) -> None:
+    """Neither K nor V, nor the weights of all layers or of one."""
+    params, cache, _ = step.state()
+    stacks = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params["layers"]) if len(leaf.shape) > 2]
+    layers = [size // step.model.config.num_layers for size in stacks]
+    large = {("bf16", size) for size in (math.prod(cache.k.shape), *stacks, *layers)}
+    assert copies(report.hlo, large) == []
+
+
+def assert_makes_products_in_cublas(_: Step, report: Report) -> None:
+    assert not re.findall(r'"kind":"__triton\w*gemm\w*"', report.hlo), "XLA makes products in Triton"
+    assert "__cublas" in report.hlo
+
+
+def assert_finds_room(_: Step, report: Report) -> None:
+    assert "hlo_rematerialization" not in report.printed, "XLA takes the cache for two"
+
+
+@every_program
+def test_a_step_compiles_and_spills_no_registers(compiled: Mapping[str, Report], program: str) -> None:
+    assert not compiled[program].error
+    assert set(compiled[program].spilled_bytes) <= {0}
+
+
+@every_program
+def test_cache_and_rows_are_updated_in_place(compiled: Mapping[str, Report], program: str) -> None:
+    assert_updated_in_place(STEPS[program], compiled[program])
+
+
+@every_program
+def test_neither_cache_nor_weights_are_copied(compiled: Mapping[str, Report], program: str) -> None:
+    assert_copies_nothing(STEPS[program], compiled[program])
+
+
+@every_program
+def test_the_memory_plan_holds(compiled: Mapping[str, Report], program: str) -> None:
+    layout, config = STEPS[program].layout, STEPS[program].model.config
+    planned = activation_bytes(config, DTYPE, layout.num_tokens, layout.num_seqs)
+    assert compiled[program].temp_bytes <= planned
+
+
+@every_program
+def test_xla_has_the_options_of_the_engine(compiled: Mapping[str, Report], program: str) -> None:
+    assert_makes_products_in_cublas(STEPS[program], compiled[program])
+    assert_finds_room(STEPS[program], compiled[program])
+
+
+@every_program
+def test_the_kernels_are_the_ones_meant_for_it(compiled: Mapping[str, Report], program: str) -> None:
+    scopes = re.findall(r"/(\w+)/(?:pallas_call|mpmd_map|run_scoped)\b", compiled[program].hlo)
+    assert set(scopes) == KERNELS[program]
+
+
+@pytest.mark.parametrize(
+    ("program", "check", "message"),
+    [
+        ("undonated", assert_updated_in_place, "does not come back in the same memory"),
+        ("undonated", assert_copies_nothing, r"copy\(%cache_k"),
+        ("sliced", assert_copies_nothing, "concatenate"),
+        ("plain", assert_makes_products_in_cublas, "products in Triton"),
+        ("plain", assert_finds_room, "the cache for two"),
+    ],
+)
+def test_a_step_that_is_made_wrong_is_found(
+    compiled: Mapping[str, Report], program: str, check: Callable[[Step, Report], None], message: str
+) -> None:
+    assert not compiled[program].error
+    with pytest.raises(AssertionError, match=message):
+        check(WRONG_STEPS[program], compiled[program])
