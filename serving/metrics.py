@@ -9,8 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from pjengine.engine import LLMEngine
 from pjengine.outputs import RequestOutput
-from pjengine.pallas_kernels.dispatch import chosen_backends
-from pjengine.serving.stats import read_stats
+from pjengine.stats import read_stats
 
 _LABELS = ("model_name", "engine")
 _STEPS = (1, 2.5, 5)
@@ -130,6 +129,6 @@ class _EngineCollector:
         backends = GaugeMetricFamily(
             f"{self._prefix}:kernel_backend_info", "What runs each op.", labels=(*_LABELS, "op", "backend")
         )
-        for op, backend in sorted(chosen_backends().items()):
+        for op, backend in stats.kernel_backends.items():
             backends.add_metric((*self._labels, op, backend), 1)
         yield backends

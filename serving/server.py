@@ -19,7 +19,7 @@ from pjengine.config import EngineConfig
 from pjengine.serving.app import build_app
 from pjengine.serving.server_config import ServerConfig
 from pjengine.serving.service import Service
-from pjengine.serving.stats import log_stats, read_stats
+from pjengine.stats import log_stats, read_stats
 
 logger = logging.getLogger(__name__)
 

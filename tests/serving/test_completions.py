@@ -146,10 +146,11 @@ def test_logprobs_are_parallel_lists_whose_offsets_point_into_the_text(client: C
 
 
 def test_no_tokens_with_echo_scores_the_prompt(client: Client) -> None:
-    body = {"prompt": [PROMPT, "import os\n"], "echo": True, "logprobs": 2, "temperature": 0}
+    prompts = [PROMPT, "import os\n"]
+    body = {"prompt": prompts, "echo": True, "logprobs": 2, "temperature": 0}
     longer = client.answer(PATH, **{**body, "max_tokens": 1})["choices"]
     answer = client.answer(PATH, **body, max_tokens=0)
-    for choice, prompt, other in zip(answer["choices"], body["prompt"], longer, strict=True):
+    for choice, prompt, other in zip(answer["choices"], prompts, longer, strict=True):
         num_prompt = len(encode(client, prompt))
         assert (choice["text"], choice["finish_reason"]) == (prompt, "length")
         assert_close(choice["logprobs"]["token_logprobs"], other["logprobs"]["token_logprobs"][:num_prompt])

@@ -116,7 +116,7 @@ def test_the_line_of_figures_says_what_has_happened(
 ) -> None:
     import dataclasses
 
-    from pjengine.serving.stats import log_stats, read_stats
+    from pjengine.stats import log_stats, read_stats
 
     before = read_stats(llm.engine)
     now = before
@@ -131,7 +131,7 @@ def test_the_line_of_figures_says_what_has_happened(
             num_cache_queries=before.num_cache_queries + 80,
             num_cache_hits=before.num_cache_hits + 20,
         )
-    with caplog.at_level("INFO", logger="pjengine.serving.stats"):
+    with caplog.at_level("INFO", logger="pjengine.stats"):
         log_stats(before, now, 10.0)
     line = (
         "prompt 10.0 tokens/s, generation 5.0 tokens/s, running 3, waiting 2, preempted 0, KV usage 25.0%, "

@@ -114,7 +114,13 @@ def test_a_refused_field_may_ask_for_nothing(client: Client) -> None:
     for path, body in BODIES.items():
         client.answer(path, **body, **dict.fromkeys(REFUSED_FIELDS))
         client.answer(path, **body, **{name: refusal.neutral for name, refusal in REFUSED_FIELDS.items()})
-    reply = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": None, "annotations": []}
+    reply: dict[str, Any] = {
+        "role": "assistant",
+        "content": "b",
+        "refusal": None,
+        "tool_calls": None,
+        "annotations": [],
+    }
     client.answer(CHAT, messages=[*BODIES[CHAT]["messages"], reply], max_tokens=1)
 
 

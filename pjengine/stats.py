@@ -1,9 +1,11 @@
 """What the engine has done and is doing, in numbers, and in a line for the log."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pjengine.engine import LLMEngine
+from pjengine.pallas_kernels.dispatch import chosen_backends
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,7 @@ class EngineStats:
     num_cache_queries: int
     num_cache_hits: int
     num_recompiles: int
+    kernel_backends: Mapping[str, str]  # of each op that was traced; programs from the cache are not
 
 
 def read_stats(engine: LLMEngine) -> EngineStats:
@@ -35,6 +38,7 @@ def read_stats(engine: LLMEngine) -> EngineStats:
         num_cache_queries=scheduler.num_cache_queries,
         num_cache_hits=scheduler.num_cache_hits,
         num_recompiles=engine.runner.recompiles_after_warmup,
+        kernel_backends=chosen_backends(),
     )
 
 
