@@ -216,6 +216,12 @@ def compile_cache_folder(wanted: str | None) -> Path | None:
         return None
 
 
+def api_keys() -> tuple[str, ...]:
+    """The server's key that the environment sets, if it does."""
+    key = os.environ.get("PJENGINE_API_KEY")
+    return (key,) if key else ()
+
+
 def xla_flags() -> str:
     """The flags that XLA was started with."""
     return os.environ.get("XLA_FLAGS", "")

@@ -45,6 +45,7 @@ class LLMEngine:
         compile_cache = open_compile_cache(compile_cache_folder(config.compile_cache_dir))
         self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache)
         self.scheduler = self._new_scheduler()
+        self.num_generation_tokens = 0
         self._in_flight: Launched | None = None
         self._turns = Turns()  # to change what is below, and the scheduler
         self._generations: dict[str, Generation] = {}
@@ -208,6 +209,7 @@ class LLMEngine:
             completion, generation = self._completions[request.request_id]
             for token in sampled[:length, seq].tolist():
                 completion.push(token, now, arrays, seq)
+                self.num_generation_tokens += token >= 0
                 if request.is_finished:
                     finished.append(completion)
                     break
@@ -226,6 +228,7 @@ class LLMEngine:
             metrics.last_token_s = now
             metrics.num_generation_tokens += depth
             grown.append(completions[request.request_id][1])
+        self.num_generation_tokens += depth * len(plain)
         for seq in np.flatnonzero(is_live & ~is_plain).tolist():
             look(decodes.requests[seq], seq, int(decodes.lengths[seq]))
         for seq, chunk in enumerate(schedule.chunks, len(decodes.requests)):

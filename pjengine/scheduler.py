@@ -41,6 +41,8 @@ class Scheduler:
     can_edit: Callable[[np.ndarray, Callable[[], np.ndarray]], bool] = lambda now, soon: True
     num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
     num_cache_hits: int = 0  # tokens found there
+    num_prompt_tokens: int = 0  # of requests that have got a row
+    num_preemptions: int = 0
     rows: RowTable = field(init=False)
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
@@ -62,6 +64,10 @@ class Scheduler:
     def waiting(self) -> list[Request]:
         """Those without a row, in the order in which they will be admitted."""
         return [request for _, request in sorted(self._waiting)]
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises as `check_fits` does."""
@@ -253,6 +259,7 @@ class Scheduler:
         if request.metrics.scheduled_s is None:
             request.metrics.scheduled_s = time.perf_counter()
             request.num_cached_tokens = num_cached
+            self.num_prompt_tokens += len(request.prompt_token_ids)
 
     def _take(
         self,
@@ -311,6 +318,7 @@ class Scheduler:
         self._free(request)
         request.status = RequestStatus.WAITING
         request.metrics.num_preemptions += 1
+        self.num_preemptions += 1
         heapq.heappush(self._waiting, (request.rank, request))
 
     def finish(self, requests: Iterable[Request]) -> None:

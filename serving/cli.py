@@ -23,6 +23,7 @@ from pjengine.serving.options import (
     add_options,
     given,
 )
+from pjengine.serving.serve_command import add_serve
 
 MAX_TOKENS = 128  # of `generate`, where nobody says; SamplingParams' own 16 are few for a person who reads
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("pjengine").setLevel(logging.INFO if args.verbose else logging.WARNING)
     try:
-        args.run(args)
+        status = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"the device is out of memory: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 def _refuse(reason: object) -> int:
@@ -61,6 +62,7 @@ def _parser() -> Parser:
     parser = Parser(prog="pjengine", description="LLM inference in JAX on NVIDIA GPUs, or a CPU.")
     parser.add_argument("--version", action="version", version=f"pjengine {pjengine.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_serve(commands)
     _add_generate(commands)
     _add_plan(commands)
     add_bench(commands)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from pjengine.config import EngineConfig
-from pjengine.sampling_params import SamplingParams
 
 
 def positive(text: str) -> int:
@@ -29,10 +28,10 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 class Option(NamedTuple):
-    """An option that is a field of EngineConfig or SamplingParams, which checks its value."""
+    """An option that is a field of a dataclass, which checks its value."""
 
     field: str
-    kind: Any
+    kind: Any  # what makes a value of the text; an action; or all that argparse wants to know
     metavar: str
     help: str  # where the field's default is None it says what that means
     flag: str | None = None  # None: the field's name
@@ -40,6 +39,14 @@ class Option(NamedTuple):
     @property
     def name(self) -> str:
         return self.flag or f"--{self.field.replace('_', '-')}"
+
+    @property
+    def how(self) -> dict[str, Any]:
+        if isinstance(self.kind, dict):
+            return self.kind
+        if isinstance(self.kind, type) and issubclass(self.kind, argparse.Action):
+            return {"action": self.kind}
+        return {"metavar": self.metavar, "type": self.kind}
 
 
 ENGINE_OPTIONS = (
@@ -90,9 +97,25 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if args is not None and self._subparsers is None:  # before a missing option is complained about
-            self._refuse_unknown(args)
+        if args is not None and self._subparsers is None:
+            args = [*self._config_file(args), *args]
+            self._refuse_unknown(args)  # before a missing option is complained about
         return super().parse_known_args(args, namespace)
+
+    def _config_file(self, args: Sequence[str]) -> list[str]:
+        """What the file of `--config` says, if the command has such an option, and it is given."""
+        if "--config" not in self._option_string_actions:
+            return []
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        if (path := finder.parse_known_args(args)[0].config) is None:
+            return []
+        from pjengine.serving.config_file import read_arguments
+
+        try:
+            return read_arguments(path, self._option_string_actions)
+        except (OSError, ValueError) as error:
+            self.error(str(error))
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:
         for arg in args:
@@ -119,19 +142,17 @@ class _HelpFormatter(argparse.HelpFormatter):
         return action.help if is_said else f"{action.help} (default: %(default)s)"
 
 
-def add_options(group: Any, options: Iterable[Option], settings: type[EngineConfig | SamplingParams]) -> None:
+def add_options(group: Any, options: Iterable[Option], settings: type[Any]) -> None:
     """Adds options that are left out of the namespace unless given; the dataclass knows the defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     for option in options:
         default = defaults[option.field]
-        is_said = default is None or default is dataclasses.MISSING
-        is_switch = isinstance(option.kind, type) and issubclass(option.kind, argparse.Action)
-        how = {"action": option.kind} if is_switch else {"metavar": option.metavar, "type": option.kind}
+        is_said = default in (None, False, (), dataclasses.MISSING) or "(default" in option.help
         group.add_argument(
             option.name,
             default=argparse.SUPPRESS,
             help=option.help if is_said else f"{option.help} (default: {default})",
-            **how,
+            **option.how,
         )
 
 

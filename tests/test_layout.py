@@ -17,6 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     "pjengine": {"models", "sharding", "pallas_kernels"},
     "serving": {"pjengine"},
 }
+# Deeper than one level: `python -m pjengine.serving.openai.api_server` has been the command since 2023.
+NESTED = {"pjengine.serving.openai": "serving/openai"}
 HOST_ONLY = (
     "edits.py",
     "edit_sizes.py",
@@ -146,7 +148,11 @@ def test_file_names_are_nouns_of_the_field() -> None:
 def test_packages_in_pyproject_equal_the_folders() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = set(project["tool"]["setuptools"]["packages"])
-    assert packages == {"pjengine"} | {f"pjengine.{name}" for name in PACKAGES[1:]}
+    assert packages == {"pjengine"} | {f"pjengine.{name}" for name in PACKAGES[1:]} | NESTED.keys()
+    folders = project["tool"]["setuptools"]["package-dir"]
+    assert folders == {"pjengine": "pjengine"} | {f"pjengine.{name}": name for name in PACKAGES[1:]} | NESTED
+    own = {str(path.parent.relative_to(ROOT)) for path in sources(*PACKAGES) if path.name == "__init__.py"}
+    assert own == set(folders.values())
     for name in PACKAGES[1:]:
         link = ROOT / "pjengine" / name
         assert link.is_symlink() and link.resolve() == ROOT / name

@@ -1,0 +1,65 @@
+"""What the engine has done and is doing, in numbers, and in a line for the log."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pjengine.engine import LLMEngine
+from pjengine.pallas_kernels.dispatch import chosen_backends
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """One moment of an engine. Its thread may go on while they are read: each number is whole."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float  # of the pages; 1: all
+    num_prompt_tokens: int  # and all below: since the engine started
+    num_generation_tokens: int
+    num_preemptions: int
+    num_cache_queries: int
+    num_cache_hits: int
+    num_recompiles: int
+    kernel_backends: Mapping[str, str]  # of each op that was traced; programs from the cache are not
+
+
+def read_stats(engine: LLMEngine) -> EngineStats:
+    scheduler = engine.scheduler
+    return EngineStats(
+        num_running=scheduler.rows.num_rows - scheduler.rows.num_free,
+        num_waiting=scheduler.num_waiting,
+        kv_cache_usage=1 - scheduler.pool.num_free / scheduler.pool.num_usable,
+        num_prompt_tokens=scheduler.num_prompt_tokens,
+        num_generation_tokens=engine.num_generation_tokens,
+        num_preemptions=scheduler.num_preemptions,
+        num_cache_queries=scheduler.num_cache_queries,
+        num_cache_hits=scheduler.num_cache_hits,
+        num_recompiles=engine.runner.recompiles_after_warmup,
+        kernel_backends=chosen_backends(),
+    )
+
+
+def log_stats(before: EngineStats, now: EngineStats, seconds: float) -> None:
+    """Logs what has happened in between; at the level of debugging, if nothing has."""
+
+    def grown(name: str) -> int:
+        return max(0, getattr(now, name) - getattr(before, name))  # smaller: the engine has started over
+
+    queries = grown("num_cache_queries")
+    hits = f"{grown('num_cache_hits') / queries:.1%}" if queries else "-"
+    is_idle = before.num_running == now.num_running == now.num_waiting == grown("num_generation_tokens") == 0
+    logger.log(
+        logging.DEBUG if is_idle else logging.INFO,
+        "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, preempted %d, "
+        "KV usage %.1f%%, prefix hits %s",
+        grown("num_prompt_tokens") / seconds,
+        grown("num_generation_tokens") / seconds,
+        now.num_running,
+        now.num_waiting,
+        grown("num_preemptions"),
+        100 * now.kv_cache_usage,
+        hits,
+    )

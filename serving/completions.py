@@ -1,0 +1,124 @@
+"""POST /v1/completions."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from pjengine.outputs import CompletionOutput, RequestOutput
+from pjengine.serving.answer import Answer, Choice, Form
+from pjengine.serving.errors import RESPONSES, ApiError
+from pjengine.serving.logprobs import CompletionLogprobs, Spelling, prompt_logprobs
+from pjengine.serving.protocol import CompletionRequest
+from pjengine.serving.request_id import request_id_of
+from pjengine.serving.service import Call, Service, service_of
+from pjengine.token_logprobs import LogprobsList
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", responses=RESPONSES)
+async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    """Continues each prompt."""
+    service = service_of(request)
+    service.check_model(body.model)
+    request_id = request_id_of(request, body.request_id)
+    return Answer(
+        service=service,
+        body=body,
+        call=_call(body, service, f"cmpl-{request_id}"),
+        form=_CompletionForm(body, service),
+        kind="text_completion",
+        request_id=request_id,
+    ).send()
+
+
+def _call(body: CompletionRequest, service: Service, request_id: str) -> Call:
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(400, "max_tokens=0 shows nothing without echo", param="max_tokens")
+    # The engine generates at least one token; `_CompletionForm` hides it.
+    max_tokens = service.default_params.max_tokens if body.max_tokens is None else body.max_tokens or 1
+    params = body.sampling_params(service.default_params, max_tokens=max_tokens, logprobs=body.logprobs)
+    if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
+        params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
+    read = partial(service.prompts.read, add_special_tokens=body.add_special_tokens)
+    return Call(
+        request_id=request_id,
+        readers=[partial(read, prompt) for prompt in body.prompts],
+        params=params,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+        user=body.user,
+    )
+
+
+class _CompletionForm(Form):
+    """Choices of all prompts, in the order of the prompts."""
+
+    def __init__(self, body: CompletionRequest, service: Service) -> None:
+        self._body = body
+        self._spelling = Spelling(
+            tokenizer=service.prompts.tokenizer,
+            is_by_id=body.return_tokens_as_token_ids or service.config.return_tokens_as_token_ids,
+        )
+        self._begun: dict[int, CompletionLogprobs] = {}  # by index of the choice
+        self._prompt_logprobs: dict[int, LogprobsList] = {}  # by index of the prompt
+
+    def extras(self, output: RequestOutput) -> dict[str, Any]:
+        return {}
+
+    def choices(self, index: int, output: RequestOutput) -> list[Choice]:
+        if self._body.max_tokens == 0:
+            for completion in output.outputs:
+                completion.text, completion.token_ids, completion.logprobs = "", [], []
+                completion.finish_reason, completion.stop_reason = "length", None
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs[index] = output.prompt_logprobs
+        choices = [self._choice(index, output, completion) for completion in output.outputs]
+        return [choice for choice in choices if choice is not None]
+
+    def _choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Choice | None:
+        body = self._body
+        text, token_ids, positions = completion.text, completion.token_ids, completion.logprobs or []
+        choice_index = index * (body.n or 1) + completion.index
+        is_first = choice_index not in self._begun
+        if is_first:
+            is_shown = body.skip_special_tokens is False
+            self._begun[choice_index] = CompletionLogprobs(self._spelling, has_special=is_shown)
+            if body.echo:
+                text = self._prompt_text(output) + text
+                token_ids = output.prompt_token_ids + token_ids
+                positions = [*self._prompt_logprobs.get(index, ()), *positions]
+        if (
+            not text
+            and completion.finish_reason is None
+            and body.logprobs is None
+            and not body.return_token_ids
+        ):
+            return None  # a character that is not complete, or what may become a stop string
+        choice: Choice = {
+            "index": choice_index,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+        if body.logprobs is not None:
+            choice["logprobs"] = self._begun[choice_index].chunk(token_ids, positions)
+        if body.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+            if is_first:
+                choice["prompt_token_ids"] = output.prompt_token_ids
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(self._prompt_logprobs[index])
+        return choice
+
+    def _prompt_text(self, output: RequestOutput) -> str:
+        if output.prompt is not None and self._body.truncate_prompt_tokens is None:
+            return output.prompt
+        tokenizer = self._spelling.tokenizer
+        return (
+            "" if tokenizer is None else tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+        )

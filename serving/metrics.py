@@ -1,0 +1,134 @@
+"""Metrics for Prometheus, under vLLM's names."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import Counter as PrometheusCounter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from pjengine.engine import LLMEngine
+from pjengine.outputs import RequestOutput
+from pjengine.stats import read_stats
+
+_LABELS = ("model_name", "engine")
+_STEPS = (1, 2.5, 5)
+_SECONDS = tuple(step * 10.0**power for power in range(-3, 4) for step in _STEPS)
+_TOKENS = tuple(step * 10**power for power in range(7) for step in (1, 2, 5))
+
+# Histogram -> what it holds, from the metrics of a request that has ended.
+_TIMES = {
+    "time_to_first_token_seconds": ("From arrival to the first token.", "ttft_s"),
+    "request_time_per_output_token_seconds": ("Mean time per output token after the first.", "tpot_s"),
+    "e2e_request_latency_seconds": ("From arrival to the end.", "e2e_s"),
+    "request_queue_time_seconds": ("From arrival, tokenization included, to the first step.", "queue_s"),
+    "request_prefill_time_seconds": ("From the first step to the first token.", "prefill_s"),
+    "request_decode_time_seconds": ("From the first token to the last.", "decode_s"),
+}
+
+
+class Metrics:
+    """What is measured of requests as they pass, and what the engine counts by itself."""
+
+    def __init__(self, engine: LLMEngine, *, model_name: str, prefix: str) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engine, prefix, (model_name, "0")))
+        self._labels = (model_name, "0")
+
+        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+            made = Histogram(f"{prefix}:{name}", help, _LABELS, registry=self._registry, buckets=buckets)
+            return made.labels(*self._labels)
+
+        self._times = {
+            attribute: histogram(name, help, _SECONDS) for name, (help, attribute) in _TIMES.items()
+        }
+        self.gaps = histogram(
+            "inter_token_latency_seconds", "Between tokens of requests that are streamed.", _SECONDS
+        )
+        self._prompt_tokens = histogram("request_prompt_tokens", "Tokens of prompts.", _TOKENS)
+        self._generation_tokens = histogram("request_generation_tokens", "Tokens of answers.", _TOKENS)
+        self._ends = PrometheusCounter(
+            f"{prefix}:request_success",
+            "Continuations that have ended, by reason.",
+            (*_LABELS, "finished_reason"),
+            registry=self._registry,
+        )
+
+    def watch(self, n: int) -> "Watch":
+        """For a request that begins."""
+        return Watch(self, n)
+
+    def add(self, output: RequestOutput | None, reasons: Counter[str]) -> None:
+        """Counts a request that has ended; `output` is its last, if there was any."""
+        for reason, count in reasons.items():
+            self._ends.labels(*self._labels, reason).inc(count)
+        if output is None:
+            return
+        for attribute, histogram in self._times.items():
+            if (value := getattr(output.metrics, attribute)) is not None:
+                histogram.observe(value)
+        self._prompt_tokens.observe(len(output.prompt_token_ids))
+        self._generation_tokens.observe(output.metrics.num_generation_tokens)
+
+    def exposition(self) -> bytes:
+        """All of them, in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+class Watch:
+    """What is seen of one request."""
+
+    def __init__(self, metrics: Metrics, n: int) -> None:
+        self._metrics, self._n = metrics, n
+        self._output: RequestOutput | None = None
+        self._last_token_s: float | None = None
+        self._reasons: Counter[str] = Counter()
+
+    def see(self, output: RequestOutput) -> None:
+        last_token_s = output.metrics.last_token_s
+        if self._last_token_s is not None and last_token_s is not None and last_token_s > self._last_token_s:
+            self._metrics.gaps.observe(last_token_s - self._last_token_s)
+        self._output, self._last_token_s = output, last_token_s
+        for completion in output.outputs:
+            if completion.finish_reason is not None:
+                self._reasons[completion.finish_reason] += 1
+
+    def end(self) -> None:
+        """Whatever has not finished by now has been left by its client, or by the engine."""
+        if left := self._n - self._reasons.total():
+            self._reasons["abort"] += left
+        self._metrics.add(self._output, self._reasons)
+
+
+class _EngineCollector:
+    """Reads the engine when Prometheus asks: whole numbers, which another thread may change meanwhile."""
+
+    def __init__(self, engine: LLMEngine, prefix: str, labels: tuple[str, str]) -> None:
+        self._engine, self._prefix, self._labels = engine, prefix, labels
+
+    def collect(self) -> Iterator[Metric]:
+        stats = read_stats(self._engine)
+        gauges = {
+            "num_requests_running": ("Continuations that run.", stats.num_running),
+            "num_requests_waiting": ("Continuations that wait for room.", stats.num_waiting),
+            "kv_cache_usage_perc": ("Share of the KV pages that are held; 1 is all.", stats.kv_cache_usage),
+        }
+        counters = {
+            "prompt_tokens": ("Tokens of prompts that have begun to run.", stats.num_prompt_tokens),
+            "generation_tokens": ("Tokens generated.", stats.num_generation_tokens),
+            "num_preemptions": ("Continuations that had to make room.", stats.num_preemptions),
+            "prefix_cache_queries": ("Tokens looked up in the prefix cache.", stats.num_cache_queries),
+            "prefix_cache_hits": ("Tokens found there.", stats.num_cache_hits),
+            "recompiles_after_warmup": ("Programs compiled after warm-up.", stats.num_recompiles),
+        }
+        for kind, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, (help, value) in values.items():
+                family = kind(f"{self._prefix}:{name}", help, labels=_LABELS)
+                family.add_metric(self._labels, value)
+                yield family
+        backends = GaugeMetricFamily(
+            f"{self._prefix}:kernel_backend_info", "What runs each op.", labels=(*_LABELS, "op", "backend")
+        )
+        for op, backend in stats.kernel_backends.items():
+            backends.add_metric((*self._labels, op, backend), 1)
+        yield backends

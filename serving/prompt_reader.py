@@ -1,0 +1,89 @@
+"""What a body says the prompt is -> token ids. Raises ApiError for what is wrong."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from pjengine.serving.errors import ApiError
+from pjengine.serving.protocol import ConversationFields
+from pjengine.tokenizer import Tokenizer
+
+type EncodedPrompt = dict[str, Any]  # "prompt_token_ids", and "prompt" where there is a text
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptReader:
+    """Encodes texts and conversations with the model's tokenizer and chat template."""
+
+    tokenizer: Tokenizer | None
+    is_request_template_trusted: bool = False
+    default_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def read(self, prompt: str | list[int], *, add_special_tokens: bool) -> EncodedPrompt:
+        if not isinstance(prompt, str):
+            return {"prompt_token_ids": prompt}
+        return {"prompt": prompt, "prompt_token_ids": self._encode(prompt, add_special_tokens)}
+
+    def read_chat(self, body: ConversationFields) -> EncodedPrompt:
+        text = self._render(body)
+        return {"prompt": text, "prompt_token_ids": self._encode(text, body.add_special_tokens)}
+
+    def decode(self, token_ids: list[int]) -> str:
+        tokenizer = self._needed("detokenizing")
+        if outside := [token for token in token_ids if not 0 <= token < len(tokenizer)]:
+            raise ApiError(400, f"token id {outside[0]} is out of the vocabulary", param="tokens")
+        return tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def token_texts(self, token_ids: list[int]) -> list[str]:
+        """Each token as it is in the vocabulary, pieces of characters included."""
+        return self._needed("return_token_strs").hf.convert_ids_to_tokens(token_ids)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        tokenizer = self._needed("a text")
+        try:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+
+    def _render(self, body: ConversationFields) -> str:
+        tokenizer = self._needed("a conversation")
+        if body.chat_template is not None and not self.is_request_template_trusted:
+            raise ApiError(
+                400,
+                "chat_template is refused: a template is a program, and this server runs without "
+                "--trust-request-chat-template",
+                param="chat_template",
+            )
+        if taken := self._reserved & body.chat_template_kwargs.keys():
+            raise ApiError(
+                400, f"chat_template_kwargs must not hold {min(taken)!r}", param="chat_template_kwargs"
+            )
+        options = {**self.default_template_kwargs, **body.chat_template_kwargs}
+        if body.documents is not None:
+            options["documents"] = body.documents
+        try:
+            return tokenizer.render_chat(
+                [message.for_template() for message in body.messages],
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                chat_template=body.chat_template,
+                **options,
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        except Exception as error:  # a template is a program: it may fail in any way
+            text = f"the chat template does not take these messages: {error!r}"
+            raise ApiError(400, text) from error
+
+    def _needed(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ApiError(400, f"{what} needs a tokenizer, and this server runs without: send token ids")
+        return self.tokenizer
+
+    @cached_property
+    def _reserved(self) -> frozenset[str]:
+        """Names that a template gets from us, or that are settings of the renderer, not of the template."""
+        hf = inspect.signature(self._needed("a conversation").hf.apply_chat_template).parameters
+        return frozenset({*hf, *inspect.signature(Tokenizer.render_chat).parameters})

@@ -1,0 +1,80 @@
+"""Fields of OpenAI's and vLLM's APIs that are not supported: each is refused by name, none is ignored."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pjengine.serving.errors import ApiError
+
+
+class Refusal(NamedTuple):
+    reason: str
+    neutral: object = False  # a value that asks for nothing: taken, as null is
+
+
+_TOOLS = Refusal("tool calls are not supported")
+_BEAMS = Refusal("beam search is not supported")
+_STRUCTURED = Refusal("structured outputs are not supported")
+_REASONING = Refusal("the reasoning of a model is not split from its answer")
+_TEXT_ONLY = Refusal("only text is supported")
+_STORED = Refusal("this server stores no requests")
+_TRANSFERS = Refusal("KV pages are not transferred between engines")
+
+REFUSED_FIELDS: Mapping[str, Refusal] = {
+    **dict.fromkeys(("tools", "functions", "function_call", "parallel_tool_calls"), _TOOLS),
+    "tool_choice": _TOOLS._replace(neutral="none"),
+    **dict.fromkeys(("use_beam_search", "length_penalty", "early_stopping"), _BEAMS),
+    "response_format": _STRUCTURED._replace(neutral={"type": "text"}),
+    "structured_outputs": _STRUCTURED,
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _STRUCTURED),
+    **dict.fromkeys(("reasoning", "reasoning_effort", "thinking_token_budget"), _REASONING),
+    "include_reasoning": _REASONING._replace(neutral=True),
+    **dict.fromkeys(("modalities", "audio", "media_io_kwargs", "mm_processor_kwargs"), _TEXT_ONLY),
+    **dict.fromkeys(("store", "metadata", "safety_identifier", "prompt_cache_key"), _STORED),
+    "suffix": Refusal("text cannot be filled in before a suffix"),
+    "prompt_embeds": Refusal("prompts are text or token ids"),
+    "kv_transfer_params": _TRANSFERS,
+    "vllm_xargs": Refusal("there are no plugins to pass arguments to"),
+    "repetition_detection": Refusal("repetitions are not looked for; repetition_penalty makes them rarer"),
+    "return_prompt_text": Refusal("the prompt is shown as token ids, with return_token_ids"),
+    "prediction": Refusal("predicted outputs are not used"),
+    "service_tier": Refusal("there is one tier; priority orders requests"),
+    "verbosity": Refusal("no model here knows verbosity"),
+    "web_search_options": Refusal("nothing is searched for"),
+}
+
+REFUSED_MESSAGE_FIELDS: Mapping[str, Refusal] = {
+    **dict.fromkeys(("tool_calls", "tool_call_id", "function_call"), _TOOLS),
+    **dict.fromkeys(("reasoning", "reasoning_content"), _REASONING),
+    "audio": _TEXT_ONLY,
+    "refusal": Refusal("a refusal is part of the content"),
+    "annotations": Refusal("annotations are not shown to the model", neutral=[]),
+}
+
+
+REFUSED_PART_FIELDS: Mapping[str, Refusal] = dict.fromkeys(
+    ("image_url", "input_audio", "audio_url", "video_url", "file", "refusal"), _TEXT_ONLY
+)
+
+
+def check_fields(
+    data: Mapping[str, Any], names: Mapping[str, Any], refused: Mapping[str, Refusal]
+) -> dict[str, Any]:
+    """What is left of `data` without nulls, and without refused fields that ask for nothing.
+
+    Raises:
+      ApiError: a field is refused, or there is none of that name.
+    """
+    kept = {}
+    for name, value in data.items():
+        if name in names:
+            if value is not None:
+                kept[name] = value
+        elif (refusal := refused.get(name)) is not None:
+            if value is not None and (type(value) is not type(refusal.neutral) or value != refusal.neutral):
+                raise ApiError(400, f"{name} is refused: {refusal.reason}", param=name)
+        else:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ApiError(400, f"there is no field {name!r:.80}{hint}", param=name[:80])
+    return kept

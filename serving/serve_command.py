@@ -1,0 +1,144 @@
+"""`pjengine serve`: its options, and what they come to."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pjengine.config import EngineConfig, api_keys
+from pjengine.serving.options import (
+    ENGINE_OPTIONS,
+    TOKENIZER_OPTIONS,
+    Option,
+    add_options,
+    given,
+    json_object,
+    positive,
+)
+from pjengine.serving.server_config import ServerConfig
+
+_SWITCH = {"action": "store_true"}
+
+
+def json_list(text: str) -> tuple[str, ...]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise argparse.ArgumentTypeError(f"a JSON list of strings is needed, such as '[\"*\"]', got {text!r}")
+    return tuple(value)
+
+
+def template_text(text: str) -> str:
+    """A chat template, or the file that holds it."""
+    if "{" in text:
+        return text
+    try:
+        return Path(text).read_text()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+
+
+_MODEL_OPTIONS = (
+    Option(
+        "chat_template", template_text, "FILE", "chat template, or its file (default: the tokenizer's own)"
+    ),
+    Option("skip_tokenizer_init", _SWITCH, "", "do without a tokenizer: prompts must be token ids"),
+    Option("warm_up", argparse.BooleanOptionalAction, "", "compile every program at the start"),
+)
+_NETWORK = (
+    Option("host", str, "HOST", "address to serve on; 0.0.0.0: all of this machine's"),
+    Option("port", int, "N", "port to serve on; 0: any that is free"),
+    Option("uds", str, "PATH", "Unix socket to serve on, in place of host and port"),
+    Option("root_path", str, "PATH", "path under which a proxy shows the server"),
+    Option("ssl_keyfile", str, "FILE", "private key: serve over TLS"),
+    Option("ssl_certfile", str, "FILE", "certificate that goes with it"),
+    Option("max_request_bytes", positive, "N", "largest body that is taken"),
+    Option("request_timeout_s", float, "X", "seconds a request may take (default: any)", "--request-timeout"),
+    Option(
+        "max_waiting", int, "N", "continuations that may wait beyond --max-num-seqs (default: any number)"
+    ),
+    Option(
+        "shutdown_timeout_s", float, "X", "seconds for requests to end after SIGTERM", "--shutdown-timeout"
+    ),
+)
+_ACCESS = (
+    Option(
+        "api_keys",
+        {"action": "append", "metavar": "KEY"},
+        "",
+        "key that clients must send; may be given several times (default: $PJENGINE_API_KEY)",
+        "--api-key",
+    ),
+    Option("allowed_origins", json_list, "JSON", "list of web origins whose pages may call (default: none)"),
+    Option("allowed_methods", json_list, "JSON", "list of methods that they may use (default: all)"),
+    Option("allowed_headers", json_list, "JSON", "list of headers that they may send (default: all)"),
+    Option("allow_credentials", _SWITCH, "", "let them send cookies and keys of the browser"),
+    Option(
+        "trust_request_chat_template", _SWITCH, "", "take chat templates from requests: they are programs"
+    ),
+)
+_API = (
+    Option(
+        "served_model_names",
+        {"nargs": "+", "metavar": "NAME"},
+        "",
+        "names of the model in the API, the first in answers (default: MODEL)",
+        "--served-model-name",
+    ),
+    Option("response_role", str, "ROLE", "role of the messages that answer"),
+    Option("default_chat_template_kwargs", json_object, "JSON", "object of variables for the chat template"),
+    Option("return_tokens_as_token_ids", _SWITCH, "", 'write tokens in logprobs as "token_id:17"'),
+    Option("enable_request_id_headers", _SWITCH, "", "answer with an X-Request-Id header"),
+)
+_LOGS = (
+    Option("enable_log_requests", _SWITCH, "", "log each request when it comes and when it ends"),
+    Option("disable_log_stats", _SWITCH, "", "do without the line of figures every 10 seconds"),
+    Option(
+        "metrics_prefix", str, "NAME", "prefix of the names in /metrics; vllm: for dashboards made for vLLM"
+    ),
+    Option("uvicorn_log_level", str, "LEVEL", "critical, error, warning, info, debug or trace"),
+    Option("disable_uvicorn_access_log", _SWITCH, "", "do without a line for each answer"),
+)
+_SERVER_OPTIONS = (*_NETWORK, *_ACCESS, *_API, *_LOGS)
+_ALL_ENGINE_OPTIONS = (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS, *_MODEL_OPTIONS)
+
+
+def add_serve(commands: Any) -> None:
+    """Adds the command."""
+    command = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        usage="%(prog)s [options] MODEL",
+        description="Serves a model over HTTP, as OpenAI's API. SIGTERM lets running requests end first.",
+    )
+    command.set_defaults(run=_serve, verbose=True)
+    command.add_argument(
+        "positional_model",
+        metavar="MODEL",
+        nargs="?",
+        help='folder, Hub id, or "demo" for the packaged model',
+    )
+    command.add_argument("--model", metavar="MODEL", help="the same, as an option")
+    command.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of options, such as 'port: 8001'; those given here come first",
+    )
+    for title, options in (("network", _NETWORK), ("access", _ACCESS), ("API", _API), ("logs", _LOGS)):
+        add_options(command.add_argument_group(title), options, ServerConfig)
+    add_options(command.add_argument_group("engine"), _ALL_ENGINE_OPTIONS, EngineConfig)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    named = {name for name in (args.positional_model, args.model) if name is not None}
+    if len(named) != 1:
+        raise ValueError(f"one MODEL is needed, got {' and '.join(sorted(named)) or 'none'}")
+    (model,) = named
+    # Both refuse before jax is loaded.
+    engine_config = EngineConfig(model=model, **given(args, _ALL_ENGINE_OPTIONS))
+    config = ServerConfig(**{"api_keys": api_keys(), **given(args, _SERVER_OPTIONS)})
+    from pjengine.serving.server import serve
+
+    return serve(engine_config, config)

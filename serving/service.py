@@ -1,0 +1,221 @@
+"""Service: what the routes share. It lets requests in, runs them on the engine, and counts them.
+
+A request's life: the task of its connection calls `outputs`, which reads the prompts, opens one stream
+of the engine for each, and yields what they give. Whoever closes that generator, because the client has
+left, the time is up or the answer is complete, ends the streams, and the engine frees their pages.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastapi import Request
+
+from pjengine.async_llm import AsyncLLM
+from pjengine.outputs import RequestOutput
+from pjengine.sampling_params import MAX_N, SamplingParams
+from pjengine.serving.errors import ApiError, bad_request
+from pjengine.serving.metrics import Metrics
+from pjengine.serving.prompt_reader import EncodedPrompt, PromptReader
+from pjengine.serving.server_config import ServerConfig
+
+logger = logging.getLogger(__name__)
+
+_SAMPLING = [field.name for field in fields(SamplingParams)]
+
+type Outputs = AsyncGenerator[tuple[int, RequestOutput], None]  # by the index of the prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One request of a client, as far as the engine is concerned."""
+
+    request_id: str  # as the client knows it; the engine has ids of its own
+    readers: Sequence[Callable[[], EncodedPrompt]]  # one for each prompt
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+    user: str | None = None
+
+
+class Service:
+    """The engine, who may use it, and what it has done."""
+
+    def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
+        self.llm = llm
+        self.config = config
+        engine = llm.engine
+        self.model_names = config.served_model_names or (engine.config.model,)
+        self.created = int(time.time())
+        self.prompts = PromptReader(
+            tokenizer=engine.tokenizer,
+            is_request_template_trusted=config.trust_request_chat_template,
+            default_template_kwargs=config.default_chat_template_kwargs,
+        )
+        self.metrics = Metrics(engine, model_name=self.model_names[0], prefix=config.metrics_prefix)
+        self.num_requests = 0  # that are being answered
+        self._num_sequences = 0  # of theirs
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="pjengine-prompts")
+
+    @property
+    def default_params(self) -> SamplingParams:
+        return self.llm.engine.default_sampling_params
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError if a model is named that is not served here."""
+        if name is not None and name not in self.model_names:
+            raise ApiError(404, f"The model `{name:.200}` does not exist.", param="model")
+
+    async def read[T](self, function: Callable[[], T]) -> T:
+        """Has the tokenizer's thread do something."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
+
+    async def outputs(self, call: Call) -> Outputs:
+        """Yields what the engine gives for each prompt, until all have finished.
+
+        Raises:
+          ApiError: too many wait already; a prompt or parameter is not possible; or the engine ended the
+            request before its time.
+          EngineGenerateError, EngineDeadError: a step failed, or the engine.
+        """
+        with self._admitted(len(call.readers) * call.params.n), self._logged(call) as log:
+            prompts = [await self.read(reader) for reader in call.readers]
+            streams = [self._stream({**prompt, "cache_salt": call.cache_salt}, call) for prompt in prompts]
+            async with aclosing(merge(streams)) as merged:
+                async for index, output in merged:
+                    log(index, output)
+                    yield index, output
+
+    async def _stream(self, prompt: EncodedPrompt, call: Call) -> AsyncGenerator[RequestOutput, None]:
+        """One prompt's outputs, measured."""
+        params, output = call.params, None
+        watch = self.metrics.watch(params.n)
+        try:
+            async with aclosing(self.llm.generate(prompt, params, priority=call.priority)) as outputs:
+                async for output in outputs:
+                    watch.see(output)
+                    for completion in output.outputs:
+                        if completion.finish_reason == "error":
+                            raise ApiError(500, f"the request failed: {completion.stop_reason}")
+                        if completion.finish_reason == "abort":
+                            raise ApiError(503, "the server is shutting down, and has ended this request")
+                    yield output
+        except (ValueError, TypeError) as error:
+            if output is not None:  # not of the caller, whose mistakes are found before anything is run
+                raise
+            raise bad_request(error, (*_SAMPLING, "priority")) from error
+        finally:
+            watch.end()
+
+    @contextmanager
+    def _admitted(self, num_sequences: int) -> Iterator[None]:
+        if num_sequences == 0:
+            raise ApiError(400, "prompt is empty: at least one is needed", param="prompt")
+        if num_sequences > MAX_N:
+            raise ApiError(
+                400,
+                f"{num_sequences} continuations are asked for at once, of at most {MAX_N}",
+                param="prompt",
+            )
+        most = self.config.max_waiting
+        if most is not None:
+            room = self.llm.engine.runner.config.max_num_seqs + most - self._num_sequences
+            if num_sequences > room:
+                raise ApiError(503, "too many requests wait; try again", headers={"Retry-After": "1"})
+        self.num_requests += 1
+        self._num_sequences += num_sequences
+        try:
+            yield
+        finally:
+            self.num_requests -= 1
+            self._num_sequences -= num_sequences
+
+    @contextmanager
+    def _logged(self, call: Call) -> Iterator[Callable[[int, RequestOutput], None]]:
+        """A line for what came and one for how it ended, if they are wanted; no prompt, no answer."""
+        if not self.config.enable_log_requests:
+            yield lambda index, output: None
+            return
+        name, newest = call.request_id, dict[int, RequestOutput]()
+        changed = _changed(call.params)
+        logger.info(
+            "request %s user=%r prompts=%d params=%.1000s", name, call.user, len(call.readers), changed
+        )
+        begun, end = time.perf_counter(), "given up"
+        try:
+            yield newest.__setitem__
+            end = "finished"
+        except ApiError as error:
+            end = f"refused with {error.status}"
+            raise
+        finally:
+            logger.info(
+                "request %s %s after %.3f s: prompt_tokens=%d output_tokens=%d",
+                name,
+                end,
+                time.perf_counter() - begun,
+                sum(len(output.prompt_token_ids) for output in newest.values()),
+                sum(output.metrics.num_generation_tokens for output in newest.values()),
+            )
+
+    def close(self) -> None:
+        """Ends all requests, and the engine."""
+        self.llm.close()
+        self._tokenizing.shutdown(wait=False)
+
+
+def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+def _changed(params: SamplingParams) -> dict[str, Any]:
+    default = SamplingParams()
+    both = {name: (getattr(params, name), getattr(default, name)) for name in _SAMPLING}
+    return {name: value for name, (value, usual) in both.items() if value != usual}
+
+
+async def merge[T](streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """Yields what any of the streams gives, with its index; the first error ends them all.
+
+    Each stream goes on once its last item has been taken: a slow consumer holds it up, the others do not.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for item in stream:
+                yield 0, item
+        return
+    items: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()  # None: a stream has ended
+    taken = [asyncio.Event() for _ in streams]
+
+    async def pump(index: int, stream: AsyncGenerator[T, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    items.put_nowait((index, item))
+                    await taken[index].wait()
+                    taken[index].clear()
+            items.put_nowait(None)
+        except Exception as error:
+            items.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            found = await items.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                num_open -= 1
+            else:
+                yield found
+                taken[found[0]].set()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
