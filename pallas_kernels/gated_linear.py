@@ -78,8 +78,8 @@ class GatedTiles:
 
         Measured on an H100 with llama-8b's weights, bfloat16, beside cuBLAS and XLA's kernel for the gates:
         2 % less time with 32 and 64 rows, 4 to 10 % from 128 to 1024, 2 to 7 % with 2048, 8 to 10 % with 8192
-        and 16,384. Up to 192 rows halves are better than whole blocks. With 32 blocks, of a model of 768 x 2048,
-        the two were equal.
+        and 16,384. Up to 192 rows halves are better than whole blocks. With 32 blocks, of a model of 768 x
+        2048, the two were equal.
 
         Raises:
           NotImplementedError: less work than was measured to pay.
