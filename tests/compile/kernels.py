@@ -29,7 +29,7 @@ DTYPES = ("bfloat16", "float32")
 CACHE_GIB = (1, 8)
 
 
-def pages(shape: HeadShape, dtype: str, cache_gib: int) -> jax.ShapeDtypeStruct:
+def pages(shape: HeadShape, dtype: str, cache_gib: int) -> Any:
     page_bytes = shape.num_kv_heads * shape.page_size * shape.head_dim * jnp.dtype(dtype).itemsize
     num_pages = cache_gib * 2**30 // page_bytes
     return struct((num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim), dtype)

@@ -80,8 +80,8 @@ def noise(num_rows: int, size: int, **fields: Any) -> np.ndarray:
     from pjengine.sampler import gumbel_noise
 
     keys = {"seed_high": 0, "seed_low": 0, "positions": 0, **fields}
-    rows = [jnp.asarray(np.broadcast_to(value, num_rows), jnp.int32) for value in keys.values()]
-    return np.asarray(gumbel_noise(*rows, size))
+    rows = {name: jnp.asarray(np.broadcast_to(value, num_rows), jnp.int32) for name, value in keys.items()}
+    return np.asarray(gumbel_noise(**rows, size=size))
 
 
 def test_noise_is_gumbel_distributed_along_columns_and_along_rows() -> None:

@@ -75,10 +75,10 @@ def test_values_are_copied_whatever_they_are() -> None:
 @pytest.mark.parametrize("heads", [{"head_dim": 96}, {"group": 6}])
 @pytest.mark.parametrize("backend", ["reference", "triton_interpret"])
 def test_any_heads_will_do(heads: dict[str, int], backend: str) -> None:
-    *args, biases = arguments(**heads)
-    lent = Counters(args[1].shape[2])
-    found = skinny_qkv(*args, biases=biases, eps=EPS, counters=lent, backend=backend)
-    assert_equal(found, reference(*args, biases, eps=EPS))
+    x, weights, layer, where, biases = arguments(**heads)
+    lent = Counters(weights.shape[2])
+    found = skinny_qkv(x, weights, layer, where, biases=biases, eps=EPS, counters=lent, backend=backend)
+    assert_equal(found, reference(x, weights, layer, where, biases, eps=EPS))
     assert not lent.array.any()
 
 
