@@ -12,8 +12,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pjengine.models.state import Batch, KVCache
+from pjengine.pallas_kernels.attention_variant import PLAIN, AttentionVariant, by_head
 from pjengine.pallas_kernels.last_split import Counters
-from pjengine.pallas_kernels.paged_attention import paged_attention
+from pjengine.pallas_kernels.paged_attention import check_attention_arguments, paged_attention
 from pjengine.pallas_kernels.ragged_prefill import ragged_paged_attention
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write, rotate
 
@@ -34,6 +35,7 @@ class PagedAttend:
     num_pages: int  # of one layer
     scale: float
     backend: str | None = None
+    variant: AttentionVariant = PLAIN
 
     def __call__(
         self, qkv: Array, rotary: Rotary, cache: KVCache | None, layer: int
@@ -54,15 +56,16 @@ class PagedAttend:
         if batch.cu_q_lens is None:
             return paged_attention(
                 q, cache.k, cache.v, batch.page_table, batch.kv_lens,
-                page_offset=offset, scale=self.scale, counters=counters, backend=self.backend,
+                page_offset=offset, scale=self.scale, variant=self.variant, counters=counters,
+                backend=self.backend,
             )  # fmt: skip
         return ragged_paged_attention(
             q, cache.k, cache.v, batch.page_table, batch.kv_lens, batch.cu_q_lens,
-            page_offset=offset, scale=self.scale, backend=self.backend,
+            page_offset=offset, scale=self.scale, variant=self.variant, backend=self.backend,
         )  # fmt: skip
 
 
-def dense_attend(*, scale: float) -> Attend:
+def dense_attend(*, scale: float, variant: AttentionVariant = PLAIN) -> Attend:
     """Causal attention over the tokens at hand, without a cache; differentiable."""
 
     def attend(
@@ -70,6 +73,7 @@ def dense_attend(*, scale: float) -> Attend:
     ) -> tuple[Float[Array, "*b t h d"], KVCache | None]:
         *batch, length, kv_heads, rows, dim = qkv.shape
         heads = kv_heads * (rows - 2)
+        check_attention_arguments(heads, kv_heads, scale, variant)
         q = rotate(qkv[..., :-2, :].reshape(*batch, length, heads, dim), *rotary)
         k, v = rotate(qkv[..., -2, :], *rotary), qkv[..., -1, :]
         grouped = q.reshape(*batch, length, kv_heads, rows - 2, dim)
@@ -77,11 +81,13 @@ def dense_attend(*, scale: float) -> Attend:
         scores = jnp.einsum(
             "...qhgd,...khd->...hgqk", grouped, k, precision=precision, preferred_element_type=jnp.float32
         )
-        is_visible = jnp.tril(jnp.ones((length, length), bool))
-        scores = jnp.where(
-            is_visible.reshape((1,) * (scores.ndim - 2) + is_visible.shape), scores * scale, -jnp.inf
-        )
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        position = jnp.arange(length)
+        distance = (position[None, :] - position[:, None]).reshape(*(1,) * (scores.ndim - 2), length, length)
+        scores = variant.bend(scores * scale, distance)
+        if variant.sinks is not None:
+            sinks = jnp.broadcast_to(by_head(variant.sinks, scores), (*scores.shape[:-1], 1))
+            scores = jnp.concatenate([scores, sinks], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(v.dtype)
         out = jnp.einsum("...hgqk,...khd->...qhgd", weights, v, precision=precision)
         return out.reshape(*batch, length, heads, dim), cache
 

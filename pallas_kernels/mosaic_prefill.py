@@ -7,7 +7,6 @@ stop between them: the next block's Q, K and V are on their way while the last o
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pjengine.pallas_kernels.attention_variant import (
+    LOG2_E,
+    PLAIN,
+    AttentionVariant,
+    TileBounds,
+    bend_tile,
+    tile_bounds,
+    window_start,
+)
 from pjengine.pallas_kernels.dispatch import check_hopper
 
 _ROWS = 128  # of a block
@@ -56,7 +64,31 @@ class _Geometry:
     page_size: int
     tiles: MosaicTiles
     scale: float  # times log2(e): exponentials are powers of 2
+    softcap: float | None
+    window: int | None
     dtype: Any
+
+    @classmethod
+    def of(
+        cls, q: Array, k_pages: Array, variant: AttentionVariant, *, tiles: MosaicTiles, scale: float
+    ) -> "_Geometry":
+        _, num_kv_heads, page_size, head_dim = k_pages.shape
+        if tiles.block_kv % max(64, page_size):
+            raise ValueError(
+                f"block_kv {tiles.block_kv}: wanted a multiple of 64 and of page_size {page_size}"
+            )
+        group = q.shape[1] // num_kv_heads
+        return cls(
+            group=group,
+            tokens=_ROWS // pl.next_power_of_2(group),
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            tiles=tiles,
+            scale=scale * LOG2_E,
+            **variant.static,
+            dtype=q.dtype,
+        )
 
     @property
     def wg_tokens(self) -> int:
@@ -110,6 +142,7 @@ def ragged_mosaic(
     kv_lens: Int[Array, " s"],
     cu_q_lens: Int[Array, " s+1"],
     page_offset: Int[Array, ""],
+    variant: AttentionVariant = PLAIN,
     *,
     scale: float,
     tiles: MosaicTiles | None = None,
@@ -128,20 +161,14 @@ def ragged_mosaic(
         check_hopper()
     check_mosaic_can(q, k_pages, v_pages)
     num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
-    group = q.shape[1] // num_kv_heads
-    geometry = _Geometry(
-        group=group,
-        tokens=_ROWS // pl.next_power_of_2(group),
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        page_size=page_size,
-        tiles=tiles or MosaicTiles(),
-        scale=scale * math.log2(math.e),
-        dtype=q.dtype,
+    geometry = _Geometry.of(q, k_pages, variant, tiles=tiles or MosaicTiles(), scale=scale)
+    plan = plan_aligned_blocks(
+        kv_lens,
+        cu_q_lens,
+        num_tokens=q.shape[0],
+        tokens_per_block=geometry.tokens,
+        window=variant.window,
     )
-    if (block_kv := geometry.tiles.block_kv) % max(64, page_size):
-        raise ValueError(f"block_kv {block_kv}: wanted a multiple of 64 and of page_size {page_size}")
-    plan = plan_aligned_blocks(kv_lens, cu_q_lens, num_tokens=q.shape[0], tokens_per_block=geometry.tokens)
     num_programs = min(geometry.tiles.num_programs, plan.shape[0] * num_kv_heads)
     kernel = plgpu.kernel(
         functools.partial(_prefill_kernel, geometry=geometry, num_programs=num_programs),
@@ -157,11 +184,27 @@ def ragged_mosaic(
     )
     scalars = jnp.stack([(plan[:, 3] > 0).sum(dtype=jnp.int32), page_offset])
     rows = (num_pages * num_kv_heads, page_size, head_dim)  # a page of one KV head is one copy
-    return kernel(scalars, plan, page_table, q, k_pages.reshape(rows), v_pages.reshape(rows))
+    slopes, sinks = (
+        None if values is None else _by_row(values, geometry)
+        for values in (variant.alibi_slopes, variant.sinks)
+    )
+    return kernel(scalars, plan, page_table, q, k_pages.reshape(rows), v_pages.reshape(rows), slopes, sinks)
+
+
+def _by_row(values: Float[Array, " h"], geometry: _Geometry) -> Float[Array, "hk wgs rows"]:
+    """One number a head for each row of a KV head's blocks; rows beyond the group's heads have any."""
+    head = jnp.minimum(jnp.arange(_ROWS) // geometry.tokens, geometry.group - 1)
+    rows = values.astype(jnp.float32).reshape(-1, geometry.group)[:, head]
+    return rows.reshape(-1, _WGS, _WG_ROWS)
 
 
 def plan_aligned_blocks(
-    kv_lens: Int[Array, " s"], cu_q_lens: Int[Array, " s+1"], *, num_tokens: int, tokens_per_block: int
+    kv_lens: Int[Array, " s"],
+    cu_q_lens: Int[Array, " s+1"],
+    *,
+    num_tokens: int,
+    tokens_per_block: int,
+    window: int | None = None,
 ) -> Int[Array, "n 6"]:
     """Cuts the tokens into blocks of one sequence each, heaviest first; a block's columns are
 
@@ -184,7 +227,8 @@ def plan_aligned_blocks(
     valid = jnp.clip(starts[seq + 1] - token, 0, tokens_per_block) - before
     kv_len = jnp.append(kv_lens, 0)[seq]
     position = token - starts[seq + 1] + kv_len
-    weight = jnp.where(valid > 0, jnp.maximum(position + before + valid, 0), -1)
+    seen = jnp.maximum(position + before + valid, 0) - window_start(position + before, window)
+    weight = jnp.where(valid > 0, jnp.maximum(seen, 0), -1)
     plan = jnp.stack([row, aligned, before, valid, position, kv_len], axis=1)
     return plan[jnp.argsort(-weight)].astype(jnp.int32)
 
@@ -225,6 +269,8 @@ class _Refs:
     q: Any  # [t, h, d]
     k: Any  # [n * hk, p, d]
     v: Any  # [n * hk, p, d]
+    slopes: Any  # [hk, warpgroups, rows] or None
+    sinks: Any  # [hk, warpgroups, rows] or None
     out: Any  # [t, h, d]
     q_smem: Any
     k_smem: Any
@@ -251,12 +297,13 @@ class _Item:
     valid: Any
     position: Any  # of `token`
     kv_len: Any
-    num_full: Any  # tiles of which every row sees every slot
-    num_tiles: Any  # tiles of which some row sees some slot
+    first_slot: Any  # that some row sees
+    bounds: TileBounds
+    num_tiles: Any
 
 
 def _prefill_kernel(*args: Any, geometry: _Geometry, num_programs: int, **scratch: Any) -> None:
-    names = ("scalars", "blocks", "page_table", "q", "k", "v", "out")
+    names = ("scalars", "blocks", "page_table", "q", "k", "v", "slopes", "sinks", "out")
     refs = _Refs(**dict(zip(names, args, strict=True)), **scratch)
     program, wg = lax.axis_index("program"), lax.axis_index("wg")
     num_items = refs.scalars[0] * geometry.num_kv_heads
@@ -304,16 +351,13 @@ def _drain(freed: Any, count: Any, size: int) -> None:
 
 def _read_item(refs: _Refs, geometry: _Geometry, index: Any, num_items: Any) -> _Item:
     """An index past the last item reads as a block without tokens."""
-    block_kv = jnp.int32(geometry.tiles.block_kv)
     at = jnp.minimum(index, num_items - 1)
     block = lax.div(at, jnp.int32(geometry.num_kv_heads))
     seq, aligned, before, valid, position, kv_len = (refs.blocks[block, i] for i in range(6))
     valid = jnp.where(index < num_items, valid, 0)
-    #  slots 0 ............ first ........... end_slot
-    #        [ every row sees ][ some rows see: masked ]
     first = position + before
     end_slot = jnp.where(valid > 0, jnp.maximum(first + valid, 0), 0)
-    num_full = lax.div(jnp.maximum(jnp.minimum(first + 1, end_slot), 0), block_kv)
+    bounds = tile_bounds(first, end_slot, window=geometry.window, block_kv=geometry.tiles.block_kv)
     return _Item(
         kv_head=lax.rem(at, jnp.int32(geometry.num_kv_heads)),
         seq=seq,
@@ -322,8 +366,9 @@ def _read_item(refs: _Refs, geometry: _Geometry, index: Any, num_items: Any) -> 
         valid=valid,
         position=position,
         kv_len=kv_len,
-        num_full=num_full,
-        num_tiles=lax.div(end_slot + (block_kv - 1), block_kv),
+        first_slot=window_start(first, geometry.window),
+        bounds=bounds,
+        num_tiles=bounds.end - bounds.begin,
     )
 
 
@@ -333,31 +378,41 @@ def _slot_of(count: Any, size: int) -> Any:
 
 def _load_item(refs: _Refs, geometry: _Geometry, item: _Item, nth: Any, count: Any) -> None:
     """Copies a block's Q, then its tiles of K and V; `count` tiles went through the ring before."""
+    ring_start = count - item.bounds.begin
     tiles = geometry.tiles
     pl.when(item.num_tiles > 0)(functools.partial(_load_q, refs, geometry, item, nth))
     page_offset = refs.scalars[1]
     last_page = lax.div(jnp.maximum(item.kv_len - 1, 0), jnp.int32(geometry.page_size))
 
+    def read_page(place: Any) -> Any:
+        # Past the end the last page comes again, and before the window its first one: these slots are
+        # masked, and the pages the sequence's own.
+        place = jnp.minimum(place, last_page)
+        if geometry.window is not None:
+            place = jnp.maximum(place, lax.div(item.first_slot, jnp.int32(geometry.page_size)))
+        return refs.page_table[item.seq, place]
+
     def read_pages(tile: Any) -> list[Any]:
-        # Past the end the last page comes again: its slots are masked, and it is the sequence's own.
         first = tile * geometry.pages
-        return [refs.page_table[item.seq, jnp.minimum(first + i, last_page)] for i in range(geometry.pages)]
+        return [read_page(first + i) for i in range(geometry.pages)]
 
     def load(tile: Any, pages: list[Any]) -> list[Any]:
         next_pages = read_pages(tile + 1)  # a step ahead: reading them takes as long as a small tile
-        slot = _slot_of(count + tile, tiles.num_stages)
+        slot = _slot_of(ring_start + tile, tiles.num_stages)
         rows = [(page + page_offset) * geometry.num_kv_heads + item.kv_head for page in pages]
         for source, ring, loaded, freed in (
             (refs.k, refs.k_smem, refs.k_loaded, refs.k_freed),
             (refs.v, refs.v_smem, refs.v_loaded, refs.v_freed),
         ):
-            pl.when(count + tile >= tiles.num_stages)(functools.partial(plgpu.barrier_wait, freed.at[slot]))
+            pl.when(ring_start + tile >= tiles.num_stages)(
+                functools.partial(plgpu.barrier_wait, freed.at[slot])
+            )
             for i, row in enumerate(rows):
                 to = ring.at[slot, pl.ds(i * geometry.page_size, geometry.page_size)]
                 plgpu.copy_gmem_to_smem(source.at[row], to, loaded.at[slot])
         return next_pages
 
-    lax.fori_loop(0, item.num_tiles, load, read_pages(jnp.int32(0)))
+    lax.fori_loop(item.bounds.begin, item.bounds.end, load, read_pages(jnp.int32(item.bounds.begin)))
 
 
 def _load_q(refs: _Refs, geometry: _Geometry, item: _Item, nth: Any) -> None:
@@ -389,19 +444,31 @@ def _attend_item(refs: _Refs, geometry: _Geometry, item: _Item, wg: Any, nth: An
         plgpu.barrier_wait(refs.k_loaded.at[_slot_of(count, geometry.tiles.num_stages)])
 
     row = plgpu.Layout.WGMMA.reduce(1)
-    zeros = plgpu.layout_cast(jnp.zeros((_WG_ROWS,), jnp.float32), row)
+    total = plgpu.layout_cast(jnp.zeros((_WG_ROWS,), jnp.float32), row)
     top = plgpu.layout_cast(jnp.full((_WG_ROWS,), _LOWEST, jnp.float32), row)
+    if refs.sinks is not None:  # as if a slot without a value had been seen
+        top, total = _load_rows(refs.sinks, item, wg) * LOG2_E, total + 1.0
+    slopes = None if refs.slopes is None else _load_rows(refs.slopes, item, wg) * (LOG2_E / geometry.scale)
     acc = plgpu.layout_cast(jnp.zeros((_WG_ROWS, geometry.head_dim), jnp.float32), plgpu.Layout.WGMMA)
-    step = functools.partial(_attend_tile, refs, geometry, item, wg, q_slot, count)
-    carry = (acc, top, zeros)
-    carry = lax.fori_loop(0, item.num_full, functools.partial(step, is_masked=False), carry)
-    carry = lax.fori_loop(item.num_full, item.num_tiles, functools.partial(step, is_masked=True), carry)
-    acc, _, total = carry
+    ring_start = count - item.bounds.begin
+    step = functools.partial(_attend_tile, refs, geometry, item, wg, q_slot, ring_start, slopes)
+    plain, masked = (functools.partial(step, is_masked=is_masked) for is_masked in (False, True))
+    carry = (acc, top, total)
+    if geometry.window is not None:
+        carry = lax.fori_loop(item.bounds.begin, item.bounds.full, masked, carry)
+    carry = lax.fori_loop(item.bounds.full, item.bounds.diagonal, plain, carry)
+    acc, _, total = lax.fori_loop(item.bounds.diagonal, item.bounds.end, masked, carry)
     inverse = 1.0 / jnp.where(total > 0, total, 1.0)
     out = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(geometry.dtype)
     _store(refs, geometry, item, wg, q_slot, out)
     pl.when(item.num_tiles > 0)(functools.partial(plgpu.barrier_arrive, refs.q_freed.at[q_slot]))
     return count + item.num_tiles
+
+
+def _load_rows(ref: Any, item: _Item, wg: Any) -> Any:
+    """A warpgroup's numbers of `_by_row`."""
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.load(ref.at[item.kv_head, wg], layout=layout, optimized=False)
 
 
 def _attend_tile(
@@ -410,7 +477,8 @@ def _attend_tile(
     item: _Item,
     wg: Any,
     q_slot: Any,
-    count: Any,
+    ring_start: Any,  # the tile's place in the ring, less its number
+    slopes: Any,
     tile: Any,
     carry: tuple[Any, Any, Any],
     *,
@@ -422,7 +490,7 @@ def _attend_tile(
     the next Q K) for its exponentials, the other leaves its exponentials for the products.
     """
     acc, top, total = carry
-    slot = _slot_of(count + tile, geometry.tiles.num_stages)
+    slot = _slot_of(ring_start + tile, geometry.tiles.num_stages)
     if is_masked:
         plgpu.barrier_wait(refs.v_loaded.at[slot])
         # By one warpgroup, before it lets the other one go on to this tile's P V.
@@ -436,8 +504,7 @@ def _attend_tile(
     shape = (_WG_ROWS, geometry.tiles.block_kv)
     scores = pl.run_scoped(multiply_qk, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     plgpu.barrier_arrive(refs.k_freed.at[slot])
-    if is_masked:
-        scores = _mask(geometry, item, wg, tile, scores)
+    scores = _bend(geometry, item, wg, slopes, tile, scores, is_masked=is_masked)
     new_top = jnp.maximum(top, scores.max(axis=1) * geometry.scale)
     old = jnp.exp2(top - new_top)
     p = jnp.exp2(scores * geometry.scale - lax.broadcast_in_dim(new_top, shape, [0]))
@@ -449,22 +516,42 @@ def _attend_tile(
     if not is_masked:
         plgpu.barrier_wait(refs.v_loaded.at[slot])
     plgpu.barrier_wait(refs.turn)
-    acc = _add_pv(refs, geometry, item, wg, count, tile, acc, p)
+    acc = _add_pv(refs, geometry, item, wg, ring_start, tile, acc, p)
     plgpu.barrier_arrive(refs.v_freed.at[slot])
     return acc, new_top, total
 
 
-def _mask(geometry: _Geometry, item: _Item, wg: Any, tile: Any, scores: Any) -> Any:
+def _bend(
+    geometry: _Geometry, item: _Item, wg: Any, slopes: Any, tile: Any, scores: Any, *, is_masked: bool
+) -> Any:
+    """What the layer's variant does to a tile of scores, and -inf where a row does not see a slot."""
     layout = plgpu.Layout.WGMMA
+    unit = LOG2_E / geometry.scale
+    if not is_masked and slopes is None:
+        return bend_tile(scores, None, softcap=geometry.softcap, unit=unit)
     row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=layout)
     slot = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=layout)
     first = item.position + geometry.offset(wg) - tile * geometry.tiles.block_kv
-    return jnp.where(slot <= (row & (geometry.wg_tokens - 1)) + first, scores, -jnp.inf)
+    position = (row & (geometry.wg_tokens - 1)) + first
+    alibi = None
+    if slopes is not None:
+        slopes = lax.broadcast_in_dim(slopes, scores.shape, [0])
+        alibi = slopes * (slot - position).astype(jnp.float32)
+    scores = bend_tile(scores, alibi, softcap=geometry.softcap, unit=unit)
+    if is_masked:
+        scores = jnp.where(slot <= position, scores, -jnp.inf)
+        if geometry.window is not None:
+            scores = jnp.where(slot > position - geometry.window, scores, -jnp.inf)
+    return scores
 
 
 def _clear_unwritten(refs: _Refs, geometry: _Geometry, item: _Item, tile: Any, slot: Any) -> None:
-    """Zeroes the rows of V past the sequence's end: they are multiplied with 0, and 0 * NaN would be NaN."""
+    """Zeroes the rows of V past the sequence's end, and those before the window of all the block's rows.
+
+    They are multiplied with 0, and 0 * NaN would be NaN.
+    """
     written = item.kv_len - tile * geometry.tiles.block_kv
+    begin = item.first_slot - tile * geometry.tiles.block_kv
     columns = geometry.head_dim // 64
 
     def clear(piece: Any, _: None) -> None:  # one at a time: more of V would not fit the registers
@@ -473,26 +560,31 @@ def _clear_unwritten(refs: _Refs, geometry: _Geometry, item: _Item, tile: Any, s
         ref = refs.v_smem.at[slot, pl.ds(first, _WG_ROWS), pl.ds(column, 64)]
         v = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
         row = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA)
-        ref[...] = jnp.where(row + first < written, v, jnp.zeros_like(v))
+        cleared = jnp.where(row + first < written, v, jnp.zeros_like(v))
+        if geometry.window is not None:
+            cleared = jnp.where(row + first >= begin, cleared, jnp.zeros_like(v))
+        ref[...] = cleared
 
     first_piece = lax.div(written, jnp.int32(_WG_ROWS)) * columns
+    if geometry.window is not None:
+        first_piece = jnp.where(begin > 0, 0, first_piece)
     lax.fori_loop(first_piece, geometry.tiles.block_kv // _WG_ROWS * columns, clear, None)
     plgpu.commit_smem()
 
 
 def _add_pv(
-    refs: _Refs, geometry: _Geometry, item: _Item, wg: Any, count: Any, tile: Any, acc: Any, p: Any
+    refs: _Refs, geometry: _Geometry, item: _Item, wg: Any, ring_start: Any, tile: Any, acc: Any, p: Any
 ) -> Any:
     """Returns acc + P V of a tile."""
     num_stages = geometry.tiles.num_stages
-    v_ref = refs.v_smem.at[_slot_of(count + tile, num_stages)]
+    v_ref = refs.v_smem.at[_slot_of(ring_start + tile, num_stages)]
 
     def multiply(acc_ref: Any, p: Any) -> None:
         plgpu.wgmma(acc_ref, p, v_ref)
 
-        @pl.when(tile + 1 < item.num_tiles)
+        @pl.when(tile + 1 < item.bounds.end)
         def _() -> None:
-            plgpu.barrier_wait(refs.k_loaded.at[_slot_of(count + tile + 1, num_stages)])
+            plgpu.barrier_wait(refs.k_loaded.at[_slot_of(ring_start + tile + 1, num_stages)])
 
     if refs.p_smem is None:
         return pl.run_state(functools.partial(multiply, p=p))(plgpu.WGMMAAccumulatorRef.init(acc))

@@ -1,7 +1,6 @@
 """Decode attention over the paged KV cache: one query token per sequence."""
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pjengine.pallas_kernels.attention_variant import (
+    LOG2_E,
+    PLAIN,
+    AttentionVariant,
+    bend_tile,
+    by_head,
+    window_start,
+)
 from pjengine.pallas_kernels.dispatch import dispatch
 from pjengine.pallas_kernels.last_split import Counters, counters_for, finish_last
 
@@ -29,50 +36,58 @@ def paged_attention(
     *,
     page_offset: int | Int[Array, ""],
     scale: float,
+    variant: AttentionVariant = PLAIN,
     counters: Counters | None = None,
     backend: str | None = None,
 ) -> Float[Array, "b h d"]:
     """Attends with one query token per sequence to the first `kv_lens[b]` slots of its page-table row.
 
     Query head i reads KV head i // (h // hk). A row with kv_lens 0 (padding) gives zeros. Slots past
-    kv_lens may hold anything, NaN too, and so may the null page. Sums in float32. Equivalent to `reference`.
+    kv_lens may hold anything, NaN too, and so may the null page and slots before the window. Sums in
+    float32. Equivalent to `reference`.
 
     Args:
-      page_table: pages of each sequence in order, counted from `page_offset`; any value past kv_lens.
+      page_table: pages of each sequence in order, counted from `page_offset`; any value past kv_lens, and
+        for pages that end before the window.
       page_offset: the layer's first page.
       scale: factor of the scores, greater than 0.
+      variant: how the layer departs from plain attention.
       counters: at least b * hk, those of the step; None for zeros of its own, which take a kernel.
       backend: None to let `dispatch` choose.
 
     Raises:
-      ValueError: h is not a multiple of hk, scale is not positive, or no such backend.
+      ValueError: h is not a multiple of hk, scale is not positive, a variant without meaning, or no such
+        backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
     """
-    check_attention_arguments(q.shape[-2], k_pages.shape[1], scale)
+    check_attention_arguments(q.shape[-2], k_pages.shape[1], scale, variant)
     args = (q, k_pages, v_pages, page_table, kv_lens, jnp.asarray(page_offset, jnp.int32))
 
     lent = counters or Counters(len(q) * k_pages.shape[1])
 
     def triton(*, interpret: bool) -> Float[Array, "b h d"]:
-        out, lent.array = decode_triton(*args, lent.array, scale=scale, interpret=interpret)
+        out, lent.array = decode_triton(*args, lent.array, variant, scale=scale, interpret=interpret)
         return out
 
     return dispatch(
         "paged_attention",
         {
             "triton": functools.partial(triton, interpret=False),
-            "reference": functools.partial(reference, *args, scale=scale),
+            "reference": functools.partial(reference, *args, variant, scale=scale),
             "triton_interpret": functools.partial(triton, interpret=True),
         },
         backend,
     )
 
 
-def check_attention_arguments(num_heads: int, num_kv_heads: int, scale: float) -> None:
+def check_attention_arguments(
+    num_heads: int, num_kv_heads: int, scale: float, variant: AttentionVariant
+) -> None:
     if num_heads % num_kv_heads:
         raise ValueError(f"heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
+    variant.check(num_heads)
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -83,11 +98,13 @@ def reference(
     page_table: Int[Array, "b w"],
     kv_lens: Int[Array, " b"],
     page_offset: Int[Array, ""],
+    variant: AttentionVariant = PLAIN,
     *,
     scale: float,
 ) -> Float[Array, "b h d"]:
     """Each token's softmax(scale * q K^T) V over its visible slots, in float32."""
-    out = attend_blocks(q[:, None], k_pages, v_pages, page_table, kv_lens[:, None], page_offset, scale=scale)
+    visible = kv_lens[:, None]
+    out = attend_blocks(q[:, None], k_pages, v_pages, page_table, visible, page_offset, variant, scale=scale)
     return out[:, 0]
 
 
@@ -98,14 +115,16 @@ def attend_blocks(
     page_table: Int[Array, "b w"],
     visible: Int[Array, "b r"],
     page_offset: Int[Array, ""],
+    variant: AttentionVariant,
     *,
     scale: float,
 ) -> Float[Array, "b r h d"]:
     """The spec of both attention ops: query r of block b attends to slots 0..visible[b, r]-1 of row b.
 
-    Goes through the cache some pages at a time with a running maximum and sum (online softmax), up to the
-    longest row only, so that time follows the lengths in use and memory is bounded. Rows that see nothing
-    give zeros.
+    It is the token at position visible[b, r] - 1; `variant` says how it attends, and which of these slots it
+    does not see. Goes through the cache some pages at a time with a running maximum and sum (online
+    softmax), up to the longest row only, so that time follows the lengths in use and memory is bounded. Rows
+    that see nothing give zeros.
     """
     num_blocks, num_rows, num_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1:3]
@@ -121,12 +140,13 @@ def attend_blocks(
     def body(i: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         acc, top, total = carry
         slot = i * chunk + jnp.arange(chunk)
-        sees = slot[None, None, :] < visible[:, :, None]
+        distance = slot[None, None, :] - (visible[:, :, None] - 1)
+        sees = variant.sees(distance)
         k = gather(k_pages, i).reshape(num_blocks, chunk, num_kv_heads, head_dim)
         v = gather(v_pages, i).reshape(num_blocks, chunk, num_kv_heads, head_dim)
         v = jnp.where(sees.any(axis=1)[:, :, None, None], v, 0)  # unwritten: 0 * NaN would be NaN
         scores = jnp.einsum("brkgd,bskd->bkgrs", q32, k, precision="highest")
-        scores = jnp.where(sees[:, None, None], scores, -jnp.inf)
+        scores = variant.bend(scores, distance[:, None, None])
         new_top = jnp.maximum(top, scores.max(axis=-1))
         p = jnp.exp(scores - new_top[..., None])
         old = jnp.exp(top - new_top)
@@ -135,10 +155,13 @@ def attend_blocks(
 
     shape = (num_blocks, num_kv_heads, num_heads // num_kv_heads, num_rows)
     # The lowest float, not -inf: a row that sees nothing must not compute inf - inf.
-    lowest = jnp.full(shape, jnp.finfo(jnp.float32).min)
-    carry = (jnp.zeros((*shape, head_dim)), lowest, jnp.zeros(shape))
+    top, total = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape)
+    if variant.sinks is not None:  # as if a slot without a value had been seen
+        top, total = jnp.maximum(top, by_head(variant.sinks, top[..., None])[..., 0]), total + 1
+    carry = (jnp.zeros((*shape, head_dim)), top, total)
     num_chunks = lax.div(visible.max() + chunk - 1, chunk)
-    acc, _, total = lax.fori_loop(0, num_chunks, body, carry)
+    first_slot = window_start(jnp.where(visible > 0, visible - 1, num_chunks * chunk), variant.window)
+    acc, _, total = lax.fori_loop(jnp.min(first_slot) // chunk, num_chunks, body, carry)
     out = acc / jnp.where(total > 0, total, 1)[..., None]
     return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
 
@@ -199,6 +222,7 @@ def decode_triton(
     kv_lens: Int[Array, " b"],
     page_offset: Int[Array, ""],
     counters: Int[Array, " c"] | None = None,
+    variant: AttentionVariant = PLAIN,
     *,
     scale: float,
     tiles: DecodeTiles | None = None,
@@ -217,13 +241,13 @@ def decode_triton(
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     counters = counters_for(batch * num_kv_heads, counters)
-    group = num_heads // num_kv_heads
+    group, max_slots = num_heads // num_kv_heads, page_table.shape[1] * page_size
     tiles = tiles or DecodeTiles.choose(
         batch=batch,
         num_kv_heads=num_kv_heads,
         group=group,
         head_dim=head_dim,
-        max_slots=page_table.shape[1] * page_size,
+        max_slots=min(max_slots, variant.window or max_slots),
         itemsize=q.dtype.itemsize,
     )
     kernel = functools.partial(
@@ -231,14 +255,15 @@ def decode_triton(
         group=group,
         block_m=max(16, pl.next_power_of_2(group)),  # a tensor-core product has at least 16 rows
         block_d=max(16, pl.next_power_of_2(head_dim)),
-        block_kv=tiles.block_kv,
-        num_splits=tiles.num_splits,
-        scale=scale * math.log2(math.e),
+        tiles=tiles,
+        scale=scale * LOG2_E,
+        **variant.static,
         interpret=interpret,
     )
     is_split = tiles.num_splits > 1
     partial = jax.ShapeDtypeStruct((tiles.num_splits, *q.shape), jnp.float32)
     lse = jax.ShapeDtypeStruct(partial.shape[:-1], jnp.float32)
+    extras = (counters if is_split else None, variant.alibi_slopes, variant.sinks)
     outs = pl.pallas_call(
         kernel,
         # The KV heads of a page lie next to each other: neighbouring programs read neighbouring memory.
@@ -248,7 +273,7 @@ def decode_triton(
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="paged_decode",
-    )(page_offset[None], kv_lens, page_table, q, k_pages, v_pages, *(is_split * [counters]))
+    )(page_offset[None], kv_lens, page_table, q, k_pages, v_pages, *extras)
     return outs[0], outs[3] if is_split else counters
 
 
@@ -259,25 +284,36 @@ def _decode_kernel(
     q_ref: Any,  # [b, h, d]
     k_ref: Any,  # [n, hk, p, d]
     v_ref: Any,  # [n, hk, p, d]
-    # The result [b, h, d]. Of several splits: before it the counters as they come in; after it what
-    # `_merge_splits` reads, and the counters [b * hk or more].
-    *refs: Any,
+    _: Any,  # the counters as they come in; None of one split
+    slopes_ref: Any,  # [h] or None
+    sinks_ref: Any,  # [h] or None
+    out_ref: Any,  # [b, h, d]
+    # Of several splits: what `_merge_splits` reads, and the counters [b * hk or more].
+    partial_ref: Any = None,
+    lse_ref: Any = None,
+    counters_ref: Any = None,
+    *,
     group: int,
     block_m: int,
     block_d: int,
-    block_kv: int,
-    num_splits: int,
+    tiles: DecodeTiles,
     scale: float,  # times log2(e): exponentials are powers of 2
+    softcap: float | None,
+    window: int | None,
     interpret: bool,
 ) -> None:
     kv_head, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    block_kv, num_splits = tiles.block_kv, tiles.num_splits
     page_size, head_dim = k_ref.shape[2:]
     page_offset = page_offset_ref[0]
     kv_len = kv_lens_ref[b]
-    num_tiles = lax.div(kv_len + (block_kv - 1), block_kv)
+    first_slot = window_start(kv_len - 1, window)
+    begin = 0 if window is None else lax.div(first_slot, block_kv)
+    end = lax.div(kv_len + (block_kv - 1), block_kv)
+    num_tiles = end - begin
     tiles_per_split = lax.div(num_tiles + (num_splits - 1), num_splits)
-    first_tile = split * tiles_per_split
-    end_tile = jnp.minimum(first_tile + tiles_per_split, num_tiles)
+    first_tile = begin + split * tiles_per_split
+    end_tile = jnp.minimum(first_tile + tiles_per_split, end)
 
     # Rows are the query heads that share this KV head, padded to block_m.
     row = jnp.arange(block_m)
@@ -286,33 +322,49 @@ def _decode_kernel(
     is_d = d < head_dim
     is_row = (row < group)[:, None] & is_d
     q = plt.load(q_ref.at[b, head[:, None], d], mask=is_row, other=0.0)
+    unit = LOG2_E / scale  # a score of 1, before it is multiplied with `scale`
+
+    def load_by_head(ref: Any) -> Any:
+        return plt.load(ref.at[head], mask=row < group, other=0.0).astype(jnp.float32) * unit
+
+    slopes = None if slopes_ref is None else load_by_head(slopes_ref)[:, None]
 
     def body(tile: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         acc, top, total = carry
         slot = tile * block_kv + jnp.arange(block_kv)
         is_slot = slot < kv_len
+        if window is not None:
+            is_slot &= slot >= first_slot
         page = plt.load(page_table_ref.at[b, lax.div(slot, page_size)], mask=is_slot, other=0) + page_offset
         # Every index an array: the interpreter cannot mix index arrays with slices in a masked load.
         at = (page[:, None], kv_head, lax.rem(slot, page_size)[:, None], d)
         mask = is_slot[:, None] & is_d
         k = plt.load(k_ref.at[at], mask=mask, other=0.0)
-        scores = jnp.where(is_slot[None, :], full_precision_dot(q, k.T), LOWEST)
+        alibi = None
+        if slopes_ref is not None:
+            alibi = slopes * (slot - (kv_len - 1)).astype(jnp.float32)[None, :]
+        scores = bend_tile(full_precision_dot(q, k.T), alibi, softcap=softcap, unit=unit)
+        scores = jnp.where(is_slot[None, :], scores, LOWEST)
         new_top = jnp.maximum(top, scores.max(axis=1))
         p = jnp.exp2(scores * scale - (new_top * scale)[:, None])
         old = jnp.exp2((top - new_top) * scale)
-        v = plt.load(v_ref.at[at], mask=mask, other=0.0)  # zero past kv_len, where 0 * NaN would be NaN
+        # Zero where the token does not see: 0 * NaN would be NaN.
+        v = plt.load(v_ref.at[at], mask=mask, other=0.0)
         acc = acc * old[:, None] + full_precision_dot(p.astype(v.dtype), v)
         return acc, new_top, total * old + p.sum(axis=1)
 
     zeros = jnp.zeros((block_m,), jnp.float32)
-    carry = (jnp.zeros((block_m, block_d), jnp.float32), zeros + LOWEST, zeros)
+    top, total = zeros + LOWEST, zeros
+    if sinks_ref is not None:  # as if a slot without a value had been seen, by one of the splits
+        top = jnp.where(split == 0, load_by_head(sinks_ref), top)
+        total = jnp.where(split == 0, total + 1.0, total)
+    carry = (jnp.zeros((block_m, block_d), jnp.float32), top, total)
     acc, top, total = lax.fori_loop(first_tile, end_tile, body, carry)
     safe_total = jnp.where(total > 0, total, 1.0)
     out = acc / safe_total[:, None]
     if num_splits == 1:
-        plt.store(refs[0].at[b, head[:, None], d], out.astype(refs[0].dtype), mask=is_row)
+        plt.store(out_ref.at[b, head[:, None], d], out.astype(out_ref.dtype), mask=is_row)
         return
-    _, out_ref, partial_ref, lse_ref, counters_ref = refs
     # Splits past the sequence's end have nothing to give; the first one has, be it zeros.
     num_active = jnp.maximum(lax.div(num_tiles + (tiles_per_split - 1), jnp.maximum(tiles_per_split, 1)), 1)
 

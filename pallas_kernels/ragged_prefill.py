@@ -1,7 +1,6 @@
 """Attention over the paged KV cache for prefill chunks and decode tokens mixed in one flat batch."""
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pjengine.pallas_kernels.attention_variant import (
+    LOG2_E,
+    PLAIN,
+    AttentionVariant,
+    bend_tile,
+    tile_bounds,
+    window_start,
+)
 from pjengine.pallas_kernels.dispatch import dispatch
 from pjengine.pallas_kernels.mosaic_prefill import ragged_mosaic
 from pjengine.pallas_kernels.paged_attention import (
@@ -34,24 +41,28 @@ def ragged_paged_attention(
     *,
     page_offset: int | Int[Array, ""],
     scale: float,
+    variant: AttentionVariant = PLAIN,
     backend: str | None = None,
 ) -> Float[Array, "t h d"]:
     """Attends causally with every token of a flat batch to its own sequence's pages.
 
     Sequence s owns tokens cu_q_lens[s]:cu_q_lens[s + 1], the last positions of its kv_lens[s] slots; it may
     own none. The token at position p sees slots 0..p. Tokens from cu_q_lens[-1] on (padding) give zeros.
-    Heads, page_table, page_offset, scale and backend are as in `paged_attention`; so is what slots past
-    kv_lens may hold. Sums in float32. Equivalent to `reference`.
+    Heads, page_table, page_offset, scale, variant and backend are as in `paged_attention`; so is what slots
+    past kv_lens may hold, and those before the window of a sequence's first token. Sums in float32.
+    Equivalent to `reference`.
 
     Args:
       cu_q_lens: first token of each sequence and the end of the last one; starts at 0, never decreases.
 
     Raises:
-      ValueError: h is not a multiple of hk, scale is not positive, or no such backend.
+      ValueError: h is not a multiple of hk, scale is not positive, a variant without meaning, or no such
+        backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
     """
-    check_attention_arguments(q.shape[-2], k_pages.shape[1], scale)
-    args = (q, k_pages, v_pages, page_table, kv_lens, cu_q_lens, jnp.asarray(page_offset, jnp.int32))
+    check_attention_arguments(q.shape[-2], k_pages.shape[1], scale, variant)
+    offset = jnp.asarray(page_offset, jnp.int32)
+    args = (q, k_pages, v_pages, page_table, kv_lens, cu_q_lens, offset, variant)
     return dispatch(
         "ragged_paged_attention",
         {
@@ -76,6 +87,7 @@ def reference(
     kv_lens: Int[Array, " s"],
     cu_q_lens: Int[Array, " s+1"],
     page_offset: Int[Array, ""],
+    variant: AttentionVariant = PLAIN,
     *,
     scale: float,
 ) -> Float[Array, "t h d"]:
@@ -94,6 +106,7 @@ def reference(
         page_table[row],
         visible,
         page_offset,
+        variant,
         scale=scale,
     )
     return jnp.zeros_like(q).at[token].set(out, mode="drop", unique_indices=True)
@@ -154,6 +167,7 @@ def ragged_triton(
     kv_lens: Int[Array, " s"],
     cu_q_lens: Int[Array, " s+1"],
     page_offset: Int[Array, ""],
+    variant: AttentionVariant = PLAIN,
     *,
     scale: float,
     tiles: PrefillTiles | None = None,
@@ -181,7 +195,8 @@ def ragged_triton(
         block_m=tiles.block_m,
         block_d=max(16, pl.next_power_of_2(head_dim)),
         block_kv=tiles.block_kv,
-        scale=scale * math.log2(math.e),
+        scale=scale * LOG2_E,
+        **variant.static,
     )
     return pl.pallas_call(
         kernel,
@@ -190,7 +205,7 @@ def ragged_triton(
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="ragged_paged_attention",
-    )(page_offset[None], plan, page_table, q, k_pages, v_pages)
+    )(page_offset[None], plan, page_table, q, k_pages, v_pages, variant.alibi_slopes, variant.sinks)
 
 
 def _ragged_kernel(
@@ -200,6 +215,8 @@ def _ragged_kernel(
     q_ref: Any,  # [t, h, d]
     k_ref: Any,  # [n, hk, p, d]
     v_ref: Any,  # [n, hk, p, d]
+    slopes_ref: Any,  # [h] or None
+    sinks_ref: Any,  # [h] or None
     out_ref: Any,  # [t, h, d]
     *,
     group: int,
@@ -207,6 +224,8 @@ def _ragged_kernel(
     block_d: int,
     block_kv: int,
     scale: float,  # times log2(e): exponentials are powers of 2
+    softcap: float | None,
+    window: int | None,
 ) -> None:
     # Last blocks first: the tokens at the end of a long prompt see most, and would else finish last.
     block, kv_head = plan_ref.shape[1] - 1 - pl.program_id(0), pl.program_id(1)
@@ -218,17 +237,21 @@ def _ragged_kernel(
     row = jnp.arange(block_m)
     within = lax.div(row, group)
     token = (first_token + within)[:, None]
-    head = (kv_head * group + lax.rem(row, group))[:, None]
+    head = kv_head * group + lax.rem(row, group)
     position = first_position + within
     d = jnp.arange(block_d)[None, :]
     is_d = d < head_dim
     is_row = (within < valid)[:, None] & is_d
-    q = plt.load(q_ref.at[token, head, d], mask=is_row, other=0.0)
+    q = plt.load(q_ref.at[token, head[:, None], d], mask=is_row, other=0.0)
+    unit = LOG2_E / scale  # a score of 1, before it is multiplied with `scale`
+    slopes = None if slopes_ref is None else plt.load(slopes_ref.at[head])[:, None].astype(jnp.float32) * unit
 
     def body(tile: Any, carry: tuple[Any, Any, Any], *, is_masked: bool) -> tuple[Any, Any, Any]:
         acc, top, total = carry
         slot = tile * block_kv + jnp.arange(block_kv)
         is_slot = slot < end_slot
+        if window is not None:
+            is_slot &= slot >= first_slot
         page = plt.load(
             page_table_ref.at[seq, lax.div(slot, page_size)],
             mask=is_slot if is_masked else None,
@@ -238,24 +261,36 @@ def _ragged_kernel(
         mask = is_slot[:, None] & is_d if is_masked else None if block_d == head_dim else is_d
         other = None if mask is None else 0.0
         scores = full_precision_dot(q, plt.load(k_ref.at[at], mask=mask, other=other).T)
+        alibi = None
+        if slopes_ref is not None:  # both numbers are exact in float32, and so is their difference
+            distance = slot.astype(jnp.float32)[None, :] - position.astype(jnp.float32)[:, None]
+            alibi = slopes * distance
+        scores = bend_tile(scores, alibi, softcap=softcap, unit=unit)
         if is_masked:
-            scores = jnp.where(slot[None, :] <= position[:, None], scores, LOWEST)
+            sees = slot[None, :] <= position[:, None]
+            if window is not None:
+                sees &= slot[None, :] > position[:, None] - window
+            scores = jnp.where(sees, scores, LOWEST)
         new_top = jnp.maximum(top, scores.max(axis=1))
         p = jnp.exp2(scores * scale - (new_top * scale)[:, None])
         old = jnp.exp2((top - new_top) * scale)
-        v = plt.load(v_ref.at[at], mask=mask, other=other)  # zero past the end, where 0 * NaN would be NaN
+        v = plt.load(v_ref.at[at], mask=mask, other=other)  # zero where no row sees: 0 * NaN would be NaN
         acc = acc * old[:, None] + full_precision_dot(p.astype(v.dtype), v)
         return acc, new_top, total * old + p.sum(axis=1)
 
-    #  slots 0 ............ first_position ........ end_slot
-    #        [ every row sees ][ some rows see: masked ]
     end_slot = jnp.where(valid > 0, jnp.maximum(first_position + valid, 0), 0)
-    num_tiles = lax.div(end_slot + (block_kv - 1), block_kv)
-    num_full = lax.div(jnp.minimum(first_position + 1, end_slot), block_kv)
-    num_full = jnp.maximum(num_full, 0)
+    first_slot = window_start(first_position, window)
+    bounds = tile_bounds(first_position, end_slot, window=window, block_kv=block_kv)
+    plain, masked = (functools.partial(body, is_masked=is_masked) for is_masked in (False, True))
     zeros = jnp.zeros((block_m,), jnp.float32)
-    carry = (jnp.zeros((block_m, block_d), jnp.float32), zeros + LOWEST, zeros)
-    carry = lax.fori_loop(0, num_full, functools.partial(body, is_masked=False), carry)
-    acc, _, total = lax.fori_loop(num_full, num_tiles, functools.partial(body, is_masked=True), carry)
+    top, total = zeros + LOWEST, zeros
+    if sinks_ref is not None:  # as if a slot without a value had been seen
+        top, total = plt.load(sinks_ref.at[head]).astype(jnp.float32) * unit, total + 1.0
+    carry = (jnp.zeros((block_m, block_d), jnp.float32), top, total)
+    if window is not None:
+        # A row that sees nothing of the first tile adds up weights there, which its first slot makes 0.
+        carry = lax.fori_loop(bounds.begin, bounds.full, masked, carry)
+    carry = lax.fori_loop(bounds.full, bounds.diagonal, plain, carry)
+    acc, _, total = lax.fori_loop(bounds.diagonal, bounds.end, masked, carry)
     out = acc / jnp.where(total > 0, total, 1.0)[:, None]
-    plt.store(out_ref.at[token, head, d], out.astype(out_ref.dtype), mask=is_row)
+    plt.store(out_ref.at[token, head[:, None], d], out.astype(out_ref.dtype), mask=is_row)

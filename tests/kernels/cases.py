@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjengine.pallas_kernels.attention_variant import PLAIN, AttentionVariant
 from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
 
 BACKENDS = ["reference", "triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
@@ -17,6 +18,16 @@ BACKENDS = ["reference", "triton_interpret", pytest.param("triton", marks=pytest
 SHAPES_AND_DTYPES = [
     *((name, dtype) for name in SHAPES for dtype in ("float32", "bfloat16")),
     *((name, "float16") for name in ("llama-8b", "open-llama-3b", "demo")),
+]
+WINDOW = 20
+# What layers of real models do: Gemma 2, Mistral, BLOOM, gpt-oss; and all at once.
+FEATURES = [("softcap",), ("window",), ("alibi",), ("sinks",), ("softcap", "window", "alibi", "sinks")]
+# Every ratio of query to KV heads, and head sizes that are and are not powers of 2.
+FEATURED_SHAPES = [
+    HeadShape(num_heads=2, num_kv_heads=2, head_dim=64),
+    HeadShape(num_heads=8, num_kv_heads=2, head_dim=80),
+    HeadShape(num_heads=16, num_kv_heads=2, head_dim=128),
+    HeadShape(num_heads=5, num_kv_heads=1, head_dim=64),
 ]
 
 
@@ -46,12 +57,14 @@ def cuda_mesh(device_kind: str) -> jax.sharding.AbstractMesh:
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """Arguments of an attention op for layer 1 of 2; all of layer 0, the null pages and every slot past a
-    sequence's end are NaN."""
+    sequence's end or before its window are NaN."""
 
     q: np.ndarray  # [t, h, d]
     k_pages: np.ndarray  # [2 * pages, hk, p, d]
     v_pages: np.ndarray
-    page_table: np.ndarray  # [s, w]; 0, the null page, past a sequence's end
+    page_table: (
+        np.ndarray
+    )  # [s, w]; 0, the null page, past a sequence's end; no page's number before its window
     kv_lens: np.ndarray  # [s]
     cu_q_lens: np.ndarray  # [s + 1]
     page_offset: int
@@ -71,8 +84,12 @@ def make_case(
     q_lens: Sequence[int] | None = None,
     num_padding_tokens: int = 0,
     dtype: str = "float32",
+    window: int | None = None,
 ) -> Case:
-    """Makes a case; q_lens None is decode: one token per sequence, also for those of length 0."""
+    """Makes a case; q_lens None is decode: one token per sequence, also for those of length 0.
+
+    With a window, pages that no token of a sequence sees any more are given away.
+    """
     rng = np.random.default_rng(0)
     page_size, head_dim = heads.page_size, heads.head_dim
     num_seqs, width = len(kv_lens), -(-max(*kv_lens, 1) // page_size) + 1
@@ -81,12 +98,14 @@ def make_case(
     ids = rng.permutation(np.arange(1, num_pages)).reshape(num_seqs, width)
     shape = (2 * num_pages, heads.num_kv_heads, page_size, head_dim)
     k_pages, v_pages = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
-    for row, length in zip(ids, kv_lens, strict=True):
-        slot = np.arange(length)
+    for row, length, q_len in zip(ids, kv_lens, q_lens, strict=True):
+        first = 0 if window is None else max(0, length - max(q_len, 1) - window + 1)
+        slot = np.arange(first, length)
         at = (row[slot // page_size] + num_pages, slice(None), slot % page_size)
-        k_pages[at] = rng.standard_normal((length, heads.num_kv_heads, head_dim))
-        v_pages[at] = rng.standard_normal((length, heads.num_kv_heads, head_dim))
+        k_pages[at] = rng.standard_normal((len(slot), heads.num_kv_heads, head_dim))
+        v_pages[at] = rng.standard_normal((len(slot), heads.num_kv_heads, head_dim))
         row[-(-length // page_size) :] = 0
+        row[: first // page_size] = rng.choice([-9, 2**30], first // page_size)
     q = rng.standard_normal((sum(q_lens) + num_padding_tokens, heads.num_heads, head_dim))
     return Case(
         q=q.astype(dtype),
@@ -100,25 +119,51 @@ def make_case(
     )
 
 
-def expected(case: Case) -> np.ndarray:
+def make_variant(num_heads: int, features: Sequence[str], *, window: int = WINDOW) -> AttentionVariant:
+    rng = np.random.default_rng(2)
+    return AttentionVariant(
+        softcap=1.5 if "softcap" in features else None,  # most scores are below 3
+        window=window if "window" in features else None,
+        alibi_slopes=jnp.asarray(2.0 ** -np.arange(1, num_heads + 1), jnp.float32)
+        if "alibi" in features
+        else None,
+        # Gone, as large as the largest score, far larger than any, and between.
+        sinks=jnp.asarray(np.resize([-1e9, 2.0, 50.0, *rng.standard_normal(3)], num_heads), jnp.float32)
+        if "sinks" in features
+        else None,
+    )
+
+
+def expected(case: Case, variant: AttentionVariant = PLAIN) -> np.ndarray:
     """Token by token: softmax over the slots it sees, in float32; zeros where it sees none."""
     out = np.zeros(case.q.shape, np.float32)
     page_size = case.k_pages.shape[2]
     group = case.q.shape[1] // case.k_pages.shape[1]
     for seq, kv_len in enumerate(case.kv_lens):
-        slot = np.arange(kv_len)
-        pages = case.page_table[seq, slot // page_size] + case.page_offset
-        k = np.repeat(case.k_pages[pages, :, slot % page_size].astype(np.float32), group, axis=1)
-        v = np.repeat(case.v_pages[pages, :, slot % page_size].astype(np.float32), group, axis=1)
         first, end = case.cu_q_lens[seq], case.cu_q_lens[seq + 1]
         for token in range(first, end):
-            visible = kv_len - (end - 1 - token)
-            if visible > 0:
-                q = case.q[token].astype(np.float32)
-                scores = np.einsum("hd,shd->hs", q, k[:visible]) * case.scale
-                p = np.exp(scores - scores.max(axis=1, keepdims=True))
-                out[token] = np.einsum("hs,shd->hd", p / p.sum(axis=1, keepdims=True), v[:visible])
+            position = kv_len - (end - token)
+            start = 0 if variant.window is None else max(0, position - variant.window + 1)
+            slot = np.arange(start, position + 1)
+            if len(slot):
+                pages = case.page_table[seq, slot // page_size] + case.page_offset
+                k = np.repeat(case.k_pages[pages, :, slot % page_size].astype(np.float32), group, axis=1)
+                v = np.repeat(case.v_pages[pages, :, slot % page_size].astype(np.float32), group, axis=1)
+                scores = np.einsum("hd,shd->hs", case.q[token].astype(np.float32), k) * case.scale
+                out[token] = np.einsum("hs,shd->hd", weights(scores, slot - position, variant), v)
     return out
+
+
+def weights(scores: np.ndarray, distance: np.ndarray, variant: AttentionVariant) -> np.ndarray:
+    """Of each head and slot."""
+    if variant.softcap is not None:
+        scores = variant.softcap * np.tanh(scores / variant.softcap)
+    if variant.alibi_slopes is not None:
+        scores = scores + np.asarray(variant.alibi_slopes)[:, None] * distance
+    if variant.sinks is not None:
+        scores = np.concatenate([scores, np.asarray(variant.sinks)[:, None]], axis=1)
+    p = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return (p / p.sum(axis=1, keepdims=True))[:, : len(distance)]
 
 
 def assert_close(actual: jnp.ndarray, wanted: np.ndarray, *, length: int) -> None:

@@ -10,11 +10,21 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pjengine.pallas_kernels.attention_variant import PLAIN, AttentionVariant
 from pjengine.pallas_kernels.dispatch import check_hopper, chosen_backends
 from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, plan_aligned_blocks, ragged_mosaic
 from pjengine.pallas_kernels.ragged_prefill import ragged_paged_attention
 from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
-from tests.kernels.cases import Case, assert_close, cuda_mesh, expected, make_case
+from tests.kernels.cases import (
+    FEATURES,
+    WINDOW,
+    Case,
+    assert_close,
+    cuda_mesh,
+    expected,
+    make_case,
+    make_variant,
+)
 
 SMALL = HeadShape(num_heads=4, num_kv_heads=1, head_dim=64)
 TILES = MosaicTiles(block_kv=64, num_programs=3)
@@ -24,10 +34,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in mat
 BACKENDS = ["mosaic_interpret", pytest.param("mosaic", marks=pytest.mark.gpu)]
 
 
-def run(case: Case, backend: str, tiles: MosaicTiles | None = TILES) -> jax.Array:
+def run(
+    case: Case, backend: str, tiles: MosaicTiles | None = TILES, variant: AttentionVariant = PLAIN
+) -> jax.Array:
     interpret = plgpu.InterpretGPUParams() if backend == "mosaic_interpret" else None
-    offset = jnp.int32(case.page_offset)
-    return ragged_mosaic(*case.ragged_args(), offset, scale=case.scale, tiles=tiles, interpret=interpret)
+    args = (*case.ragged_args(), jnp.int32(case.page_offset), variant)
+    return ragged_mosaic(*args, scale=case.scale, tiles=tiles, interpret=interpret)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,6 +69,30 @@ def test_padding_in_many_blocks_gives_zeros(backend: str) -> None:
     out = run(case, backend, replace(TILES, num_programs=1))
     assert not out[33:].any()
     assert_close(out, expected(case), length=70)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("features", FEATURES, ids="+".join)
+def test_features_equal_a_dense_softmax(features: tuple[str, ...], backend: str) -> None:
+    variant = make_variant(SMALL.num_heads, features)
+    q_lens, kv_lens = [1, 37, 1], [1, 100, WINDOW + 1]
+    case = make_case(
+        SMALL, q_lens=q_lens, kv_lens=kv_lens, num_padding_tokens=9, dtype="bfloat16", window=variant.window
+    )
+    out = run(case, backend, variant=variant)
+    assert not out[sum(q_lens) :].any()
+    assert_close(out, expected(case, variant), length=100)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_heads", [1, 3, 8])
+@pytest.mark.parametrize("window", [1, 70, 200])
+def test_windows_of_any_number_of_tiles(window: int, num_heads: int, backend: str) -> None:
+    heads = HeadShape(num_heads=num_heads, num_kv_heads=1, head_dim=64, page_size=32)
+    variant = make_variant(heads.num_heads, FEATURES[-1], window=window)
+    case = make_case(heads, q_lens=[32], kv_lens=[290], dtype="bfloat16", window=window)
+    out = run(case, backend, variant=variant, tiles=replace(TILES, num_programs=1))
+    assert_close(out, expected(case, variant), length=290)
 
 
 def test_warpgroups_do_not_race() -> None:

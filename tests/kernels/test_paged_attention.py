@@ -9,15 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjengine.pallas_kernels.attention_variant import AttentionVariant
 from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton, paged_attention, reference
 from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
 from tests.kernels.cases import (
     BACKENDS,
+    FEATURED_SHAPES,
+    FEATURES,
     SHAPES_AND_DTYPES,
+    WINDOW,
     assert_close,
     cuda_target,
     expected,
     make_case,
+    make_variant,
     quick_compile,
 )
 
@@ -54,6 +59,72 @@ def test_lengths_around_pages_tiles_and_splits(page_size: int, num_splits: int, 
     assert not counters.any()
     assert_close(out, expected(case), length=300)
     assert_close(reference(*args, scale=case.scale), expected(case), length=300)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("features", FEATURES, ids="+".join)
+def test_features_equal_a_dense_softmax(features: tuple[str, ...], backend: str) -> None:
+    variant = make_variant(SMALL.num_heads, features)
+    lens = [0, 1, 15, 16, 17, WINDOW - 1, WINDOW, WINDOW + 1, 70, 100]
+    case = make_case(SMALL, kv_lens=lens, window=variant.window)
+    out = paged_attention(
+        *case.decode_args(), page_offset=case.page_offset, scale=case.scale, variant=variant, backend=backend
+    )
+    assert not out[0].any()
+    assert_close(out, expected(case, variant), length=100)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "heads", FEATURED_SHAPES, ids=lambda s: f"{s.num_heads}/{s.num_kv_heads}x{s.head_dim}"
+)
+def test_features_in_every_head_shape(heads: HeadShape, backend: str) -> None:
+    variant = make_variant(heads.num_heads, FEATURES[-1])
+    case = make_case(heads, kv_lens=[70, 0, 5], dtype="bfloat16", window=variant.window)
+    out = paged_attention(
+        *case.decode_args(), page_offset=case.page_offset, scale=case.scale, variant=variant, backend=backend
+    )
+    assert_close(out, expected(case, variant), length=70)
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("num_splits", [3, 8])
+@pytest.mark.parametrize("window", [1, 16, 50, 400])
+def test_splits_share_a_window_and_count_a_sink_once(window: int, num_splits: int, interpret: bool) -> None:
+    variant = make_variant(SMALL.num_heads, FEATURES[-1], window=window)
+    case = make_case(SMALL, kv_lens=[0, 1, 31, window, 127, 300], window=window)
+    args = (*case.decode_args(), jnp.int32(case.page_offset))
+    tiles = DecodeTiles(block_kv=16, num_splits=num_splits)
+    out, counters = decode_triton(*args, variant=variant, scale=case.scale, tiles=tiles, interpret=interpret)
+    assert not counters.any()
+    assert_close(out, expected(case, variant), length=300)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_far_beyond_the_cap_are_the_cap(backend: str) -> None:
+    case = make_case(SMALL, kv_lens=[40])
+    case = replace(case, q=case.q * 1e6)  # exponentials over- and underflow
+    variant = AttentionVariant(softcap=30.0)
+    out = paged_attention(
+        *case.decode_args(), page_offset=case.page_offset, scale=case.scale, variant=variant, backend=backend
+    )
+    np.testing.assert_allclose(out, expected(case, variant), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        (AttentionVariant(softcap=0.0), "softcap must be positive and finite, got 0.0"),
+        (AttentionVariant(softcap=float("nan")), "softcap must be positive and finite, got nan"),
+        (AttentionVariant(window=0), "window must be at least 1, got 0"),
+        (AttentionVariant(alibi_slopes=jnp.ones(2)), r"alibi_slopes must have shape \(4,\), .* got \(2,\)"),
+        (AttentionVariant(sinks=jnp.ones(5)), r"sinks must have shape \(4,\), .* got \(5,\)"),
+    ],
+)
+def test_a_variant_without_meaning_raises(variant: AttentionVariant, message: str) -> None:
+    case = make_case(SMALL, kv_lens=[1])
+    with pytest.raises(ValueError, match=message):
+        paged_attention(*case.decode_args(), page_offset=0, scale=1.0, variant=variant)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -130,6 +201,20 @@ def test_every_named_shape_lowers_for_cuda_once_for_all_layers(name: str) -> Non
         traced = jax.jit(two_layers).trace(q, pages, pages, ints((1, 64)), ints((1,)))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton(") == 1
+
+
+@pytest.mark.parametrize(("window", "num_splits"), [(None, 16), (1000, 16), (200, 4), (64, 1)])
+def test_a_window_is_split_into_its_own_tiles(window: int | None, num_splits: int) -> None:
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    pages = jax.ShapeDtypeStruct((256, 8, 16, 128), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((1, 32, 128), jnp.bfloat16)
+    variant = AttentionVariant(window=window)
+    attend = functools.partial(paged_attention, page_offset=0, scale=1.0, variant=variant)
+    with cuda_target():
+        traced = jax.jit(attend).trace(q, pages, pages, ints((1, 64)), ints((1,)))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert (f"tensor<{num_splits}x1x32x128xf32>" in text) == (num_splits > 1)
+    assert ("x1x32x128xf32>" in text) == (num_splits > 1)
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjengine.pallas_kernels.attention_variant import AttentionVariant
 from pjengine.pallas_kernels.ragged_prefill import (
     PrefillTiles,
     plan_blocks,
@@ -18,11 +19,15 @@ from pjengine.pallas_kernels.ragged_prefill import (
 from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
 from tests.kernels.cases import (
     BACKENDS,
+    FEATURED_SHAPES,
+    FEATURES,
     SHAPES_AND_DTYPES,
+    WINDOW,
     assert_close,
     cuda_target,
     expected,
     make_case,
+    make_variant,
     quick_compile,
 )
 
@@ -74,6 +79,56 @@ def test_tiles_do_not_change_the_result(block_m: int, block_kv: int, interpret: 
         interpret=interpret,
     )
     assert_close(out, expected(case), length=200)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("features", FEATURES, ids="+".join)
+def test_features_equal_a_dense_softmax(features: tuple[str, ...], backend: str) -> None:
+    variant = make_variant(SMALL.num_heads, features)
+    q_lens, kv_lens = [1, 37, 0, 1, 33, 5, 0], [1, 37, 0, 100, 90, WINDOW + 1, 20]
+    case = make_case(SMALL, q_lens=q_lens, kv_lens=kv_lens, num_padding_tokens=20, window=variant.window)
+    out = ragged_paged_attention(
+        *case.ragged_args(), page_offset=case.page_offset, scale=case.scale, variant=variant, backend=backend
+    )
+    assert not out[sum(q_lens) :].any()
+    assert_close(out, expected(case, variant), length=100)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "heads", FEATURED_SHAPES, ids=lambda s: f"{s.num_heads}/{s.num_kv_heads}x{s.head_dim}"
+)
+def test_features_in_every_head_shape(heads: HeadShape, backend: str) -> None:
+    variant = make_variant(heads.num_heads, FEATURES[-1])
+    case = make_case(heads, q_lens=[1, 18], kv_lens=[40, 50], dtype="bfloat16", window=variant.window)
+    out = ragged_paged_attention(
+        *case.ragged_args(), page_offset=case.page_offset, scale=case.scale, variant=variant, backend=backend
+    )
+    assert_close(out, expected(case, variant), length=50)
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("window", [1, 33, 80, 150])
+@pytest.mark.parametrize(("block_m", "block_kv"), [(16, 16), (64, 16), (32, 64)])
+def test_windows_of_any_number_of_tiles(block_m: int, block_kv: int, window: int, interpret: bool) -> None:
+    variant = make_variant(SMALL.num_heads, FEATURES[-1], window=window)
+    case = make_case(SMALL, q_lens=[50, 3, 1], kv_lens=[200, 3, 140], window=window)
+    out = ragged_triton(
+        *case.ragged_args(),
+        jnp.int32(case.page_offset),
+        variant,
+        scale=case.scale,
+        tiles=PrefillTiles(block_m=block_m, block_kv=block_kv, num_warps=4),
+        interpret=interpret,
+    )
+    assert_close(out, expected(case, variant), length=200)
+
+
+def test_a_variant_without_meaning_raises() -> None:
+    case = make_case(SMALL, kv_lens=[1])
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        variant = AttentionVariant(window=-1)
+        ragged_paged_attention(*case.ragged_args(), page_offset=0, scale=1.0, variant=variant)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,82 @@
+"""The two ways to attend, over the tokens at hand and over pages, are one attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjengine.models.attention import PagedAttend, dense_attend
+from pjengine.models.state import Batch, KVCache
+from pjengine.pallas_kernels.attention_variant import AttentionVariant
+
+LENGTH, KV_HEADS, GROUP, DIM, PAGE_SIZE, NUM_PAGES = 45, 2, 3, 16, 16, 5
+SLOPES = jnp.asarray([0.5, 0.25, 0.125, 1.0, 0.1, 0.01])
+SINKS = jnp.asarray([-3.0, 0.0, 1.0, 2.0, 10.0, -1.0])
+VARIANTS = [
+    AttentionVariant(),
+    AttentionVariant(softcap=1.5),
+    AttentionVariant(window=7),
+    AttentionVariant(alibi_slopes=SLOPES),
+    AttentionVariant(sinks=SINKS),
+    AttentionVariant(softcap=1.5, window=7, alibi_slopes=SLOPES, sinks=SINKS),
+]
+IDS = ["plain", "softcap", "window", "alibi", "sinks", "all"]
+
+
+def rotary(start: int, stop: int) -> tuple[jax.Array, jax.Array]:
+    angle = jnp.arange(start, stop, dtype=jnp.float32)[:, None] * jnp.linspace(0.01, 1, DIM // 2)[None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+@pytest.mark.parametrize("backend", [None, "triton_interpret"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
+def test_chunks_and_decodes_over_pages_equal_dense_attention(
+    variant: AttentionVariant, backend: str | None
+) -> None:
+    qkv = jax.random.normal(jax.random.key(0), (LENGTH, KV_HEADS, GROUP + 2, DIM))
+    dense, _ = dense_attend(scale=0.3, variant=variant)(qkv, rotary(0, LENGTH), None, 0)
+    pages = jnp.full((2 * NUM_PAGES, KV_HEADS, PAGE_SIZE, DIM), jnp.nan)
+    cache: KVCache | None = KVCache(pages, pages, jnp.zeros((NUM_PAGES, PAGE_SIZE), jnp.int32))
+    table = jnp.asarray([[3, 1, 4]], jnp.int32)
+    paged = []
+    for start, stop in ((0, 19), (19, 43), (43, 44), (44, 45)):
+        positions = jnp.arange(start, stop, dtype=jnp.int32)
+        batch = Batch(
+            tokens=positions,
+            positions=positions,
+            rope_lens=positions + 1,
+            slots=table[0][positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
+            page_table=table,
+            kv_lens=jnp.asarray([stop], jnp.int32),
+            cu_q_lens=None if stop == start + 1 else jnp.asarray([0, stop - start], jnp.int32),
+        )
+        attend = PagedAttend(batch, NUM_PAGES, scale=0.3, backend=backend, variant=variant)
+        out, cache = attend(qkv[start:stop], rotary(start, stop), cache, 1)
+        paged.append(out)
+    np.testing.assert_allclose(np.concatenate(paged), dense, atol=2e-6)
+
+
+def test_each_feature_changes_the_result() -> None:
+    qkv = jax.random.normal(jax.random.key(0), (LENGTH, KV_HEADS, GROUP + 2, DIM))
+    outs = [dense_attend(scale=0.3, variant=v)(qkv, rotary(0, LENGTH), None, 0)[0] for v in VARIANTS]
+    for i, out in enumerate(outs):
+        for other in outs[:i]:
+            assert jnp.abs(out - other).max() > 0.01
+
+
+def test_gradients_flow_through_every_feature() -> None:
+    qkv = jax.random.normal(jax.random.key(0), (2, LENGTH, KV_HEADS, GROUP + 2, DIM))
+    cos, sin = (jnp.broadcast_to(x[None], (2, *x.shape)) for x in rotary(0, LENGTH))
+
+    def loss(qkv: jax.Array, sinks: jax.Array) -> jax.Array:
+        variant = AttentionVariant(softcap=1.5, window=7, alibi_slopes=SLOPES, sinks=sinks)
+        return jnp.sum(dense_attend(scale=0.3, variant=variant)(qkv, (cos, sin), None, 0)[0] ** 2)
+
+    for grad in jax.grad(loss, argnums=(0, 1))(qkv, SINKS):
+        assert jnp.isfinite(grad).all() and (jnp.abs(grad) > 0).any()
+
+
+def test_a_variant_without_meaning_raises() -> None:
+    qkv = jnp.ones((3, KV_HEADS, GROUP + 2, DIM))
+    with pytest.raises(ValueError, match=r"sinks must have shape \(6,\)"):
+        dense_attend(scale=0.3, variant=AttentionVariant(sinks=jnp.ones(3)))(qkv, rotary(0, 3), None, 0)
