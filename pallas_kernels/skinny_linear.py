@@ -179,8 +179,7 @@ class SkinnyTiles:
         elif is_gated:
             tiles = cls(block_n=128, block_k=64, num_warps=8, num_stages=4)
         elif k > 2 * n:
-            block_k, num_splits = (64, 4) if is_narrow else (128, 2)
-            tiles = cls(block_n=64, block_k=block_k, num_splits=num_splits, num_stages=6)
+            tiles = cls(block_n=64, block_k=128, num_splits=2, num_stages=6)
         else:
             block_k, num_splits = 128 if is_narrow else 64, 1
             while num_splits < 8 and n // 64 * num_splits < 192 and k % (2 * num_splits * block_k) == 0:
