@@ -44,6 +44,7 @@ class AsyncLLM:
 
     Raises:
       TypeError: no such setting.
+      NotImplementedError: a setting of vLLM asks for what is not here.
       ValueError, OSError: the model or a setting is not possible; the text says what to change.
 
     Use it as an asynchronous context manager, or call `close()`: the device memory then returns at once.

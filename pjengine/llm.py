@@ -43,6 +43,7 @@ class LLM:
 
     Raises:
       TypeError: no such setting.
+      NotImplementedError: a setting of vLLM asks for what is not here.
       ValueError, OSError: the model or a setting is not possible; the text says what to change.
 
     Use it as a context manager, or call `close()`: the device memory then returns at once.

@@ -117,7 +117,7 @@ def plan_memory(
     """Sizes the page pool, the same way with a device and without.
 
     Args:
-      budget_bytes: for weights, activations and KV pages together; None on a CPU.
+      budget_bytes: for weights, activations, program temp and KV pages together; None on a CPU.
       kv_cache_memory_bytes: for KV pages, instead of what the budget leaves.
       max_model_len: None: as long as the model supports, or as long as fits if that is less.
 

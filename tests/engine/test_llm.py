@@ -193,7 +193,6 @@ def test_progress_goes_to_whoever_is_asked(demo: Any) -> None:
     assert bars[0].total == 3
 
 
-@pytest.mark.timeout(60)
 def test_requests_that_are_aborted_while_generate_runs_end_there(demo: Any) -> None:
     from tqdm import tqdm
 
@@ -210,7 +209,6 @@ def test_requests_that_are_aborted_while_generate_runs_end_there(demo: Any) -> N
     assert [output.outputs[0].finish_reason for output in outputs] == ["length", *["abort"] * 5]
 
 
-@pytest.mark.timeout(60)
 def test_what_ends_in_a_step_of_somebody_else_is_not_waited_for(demo: Any) -> None:
     advance = demo.engine.advance
 
