@@ -234,7 +234,7 @@ def _kind(data: Any) -> str:
     return "<chat>" if isinstance(data, dict) and "messages" in data else "<text>"
 
 
-type TokenizeRequest = Annotated[
+TokenizeRequest = Annotated[
     Annotated[TokenizeTextRequest, Tag("<text>")] | Annotated[TokenizeChatRequest, Tag("<chat>")],
     Discriminator(_kind),
 ]

@@ -1,7 +1,6 @@
 """A server in a process of its own, and plain sockets to talk to it."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -117,13 +116,7 @@ def start_server(
     log_file = folder / "log"
     run = ["-m", module] if code is None else ["-c", code]
     with open(log_file, "wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, *run, *arguments],
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
+        process = subprocess.Popen([sys.executable, *run, *arguments], cwd=ROOT, stdout=log, stderr=log)
     try:
         yield Server(process, log_file)
     finally:

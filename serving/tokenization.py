@@ -1,9 +1,9 @@
 """POST /tokenize and /detokenize."""
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Body, Request
 
 from pjengine.serving.errors import ERRORS
 from pjengine.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
@@ -13,7 +13,7 @@ router = APIRouter()
 
 
 @router.post("/tokenize", responses=ERRORS)
-async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+async def tokenize(body: Annotated[TokenizeRequest, Body()], request: Request) -> dict[str, Any]:
     """The token ids of a text, or of what the chat template makes of a conversation."""
     service = service_of(request)
     service.check_model(body.model)
