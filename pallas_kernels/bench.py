@@ -28,6 +28,7 @@ from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
 from pjengine.pallas_kernels.shapes import PRODUCTS, SHAPES, HeadShape
 from pjengine.pallas_kernels.skinny_linear import SkinnyTiles, skinny_triton
+from pjengine.pallas_kernels.triton_extra import import_jax_triton
 
 type Row = dict[str, object]
 
@@ -170,6 +171,14 @@ def mosaic_tiles(q: Array, cache: Cache, *, is_tuning: bool) -> Iterator[MosaicT
             yield MosaicTiles(block_kv=block_kv, num_stages=stages)
 
 
+def jax_triton_kernel(name: str, *, interpret: bool) -> dict[str, Callable[..., Array]]:
+    """Empty where the extra is not installed, and where kernels are to be interpreted."""
+    try:
+        return {} if interpret else {"jax_triton": getattr(import_jax_triton(), name)}
+    except NotImplementedError:
+        return {}
+
+
 def decode_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
     """Decode attention; its bytes are those of K and V."""
     heads = SHAPES[name]
@@ -185,14 +194,19 @@ def decode_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) 
             itemsize=2,
         )
         gb = 4 * batch * context * heads.num_kv_heads * heads.head_dim / 1e9
-        for tiles in decode_tiles(chosen, is_tuning=is_tuning):
-            attend = functools.partial(decode, tiles=tiles, interpret=interpret)
-            case = {"op": "decode", "batch": batch, "context": context, **described("triton", tiles)}
+        kernels: dict[str, Callable[..., Array]] = {
+            "triton": functools.partial(decode, interpret=interpret),
+            **jax_triton_kernel("decode_jax_triton", interpret=interpret),
+        }
+        tried = decode_tiles(chosen, is_tuning=is_tuning)
+        for tiles, (backend, kernel) in itertools.product(tried, kernels.items()):
+            attend = functools.partial(kernel, scale=0.1, tiles=tiles)
+            case = {"op": "decode", "batch": batch, "context": context, **described(backend, tiles)}
             yield limits.row(case, functools.partial(time_calls, attend, cache, q), gb=gb)
 
 
-def decode(*args: Array, tiles: DecodeTiles, interpret: bool) -> Array:
-    out, _ = decode_triton(*args, scale=0.1, tiles=tiles, interpret=interpret)
+def decode(*args: Array, **options: Any) -> Array:
+    out, _ = decode_triton(*args, **options)
     return out
 
 
@@ -217,9 +231,13 @@ def prefill_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool)
         for tiles in mosaic_tiles(q, cache, is_tuning=is_tuning):
             mosaic = functools.partial(ragged_mosaic, scale=0.1, tiles=tiles)
             attends.append((described("mosaic", tiles), mosaic))
-        for narrow in prefill_tiles(chosen, is_tuning=is_tuning):
-            triton = functools.partial(ragged_triton, scale=0.1, tiles=narrow, interpret=interpret)
-            attends.append((described("triton", narrow), triton))
+        kernels: dict[str, Callable[..., Array]] = {
+            "triton": functools.partial(ragged_triton, interpret=interpret),
+            **jax_triton_kernel("ragged_jax_triton", interpret=interpret),
+        }
+        tried = prefill_tiles(chosen, is_tuning=is_tuning)
+        for narrow, (backend, kernel) in itertools.product(tried, kernels.items()):
+            attends.append((described(backend, narrow), functools.partial(kernel, scale=0.1, tiles=narrow)))
         for choice, attend in attends:
             took = functools.partial(time_calls, attend, cache, q, cu_q_lens)
             yield limits.row({"op": "prefill", "case": case, **choice}, took, tflop=tflop)

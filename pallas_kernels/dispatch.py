@@ -1,8 +1,9 @@
 """Which backend runs an op: a Pallas kernel on a GPU, the jnp reference on any platform.
 
 On a GPU `mosaic` (Pallas, Mosaic GPU lowering: Hopper only) is tried first where an op has it, then `triton`
-(Pallas, Triton lowering), then `reference`; elsewhere only `reference`. `triton_interpret` and
-`mosaic_interpret` run the same kernels in Pallas's interpreters, for tests; nothing chooses them by itself.
+(Pallas, Triton lowering), then `reference`; elsewhere only `reference`. The others run only where they are
+asked for: `jax_triton`, the attention kernels in Triton's own language (extra `triton`), on a GPU; and, for
+tests, `triton_interpret` and `mosaic_interpret`, Pallas's interpreters.
 """
 
 import logging
@@ -11,8 +12,10 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-# Those that every op has, and that an engine can be told to use. `mosaic` is one op's own.
-BACKENDS = ("triton", "reference", "triton_interpret")
+from pjengine.pallas_kernels.triton_extra import import_jax_triton
+
+# Those that an engine can be told to use. `mosaic` is one op's own.
+BACKENDS = ("triton", "jax_triton", "reference", "triton_interpret")
 _TRIED = {"gpu": ("mosaic", "triton", "reference")}  # best first; any other platform: `reference`
 
 _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # names of devices of compute capability 9.0
@@ -37,12 +40,14 @@ def check_backend(name: str | None) -> None:
 
     Raises:
       ValueError: the name is unknown, or of another platform.
+      NotImplementedError: its packages are not installed, or not in the versions it needs.
     """
     here = platform()
-    tried = _TRIED.get(here, ("reference",))
-    available = ("triton_interpret", *(tried_name for tried_name in tried if tried_name in BACKENDS))
+    available = [each for each in BACKENDS if here == "gpu" or each not in ("triton", "jax_triton")]
     if name is not None and name not in available:
         raise ValueError(f"kernel backend {name!r} cannot run on {here}; available: {', '.join(available)}")
+    if name == "jax_triton":
+        import_jax_triton()
 
 
 def check_hopper() -> None:
@@ -76,12 +81,15 @@ def dispatch[Out](op: str, implementations: Mapping[str, Callable[[], Out]], bac
     Args:
       op: the name under which the choice is logged and recorded.
       implementations: backend name -> the op with its arguments bound.
-      backend: None to choose; a backend that is asked for by name never falls back to another.
+      backend: None to choose; a backend that is asked for by name never falls back to another. One exception:
+        `jax_triton` has attention only, and any other op runs as if nothing was asked for.
 
     Raises:
       ValueError: `backend` is no name in `implementations`.
       NotImplementedError: the named backend, or every backend of the platform, cannot do these shapes.
     """
+    if backend == "jax_triton" and backend not in implementations:
+        backend = None
     if backend is not None:
         if backend not in implementations:
             raise ValueError(f"backend must be one of {', '.join(implementations)}; got {backend!r}")

@@ -21,6 +21,7 @@ from pjengine.pallas_kernels.attention_variant import (
 )
 from pjengine.pallas_kernels.dispatch import dispatch
 from pjengine.pallas_kernels.last_split import Counters, counters_for, finish_last
+from pjengine.pallas_kernels.triton_extra import run_jax_triton
 
 # Stands for minus infinity in the kernels: its exponential is 0, and LOWEST - LOWEST and LOWEST * scale stay
 # finite.
@@ -75,6 +76,7 @@ def paged_attention(
             "triton": functools.partial(triton, interpret=False),
             "reference": functools.partial(reference, *args, variant, scale=scale),
             "triton_interpret": functools.partial(triton, interpret=True),
+            "jax_triton": functools.partial(run_jax_triton, "decode_jax_triton", *args, scale=scale),
         },
         backend,
     )

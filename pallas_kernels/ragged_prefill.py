@@ -29,6 +29,7 @@ from pjengine.pallas_kernels.paged_attention import (
     check_kernel_can,
     full_precision_dot,
 )
+from pjengine.pallas_kernels.triton_extra import run_jax_triton
 
 
 def ragged_paged_attention(
@@ -73,6 +74,7 @@ def ragged_paged_attention(
             "mosaic_interpret": functools.partial(
                 ragged_mosaic, *args, scale=scale, interpret=plgpu.InterpretGPUParams()
             ),
+            "jax_triton": functools.partial(run_jax_triton, "ragged_jax_triton", *args, scale=scale),
         },
         backend,
     )

@@ -17,6 +17,7 @@ from pjengine.config import RunnerConfig
 from pjengine.logprobs import Logprobs
 from pjengine.models.llama import Llama, Params
 from pjengine.models.state import KVCache
+from pjengine.pallas_kernels.triton_extra import backend_versions
 from pjengine.step import StepOutput, step
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,8 @@ class StepCompiler:
         """What the cache knows the program by: all that `lower` and `compile` go by."""
         leaves = jax.tree.leaves_with_path(self._arguments(layout))
         shapes = [(str(path), leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in leaves]
-        return fingerprint(*environment(self.devices, self.options), self._settings(layout), shapes)
+        versions = backend_versions(self.config.kernel_backend)
+        return fingerprint(*environment(self.devices, self.options), versions, self._settings(layout), shapes)
 
     def _trees(self, layout: Layout) -> tuple[PyTreeDef, PyTreeDef]:
         """Of the arguments and of the results."""

@@ -75,7 +75,7 @@ ENGINE_OPTIONS = (
     Option("max_logprobs", int, "N", "most that a request may ask for at a position; -1: the vocabulary"),
     Option("generation_config", str, "NAME", "auto: the model's own sampling defaults; vllm: neutral ones"),
     Option("compile_cache_dir", str, "DIR", "keeps compiled programs (default: ~/.cache/pjengine; '': none)"),
-    Option("kernel_backend", str, "NAME", "triton or reference (default: the best that fits)"),
+    Option("kernel_backend", str, "NAME", "triton, jax_triton or reference (default: the best that fits)"),
 )
 TOKENIZER_OPTIONS = (
     Option("tokenizer", str, "MODEL", "folder or Hub id of the tokenizer (default: the model's)"),

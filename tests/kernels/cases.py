@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,15 @@ import pytest
 from pjengine.pallas_kernels.attention_variant import PLAIN, AttentionVariant
 from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
 
-BACKENDS = ["reference", "triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+NEEDS_JAX_TRITON = pytest.mark.skipif(
+    not all(map(find_spec, ("jax_triton", "triton"))), reason="needs pip install 'pjengine[triton]'"
+)
+BACKENDS = [
+    "reference",
+    "triton_interpret",
+    pytest.param("triton", marks=pytest.mark.gpu),
+    pytest.param("jax_triton", marks=[pytest.mark.gpu, NEEDS_JAX_TRITON]),
+]
 # Every shape in the two dtypes that models come in, and one of each width class in float16 (which takes no
 # other path than bfloat16).
 SHAPES_AND_DTYPES = [
