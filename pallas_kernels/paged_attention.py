@@ -63,7 +63,6 @@ def paged_attention(
     """
     check_attention_arguments(q.shape[-2], k_pages.shape[1], scale, variant)
     args = (q, k_pages, v_pages, page_table, kv_lens, jnp.asarray(page_offset, jnp.int32))
-
     lent = counters or Counters(len(q) * k_pages.shape[1])
 
     def triton(*, interpret: bool) -> Float[Array, "b h d"]:
@@ -76,7 +75,9 @@ def paged_attention(
             "triton": functools.partial(triton, interpret=False),
             "reference": functools.partial(reference, *args, variant, scale=scale),
             "triton_interpret": functools.partial(triton, interpret=True),
-            "jax_triton": functools.partial(run_jax_triton, "decode_jax_triton", *args, scale=scale),
+            "jax_triton": functools.partial(
+                run_jax_triton, "decode_jax_triton", *args, scale=scale, **vars(variant)
+            ),
         },
         backend,
     )
@@ -263,14 +264,13 @@ def decode_triton(
         interpret=interpret,
     )
     is_split = tiles.num_splits > 1
-    partial = jax.ShapeDtypeStruct((tiles.num_splits, *q.shape), jnp.float32)
-    lse = jax.ShapeDtypeStruct(partial.shape[:-1], jnp.float32)
+    sums = [jax.ShapeDtypeStruct((tiles.num_splits, *of), jnp.float32) for of in (q.shape, q.shape[:-1])]
     extras = (counters if is_split else None, variant.alibi_slopes, variant.sinks)
     outs = pl.pallas_call(
         kernel,
         # The KV heads of a page lie next to each other: neighbouring programs read neighbouring memory.
         grid=(num_kv_heads, tiles.num_splits, batch),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *(is_split * [partial, lse, counters])],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *(is_split * [*sums, counters])],
         input_output_aliases={6: 3} if is_split else {},
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,

@@ -63,7 +63,8 @@ def ragged_paged_attention(
     """
     check_attention_arguments(q.shape[-2], k_pages.shape[1], scale, variant)
     offset = jnp.asarray(page_offset, jnp.int32)
-    args = (q, k_pages, v_pages, page_table, kv_lens, cu_q_lens, offset, variant)
+    plain = (q, k_pages, v_pages, page_table, kv_lens, cu_q_lens, offset)
+    args = (*plain, variant)
     return dispatch(
         "ragged_paged_attention",
         {
@@ -74,7 +75,9 @@ def ragged_paged_attention(
             "mosaic_interpret": functools.partial(
                 ragged_mosaic, *args, scale=scale, interpret=plgpu.InterpretGPUParams()
             ),
-            "jax_triton": functools.partial(run_jax_triton, "ragged_jax_triton", *args, scale=scale),
+            "jax_triton": functools.partial(
+                run_jax_triton, "ragged_jax_triton", *plain, scale=scale, **vars(variant)
+            ),
         },
         backend,
     )
