@@ -29,7 +29,7 @@ class MemoryPlan:
 
     weights_bytes: int
     activations_bytes: int  # of the model, and logits
-    temp_bytes: int  # of programs, beside them: histories, logprobs, page tables
+    temp_bytes: int  # of programs, beside them: histories, logprobs, page tables, compilation
     page_bytes: int  # one page, all layers
     page_size: int
     num_pages: int  # the null page among them
@@ -60,7 +60,7 @@ class MemoryPlan:
         rows = [
             ("weights", self.weights_bytes, ""),
             ("activations", self.activations_bytes, "the largest program's, at most"),
-            ("program temp", self.temp_bytes, "for penalties and logprobs, at most"),
+            ("program temp", self.temp_bytes, "for penalties, logprobs and compilation, at most"),
             ("KV pages", self.kv_bytes, pages),
             ("total", self.total_bytes, ""),
         ]
@@ -101,6 +101,16 @@ def program_temp_bytes(
     return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables
 
 
+def tuning_bytes(config: ModelConfig, dtype: jnp.dtype, num_seqs: int) -> int:
+    """What XLA takes of a GPU while it compiles, beside a step that runs: it times products on copies.
+
+    The largest weight, and where that is the vocabulary's also the logits.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    head = config.vocab_size * (config.hidden_size * itemsize + num_seqs * 4)
+    return max(head, 2 * config.hidden_size * config.intermediate_size * itemsize)
+
+
 def plan_memory(
     config: ModelConfig,
     dtype: jnp.dtype,
@@ -134,6 +144,8 @@ def plan_memory(
     activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
     num_prompt_tokens = bound or max_num_batched_tokens
     temp = program_temp_bytes(vocab_size, max_logprobs, num_prompt_tokens, num_seqs, wanted_len, page_size)
+    if budget_bytes is not None:
+        temp += tuning_bytes(config, dtype, num_seqs)
     kv_bytes = kv_cache_memory_bytes
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations - temp

@@ -35,7 +35,7 @@ def test_no_more_pages_than_requests_could_use() -> None:
 
 
 def test_an_open_length_is_shortened_to_what_fits_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    made = plan(budget_bytes=20 * 10**9)
+    made = plan(budget_bytes=215 * 10**8)
     assert made.max_model_len == made.num_kv_tokens < 8192
     assert "max_model_len=8192 does not fit" in caplog.text
     caplog.clear()
@@ -112,6 +112,16 @@ def test_a_plan_without_a_device_needs_no_weights() -> None:
     assert demo.weights_bytes == 2 * 4_985_088
     with pytest.raises(ValueError, match="gpu must be one of h200"):
         plan_without_device(EngineConfig(model="demo"), "abacus")
+
+
+def test_a_gpu_has_room_for_the_products_that_the_compiler_times() -> None:
+    """On a card of 80 GB with 70 % of it for the engine, the first program could not be made without."""
+    from pjengine.models.shapes import SHAPES
+
+    config = SHAPES["llama-8b"]
+    on_gpu, on_cpu = plan(), plan(budget_bytes=None, max_num_seqs=1024)
+    head = config.vocab_size * config.hidden_size * 2
+    assert on_gpu.temp_bytes - on_cpu.temp_bytes >= head
 
 
 def test_few_logprobs_bound_nothing_and_cost_next_to_nothing() -> None:
