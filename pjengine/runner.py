@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.stages import Compiled, Lowered
+from jax.stages import Lowered
 from jaxtyping import Int
 
 from pjengine.batching import (
@@ -32,6 +32,8 @@ from pjengine.programs import CompilationError, Programs
 from pjengine.schedule import Schedule
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
+
+type Program = Callable[..., tuple[KVCache, Rows, StepOutput]]
 
 PATIENCE = 32  # steps that run as larger ones before their own program is made
 EARLY_UPDATES = 1024  # page updates entered at once by the program that runs before a step
@@ -146,15 +148,15 @@ class Runner:
         return [layout for layout in chain.from_iterable(pairs) if layout is not None]
 
     @property
-    def programs(self) -> Mapping[Layout, Compiled]:
+    def programs(self) -> Mapping[Layout, Program]:
         """The programs that are ready."""
         return self._programs.ready
 
-    def use(self, layout: Layout, program: Any) -> None:
+    def use(self, layout: Layout, program: Program) -> None:
         """Takes a step that was made elsewhere, instead of compiling one."""
         self._programs.put(layout, program)
 
-    def program_for(self, layout: Layout) -> tuple[Layout, Compiled]:
+    def program_for(self, layout: Layout) -> tuple[Layout, Program]:
         """The compiled step for `layout`, or while that is not ready, for one with more room.
 
         Where there is none, waits for the program to be made, before all others; raises what that raises.

@@ -120,7 +120,7 @@ def engine(
 
 def make_edits(rng: random.Random, max_tokens: int, share: float) -> dict[str, Any]:
     """Penalties and logprobs, and each other wish with the probability `share`."""
-    single, pairs = rng.sample(LETTERS, 6), ["".join(rng.sample(LETTERS, 2)) for _ in range(2)]
+    single, pairs = rng.sample(LETTERS, 14), ["".join(rng.sample(LETTERS, 2)) for _ in range(2)]
     wishes: dict[str, Any] = {
         "logit_bias": {rng.randrange(VOCAB_SIZE): 6.0},
         "bad_words": [*single[:4], *pairs],
@@ -144,8 +144,8 @@ def make_arrivals(rng: random.Random, has_priorities: bool) -> list[Arrival]:
         prompt = prefix[:num_shared] + [rng.randrange(VOCAB_SIZE) for _ in range(num_tokens - num_shared)]
         sampling = rng.choice(SAMPLING)
         max_tokens = rng.choice((1, rng.randint(1, MAX_OUTPUT), MAX_OUTPUT))
-        edits = make_edits(rng, max_tokens, share=0.3) if rng.random() < 0.5 else {}
-        if edits and rng.random() < 0.4:
+        edits = make_edits(rng, max_tokens, share=0.3) if rng.random() < 0.6 else {}
+        if edits and rng.random() < 0.3:
             edits["prompt_logprobs"] = 2
         elif rng.random() < 0.1:
             edits["skip_reading_prefix_cache"] = True
