@@ -147,7 +147,8 @@ def add_options(group: Any, options: Iterable[Option], settings: type[Any]) -> N
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     for option in options:
         default = defaults[option.field]
-        is_said = default in (None, False, (), dataclasses.MISSING) or "(default" in option.help
+        is_empty = default is False or default in (None, "", (), dataclasses.MISSING)
+        is_said = is_empty or "(default" in option.help
         group.add_argument(
             option.name,
             default=argparse.SUPPRESS,
