@@ -122,7 +122,9 @@ class Llama:
         rotary = self.rotary(positions, rope_lens)
         if isinstance(attend, PagedAttend) and cache is not None and is_fused(self.config, x, attend):
             return fused_layers(params, self.config, x, rotary, cache, attend)
-        is_stacked = isinstance(attend, PagedAttend) and attend.backend is None and not self.config.mlp_bias
+        # A backend that is named for all ops keeps to the reference here; `jax_triton` is of attention only.
+        is_free = isinstance(attend, PagedAttend) and attend.backend in (None, "jax_triton")
+        is_stacked = is_free and not self.config.mlp_bias
         gate_up_stack = params["layers"]["gate_up"] if is_stacked else None
         block = Block(self.config, self.dtype)
         for layer in range(self.config.num_layers):

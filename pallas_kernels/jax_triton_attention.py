@@ -2,7 +2,8 @@
 
 Pallas's Triton lowering, which `paged_attention` and `ragged_prefill` are written for, is deprecated; on GPUs
 before Hopper these kernels are its successors. Algorithms, tiles, refusals and references are the ones of
-those two files. Pallas's interpreter cannot run them.
+those two files, but for one thing: the splits of a sequence are merged by a second kernel, which needs no
+counters. Pallas's interpreter cannot run them.
 
 Importing this file needs the extra `triton`. The kernels stay clear of the tests' type checker
 (`no_type_check`): Triton reads their source, and would find the checker's wrapper instead.

@@ -179,6 +179,19 @@ def test_other_flags_sources_and_settings_are_a_miss(stored: Stored, monkeypatch
     assert stored.load() is not None
 
 
+def test_another_version_of_what_compiles_the_kernels_is_a_miss(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pjengine.pallas_kernels import triton_extra
+
+    stored.compiler.config = dataclasses.replace(stored.compiler.config, kernel_backend="jax_triton")
+    monkeypatch.setattr(triton_extra, "version", lambda name: "3.7.1")
+    stored.store(stored.compiler._key(stored.layout))
+    assert stored.load() is not None
+    monkeypatch.setattr(triton_extra, "version", lambda name: "3.8.0")
+    assert stored.load() is None
+
+
 def test_every_traced_module_is_among_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     from pjengine import compile_cache
 

@@ -1,12 +1,11 @@
-"""Compiles the `jax_triton` kernels for an H200, on a machine that has none.
+"""The `jax_triton` kernels, compiled for an H200.
 
-In a process of its own: JAX finds its CUDA compiler when it is imported, and Triton learns then whether to
-interpret. jax-triton goes as far as PTX; NVIDIA's assembler, which comes with Triton, does the rest.
+In a process of its own, as in `worker`; Triton too learns when it is imported whether to compile. XLA takes
+their PTX as it is: NVIDIA's assembler, which comes with Triton, does the rest here.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles
 from pjengine.pallas_kernels.shapes import SHAPES
+from tests.compile.target import compiler_path
 from tests.kernels.cases import cuda_target
 
 MARK = "compiled: "
@@ -36,14 +36,6 @@ class Kernel:
     spilled_bytes: int
     shared_bytes: int
     num_wgmma: int
-
-
-def compiler_path() -> list[str] | None:
-    """What to add to the path of imports for the CUDA compiler of JAX; None: there is none."""
-    if any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
-        return []
-    wheels = Path(sys.prefix) / "cuda-compiler"
-    return [str(wheels)] if wheels.exists() else None
 
 
 def compile_apart() -> dict[str, list[Kernel]]:
