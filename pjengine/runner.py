@@ -74,7 +74,7 @@ class Runner:
             .compile()
         )
         self._compiler = StepCompiler(model, config, (params, self.cache, self.rows), sharding, compile_cache)
-        self._programs = Programs(self._compiler, num_threads=os.cpu_count() or 1)
+        self._programs: Programs[Layout, Program] = Programs(self._compiler, num_threads=os.cpu_count() or 1)
         self._is_warming = False
         self.recompiles_after_warmup = 0
         self.compile_s = 0.0  # that a caller waited for programs
