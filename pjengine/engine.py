@@ -94,7 +94,7 @@ class LLMEngine:
           ValueError: the prompt is empty, too long or out of the vocabulary; the parameters do not suit
             the model; the request can never fit; its id is in use; or the priority is no whole number, or
             given under another policy. Nothing is queued then.
-          TypeError: the prompt is none, `params` are no SamplingParams, or the id is no str.
+          TypeError: it is no prompt, `params` are no SamplingParams, or the id is no str.
           RuntimeError: the engine is closed.
         """
         generation = self.prepare(prompt, params, request_id=request_id, priority=priority)

@@ -196,6 +196,18 @@ def run(engine: Any, arrivals: list[Arrival], seen: Counter[str]) -> dict[int, A
     return outputs
 
 
+def run_alone(engine: Any, arrival: Arrival) -> Any:
+    """What the request gets by itself, each of its continuations as a request of its own."""
+    params, outputs = arrival.params, []
+    for index in range(params.n):
+        own = replace(params, n=1, seed=params.seed + index)
+        [output] = run(engine, [replace(arrival, step=0, aborted_at=None, params=own)], Counter()).values()
+        assert output.finished and output.metrics.num_preemptions == 0
+        outputs.append(output)
+    completions = [replace(output.outputs[0], index=index) for index, output in enumerate(outputs)]
+    return replace(outputs[0], outputs=completions)
+
+
 def grew_by_several(before: Any, after: Any) -> bool:
     pairs = zip(before.outputs, after.outputs, strict=True)
     return any(len(new.token_ids) > len(old.token_ids) + 1 for old, new in pairs)
@@ -270,8 +282,7 @@ def test_every_request_gets_what_it_gets_alone(engine: Any) -> None:
                 assert arrival.aborted_at is not None
                 seen["aborted before a token"] += 1
                 continue
-            alone = run(engine, [replace(arrival, step=0, aborted_at=None)], Counter())[0]
-            assert alone.finished and alone.metrics.num_preemptions == 0
+            alone = run_alone(engine, arrival)
             assert outputs[number].finished or arrival.aborted_at is not None
             check_same(outputs[number], alone, outputs[number].finished)
             note(seen, arrival, outputs[number], limits["max_num_batched_tokens"], limits["is_caching"])
