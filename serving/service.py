@@ -83,7 +83,7 @@ class Service:
             request before its time.
           EngineGenerateError, EngineDeadError: a step failed, or the engine.
         """
-        with self._admitted(len(call.readers) * call.params.n), self._logged(call) as log:
+        with self._logged(call) as log, self._admitted(len(call.readers) * call.params.n):
             prompts = [await self.read(reader) for reader in call.readers]
             streams = [self._stream({**prompt, "cache_salt": call.cache_salt}, call) for prompt in prompts]
             async with aclosing(merge(streams)) as merged:
@@ -108,6 +108,7 @@ class Service:
         except (ValueError, TypeError) as error:
             if output is not None:  # not of the caller, whose mistakes are found before anything is run
                 raise
+            watch.refuse()
             raise bad_request(error, (*_SAMPLING, "priority")) from error
         finally:
             watch.end()
