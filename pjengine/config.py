@@ -183,7 +183,7 @@ def is_whole(value: Any) -> bool:
 
 def parse_length(value: Any) -> Any:
     """A number of tokens as vLLM writes it: 8192, "8k", "25.6k", "8K"; None for -1 and "auto"."""
-    if value in (-1, "auto", None):
+    if value in (-1, "-1", "auto", None):
         return None
     if not isinstance(value, str):
         return int(value) if is_whole(value) else value

@@ -41,7 +41,7 @@ def _call(body: ChatRequest, service: Service, request_id: str) -> Call:
     )
     return Call(
         request_id=request_id,
-        readers=[partial(service.prompts.read_chat, body)],
+        prompts=[partial(service.prompts.read_chat, body)],
         params=params,
         priority=body.priority,
         cache_salt=body.cache_salt,

@@ -1,6 +1,7 @@
 """POST /v1/completions."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from pjengine.outputs import CompletionOutput, RequestOutput
 from pjengine.serving.answer import Answer, Choice, Form
 from pjengine.serving.errors import RESPONSES, ApiError
 from pjengine.serving.logprobs import CompletionLogprobs, Spelling, prompt_logprobs
+from pjengine.serving.prompt_reader import GivenPrompt
 from pjengine.serving.protocol import CompletionRequest
 from pjengine.serving.request_id import request_id_of
 from pjengine.serving.service import Call, Service, service_of
@@ -43,15 +45,24 @@ def _call(body: CompletionRequest, service: Service, request_id: str) -> Call:
     params = body.sampling_params(service.default_params, max_tokens=max_tokens, logprobs=body.logprobs)
     if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
         params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
-    read = partial(service.prompts.read, add_special_tokens=body.add_special_tokens)
     return Call(
         request_id=request_id,
-        readers=[partial(read, prompt) for prompt in body.prompts],
+        prompts=[_prompt(body, service, prompt) for prompt in body.prompts],
         params=params,
         priority=body.priority,
         cache_salt=body.cache_salt,
         user=body.user,
     )
+
+
+def _prompt(
+    body: CompletionRequest, service: Service, prompt: str | list[int]
+) -> GivenPrompt | Callable[[], GivenPrompt]:
+    if not isinstance(prompt, str):
+        return {"prompt_token_ids": prompt}
+    if body.add_special_tokens:  # as the engine does by itself
+        return {"prompt": prompt}
+    return partial(service.prompts.read, prompt, add_special_tokens=False)
 
 
 class _CompletionForm(Form):

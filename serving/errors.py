@@ -70,7 +70,7 @@ class ApiError(Exception):
         return Response(json.dumps(self.body()), status_code=self.status, headers=headers)
 
 
-def bad_request(error: Exception, names: Container[str] = ()) -> ApiError:
+def bad_request(error: Exception, names: Container[str]) -> ApiError:
     """Of a mistake of the caller. The text of an error about one field begins with its name."""
     word = re.match(r"[a-z_]*", str(error))
     assert word is not None

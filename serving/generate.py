@@ -28,7 +28,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
     call = Call(
         request_id=request_id_of(request),
-        readers=[partial(service.prompts.read, body.prompt, add_special_tokens=True)],
+        prompts=[{"prompt": body.prompt}],
         params=body.sampling_params(defaults, max_tokens=max_tokens, output_kind=kind),
     )
     timeout_s = service.config.request_timeout_s

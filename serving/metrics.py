@@ -93,6 +93,10 @@ class Watch:
             if completion.finish_reason is not None:
                 self._reasons[completion.finish_reason] += 1
 
+    def refuse(self) -> None:
+        """It has not been run, and is no request that has ended."""
+        self._n = 0
+
     def end(self) -> None:
         """Whatever has not finished by now has been left by its client, or by the engine."""
         if left := self._n - self._reasons.total():

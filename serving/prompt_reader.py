@@ -10,7 +10,7 @@ from pjengine.serving.errors import ApiError
 from pjengine.serving.protocol import ConversationFields
 from pjengine.tokenizer import Tokenizer
 
-type EncodedPrompt = dict[str, Any]  # "prompt_token_ids", and "prompt" where there is a text
+type GivenPrompt = dict[str, Any]  # as the engine takes it: "prompt", "prompt_token_ids", or both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,10 @@ class PromptReader:
     is_request_template_trusted: bool = False
     default_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def read(self, prompt: str | list[int], *, add_special_tokens: bool) -> EncodedPrompt:
-        if not isinstance(prompt, str):
-            return {"prompt_token_ids": prompt}
-        return {"prompt": prompt, "prompt_token_ids": self._encode(prompt, add_special_tokens)}
+    def read(self, text: str, *, add_special_tokens: bool) -> GivenPrompt:
+        return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens)}
 
-    def read_chat(self, body: ConversationFields) -> EncodedPrompt:
+    def read_chat(self, body: ConversationFields) -> GivenPrompt:
         text = self._render(body)
         return {"prompt": text, "prompt_token_ids": self._encode(text, body.add_special_tokens)}
 

@@ -9,6 +9,8 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,13 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     # Before the model is loaded: a certificate that is none, or an address that is taken, is found at once.
     if config.ssl_certfile is not None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
-    listener = _bind(config)
-    if config.is_open:
-        logger.warning(
-            "serving on %s without a key: whoever reaches it can use it. Give --api-key or --host 127.0.0.1",
-            config.host,
-        )
-    with listener:
+    with _listener(config) as listener:
+        if config.is_open:
+            logger.warning(
+                "serving on %s without a key: whoever reaches it can use it. Give --api-key or "
+                "--host 127.0.0.1",
+                config.host,
+            )
         llm = AsyncLLM(**vars(engine_config))
         service = Service(llm, config)
         try:
@@ -55,29 +57,39 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             server.run(sockets=[listener])
         finally:
             service.close()
-            if config.uds is not None:
-                Path(config.uds).unlink(missing_ok=True)
     return 1 if llm.errored else 0
 
 
-def _bind(config: ServerConfig) -> socket.socket:
-    """Takes the address, on which nobody is answered before the engine is ready."""
-    if config.uds is not None:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(config.uds)
-        os.chmod(config.uds, 0o600)
-        return listener
-    family, kind, _, _, address = socket.getaddrinfo(
-        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind)
-    try:
+@contextmanager
+def _listener(config: ServerConfig) -> Iterator[socket.socket]:
+    """Takes the address, on which nobody is answered before the engine is ready; gives it back at the end."""
+    family, kind, address, shown = _address(config)
+    with socket.socket(family, kind) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise OSError(f"cannot serve on {shown}: {error.strerror}") from error
+        if config.uds is None:
+            yield listener
+            return
+        try:
+            os.chmod(config.uds, 0o600)
+            yield listener
+        finally:
+            Path(config.uds).unlink(missing_ok=True)
+
+
+def _address(config: ServerConfig) -> tuple[socket.AddressFamily, socket.SocketKind, Any, str]:
+    if config.uds is not None:
+        return socket.AF_UNIX, socket.SOCK_STREAM, config.uds, config.uds
+    shown = f"{config.host}:{config.port}"
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        listener.close()
-        raise OSError(f"cannot serve on {config.host}:{config.port}: {error.strerror}") from error
-    return listener
+        raise OSError(f"cannot serve on {shown}: {error.strerror}") from error
+    family, kind, _, _, address = found[0]
+    return family, kind, address, shown
 
 
 def _uvicorn_config(service: Service) -> uvicorn.Config:

@@ -21,7 +21,7 @@ from pjengine.outputs import RequestOutput
 from pjengine.sampling_params import MAX_N, SamplingParams
 from pjengine.serving.errors import ApiError, bad_request
 from pjengine.serving.metrics import Metrics
-from pjengine.serving.prompt_reader import EncodedPrompt, PromptReader
+from pjengine.serving.prompt_reader import GivenPrompt, PromptReader
 from pjengine.serving.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,9 @@ class Call:
     """One request of a client, as far as the engine is concerned."""
 
     request_id: str  # as the client knows it; the engine has ids of its own
-    readers: Sequence[Callable[[], EncodedPrompt]]  # one for each prompt
+    prompts: Sequence[
+        GivenPrompt | Callable[[], GivenPrompt]
+    ]  # or what reads them, on the tokenizer's thread
     params: SamplingParams
     priority: int = 0
     cache_salt: str = ""
@@ -83,15 +85,15 @@ class Service:
             request before its time.
           EngineGenerateError, EngineDeadError: a step failed, or the engine.
         """
-        with self._admitted(len(call.readers) * call.params.n), self._logged(call) as log:
-            prompts = [await self.read(reader) for reader in call.readers]
+        with self._logged(call) as log, self._admitted(len(call.prompts) * call.params.n):
+            prompts = [await self.read(prompt) if callable(prompt) else prompt for prompt in call.prompts]
             streams = [self._stream({**prompt, "cache_salt": call.cache_salt}, call) for prompt in prompts]
             async with aclosing(merge(streams)) as merged:
                 async for index, output in merged:
                     log(index, output)
                     yield index, output
 
-    async def _stream(self, prompt: EncodedPrompt, call: Call) -> AsyncGenerator[RequestOutput, None]:
+    async def _stream(self, prompt: GivenPrompt, call: Call) -> AsyncGenerator[RequestOutput, None]:
         """One prompt's outputs, measured."""
         params, output = call.params, None
         watch = self.metrics.watch(params.n)
@@ -108,6 +110,7 @@ class Service:
         except (ValueError, TypeError) as error:
             if output is not None:  # not of the caller, whose mistakes are found before anything is run
                 raise
+            watch.refuse()
             raise bad_request(error, (*_SAMPLING, "priority")) from error
         finally:
             watch.end()
@@ -144,7 +147,7 @@ class Service:
         name, newest = call.request_id, dict[int, RequestOutput]()
         changed = _changed(call.params)
         logger.info(
-            "request %s user=%r prompts=%d params=%.1000s", name, call.user, len(call.readers), changed
+            "request %s user=%r prompts=%d params=%.1000s", name, call.user, len(call.prompts), changed
         )
         begun, end = time.perf_counter(), "given up"
         try:

@@ -213,6 +213,22 @@ def test_cached_pages_are_shared_under_one_salt_only(client: Client) -> None:
     assert [num_cached("a") > 0, num_cached("a") > 0, num_cached("b") > 0] == [False, True, False]
 
 
+def test_special_tokens_of_a_prompt_may_be_left_out(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = client.service.llm.engine.tokenizer.hf
+    encode = type(hf).encode  # of a tokenizer that begins texts with token 0
+
+    def encode_with_first(self: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [0] * add_special_tokens + encode(self, text, add_special_tokens=False)
+
+    monkeypatch.setattr(type(hf), "encode", encode_with_first)
+    body = greedy(1, return_token_ids=True)
+
+    def prompt(**more: Any) -> list[int]:
+        return client.answer(PATH, prompt=PROMPT, **body, **more)["choices"][0]["prompt_token_ids"]
+
+    assert prompt() == prompt(add_special_tokens=True) == [0, *prompt(add_special_tokens=False)]
+
+
 def test_best_of_n_is_n(client: Client) -> None:
     assert len(client.answer(PATH, prompt=PROMPT, **sampled(2, n=2, best_of=2))["choices"]) == 2
     status, error = client.error(PATH, prompt=PROMPT, **sampled(2, n=2, best_of=3))

@@ -106,6 +106,15 @@ def test_metrics_count_what_was_asked_and_answered(llm: Any) -> None:
     assert any(name.startswith("kernel_backend_info backend=") for name in after)
 
 
+def test_what_was_refused_is_no_request_that_has_ended(llm: Any) -> None:
+    client = make_client(llm)
+    for body in ({"prompt": [5000]}, {"prompt": "a", "priority": 1}, {"prompt": "a", "temperature": 3}):
+        assert client.error("/v1/completions", **body)[0] == 400
+    after = read_metrics(client)
+    assert not any(name.startswith("request_success") for name in after)
+    assert after["e2e_request_latency_seconds_count"] == 0
+
+
 def test_metrics_can_have_vllms_prefix(llm: Any) -> None:
     assert "num_requests_running" in read_metrics(make_client(llm, metrics_prefix="vllm"), "vllm")
 

@@ -305,6 +305,16 @@ def test_an_address_that_is_taken_is_found_before_the_model_is_loaded(tmp_path: 
         with start_server(tmp_path, "./no-such-model", f"--port={port}") as server:
             assert server.wait() == 2
             assert server.log == f"pjengine: cannot serve on 127.0.0.1:{port}: Address already in use\n"
+    path = tmp_path / "socket"
+    path.touch()
+    with start_server(tmp_path, "./no-such-model", f"--uds={path}") as server:
+        assert server.wait() == 2
+        assert server.log == f"pjengine: cannot serve on {path}: Address already in use\n"
+    assert path.exists()  # whoever has it keeps it
+    path.unlink()
+    with start_server(tmp_path, "./no-such-model", f"--uds={path}") as server:
+        assert server.wait() == 2 and "no such folder" in server.log
+    assert not path.exists()
 
 
 def test_an_open_address_without_a_key_is_warned_of(tmp_path: Path) -> None:

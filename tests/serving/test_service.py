@@ -98,7 +98,7 @@ def test_a_client_that_leaves_while_its_prompt_is_read_is_not_run(client: Client
     async def main() -> None:
         is_released = threading.Event()
         client.service._tokenizing.submit(is_released.wait)
-        connection = Connection(client, **long())
+        connection = Connection(client, **long(add_special_tokens=False))
         await until(lambda: client.service.num_requests == 1)
         connection.has_left.set()
         await connection.task
