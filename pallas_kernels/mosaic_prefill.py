@@ -384,15 +384,14 @@ def _load_item(refs: _Refs, geometry: _Geometry, item: _Item, nth: Any, count: A
     page_offset = refs.scalars[1]
     last_page = lax.div(jnp.maximum(item.kv_len - 1, 0), jnp.int32(geometry.page_size))
 
-    def read_page(place: Any) -> Any:
+    def read_pages(tile: Any, first_page: Any = None) -> list[Any]:
         # Past the end the last page comes again, and before the window its first one: these slots are
         # masked, and the pages the sequence's own.
-        place = jnp.minimum(place, last_page)
-        if geometry.window is not None:
-            place = jnp.maximum(place, lax.div(item.first_slot, jnp.int32(geometry.page_size)))
-        return refs.page_table[item.seq, place]
+        def read_page(place: Any) -> Any:
+            place = jnp.minimum(place, last_page)
+            place = place if first_page is None else jnp.maximum(place, first_page)
+            return refs.page_table[item.seq, place]
 
-    def read_pages(tile: Any) -> list[Any]:
         first = tile * geometry.pages
         return [read_page(first + i) for i in range(geometry.pages)]
 
@@ -412,7 +411,11 @@ def _load_item(refs: _Refs, geometry: _Geometry, item: _Item, nth: Any, count: A
                 plgpu.copy_gmem_to_smem(source.at[row], to, loaded.at[slot])
         return next_pages
 
-    lax.fori_loop(item.bounds.begin, item.bounds.end, load, read_pages(jnp.int32(item.bounds.begin)))
+    first_page = None
+    if geometry.window is not None:  # no other tile has slots before it
+        first_page = lax.div(item.first_slot, jnp.int32(geometry.page_size))
+    pages = read_pages(jnp.int32(item.bounds.begin), first_page)
+    lax.fori_loop(item.bounds.begin, item.bounds.end, load, pages)
 
 
 def _load_q(refs: _Refs, geometry: _Geometry, item: _Item, nth: Any) -> None:
@@ -538,11 +541,13 @@ def _bend(
         slopes = lax.broadcast_in_dim(slopes, scores.shape, [0])
         alibi = slopes * (slot - position).astype(jnp.float32)
     scores = bend_tile(scores, alibi, softcap=geometry.softcap, unit=unit)
-    if is_masked:
-        scores = jnp.where(slot <= position, scores, -jnp.inf)
-        if geometry.window is not None:
-            scores = jnp.where(slot > position - geometry.window, scores, -jnp.inf)
-    return scores
+    if not is_masked:
+        return scores
+    if geometry.window is None:
+        return jnp.where(slot <= position, scores, -jnp.inf)
+    # One comparison: slots after the position are, without a sign, far before it.
+    sees = (position - slot).astype(jnp.uint32) < jnp.uint32(geometry.window)
+    return jnp.where(sees, scores, -jnp.inf)
 
 
 def _clear_unwritten(refs: _Refs, geometry: _Geometry, item: _Item, tile: Any, slot: Any) -> None:

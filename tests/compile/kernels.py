@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.stages import Compiled
 
 from pjengine.config import buckets
 from pjengine.models.shapes import SHAPES as MODELS
+from pjengine.pallas_kernels.attention_variant import AttentionVariant
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
 from pjengine.pallas_kernels.keep_threshold import threshold_triton
 from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, check_mosaic_can, ragged_mosaic
@@ -21,6 +22,7 @@ from pjengine.pallas_kernels.shapes import PRODUCTS, SHAPES, HeadShape
 from pjengine.pallas_kernels.skinny_linear import MAX_ROWS, Normed, Residual, SkinnyTiles, skinny_triton
 from pjengine.pallas_kernels.skinny_qkv import Destination, skinny_qkv_triton
 from tests.compile.target import compile_for_h200, struct
+from tests.kernels.cases import FEATURES, make_variant
 
 MAX_LEN = 8192
 # Float16 takes no other path than bfloat16.
@@ -36,11 +38,17 @@ def pages(shape: HeadShape, dtype: str, cache_gib: int) -> Any:
 
 
 def compile_decode(
-    shape: HeadShape, dtype: str, batch: int, *, cache_gib: int = 8, tiles: DecodeTiles | None = None
+    shape: HeadShape,
+    dtype: str,
+    batch: int,
+    *,
+    cache_gib: int = 8,
+    tiles: DecodeTiles | None = None,
+    features: Sequence[str] = (),
 ) -> Compiled:
     kv, q = pages(shape, dtype, cache_gib), struct((batch, shape.num_heads, shape.head_dim), dtype)
     ints = [struct(size) for size in ((batch, MAX_LEN // shape.page_size), (batch,), ())]
-    return compile_for_h200(functools.partial(decode_triton, scale=0.1, tiles=tiles), q, kv, kv, *ints)
+    return compile_attention(decode_triton, shape, features, q, kv, kv, *ints, tiles=tiles)
 
 
 def compile_prefill(
@@ -51,10 +59,23 @@ def compile_prefill(
     *,
     cache_gib: int = 8,
     tiles: Any = None,
+    features: Sequence[str] = (),
 ) -> Compiled:
     kv, q = pages(shape, dtype, cache_gib), struct((num_tokens, shape.num_heads, shape.head_dim), dtype)
     ints = [struct(size) for size in ((32, MAX_LEN // shape.page_size), (32,), (33,), ())]
-    return compile_for_h200(functools.partial(kernel, scale=0.1, tiles=tiles), q, kv, kv, *ints)
+    return compile_attention(kernel, shape, features, q, kv, kv, *ints, tiles=tiles)
+
+
+def compile_attention(
+    kernel: Callable[..., Any], shape: HeadShape, features: Sequence[str], *args: Any, tiles: Any
+) -> Compiled:
+    variant = make_variant(shape.num_heads, features, window=1024)
+    structs = jax.tree.map(lambda leaf: struct(leaf.shape, leaf.dtype), variant)
+
+    def attend(variant: AttentionVariant, *args: Any) -> Any:
+        return kernel(*args, variant=variant, scale=0.1, tiles=tiles)
+
+    return compile_for_h200(attend, structs, *args)
 
 
 def compile_rope(shape: HeadShape, dtype: str) -> Compiled:
@@ -169,6 +190,17 @@ def attention_programs(name: str, shape: HeadShape) -> Iterator[tuple[str, Calla
         yield f"mosaic_prefill {name}", partial(compile_prefill, ragged_mosaic, shape, "bfloat16", 2048)
 
 
+def featured_programs(name: str) -> Iterator[tuple[str, Callable[[], Compiled]]]:
+    """What layers may do beside plain attention, one at a time and all at once."""
+    shape, partial = SHAPES[name], functools.partial
+    for features in FEATURES:
+        names = "+".join(features)
+        run = partial(compile_decode, shape, "bfloat16", 16, features=features)
+        yield f"paged_attention {name} with {names}", run
+        run = partial(compile_prefill, ragged_triton, shape, "bfloat16", 2048, features=features)
+        yield f"ragged_prefill {name} with {names}", run
+
+
 def product_programs(name: str) -> Iterator[tuple[str, Callable[[], Compiled]]]:
     for product, (k, n) in PRODUCTS[name].items():
         for num_rows in product_rows(product, k, n):
@@ -189,6 +221,8 @@ def product_programs(name: str) -> Iterator[tuple[str, Callable[[], Compiled]]]:
 def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
     for name, shape in SHAPES.items():
         yield from attention_programs(name, shape)
+    for name in ("llama-8b", "bloom-3b", "falcon-7b"):
+        yield from featured_programs(name)
     for name in PRODUCTS:
         yield from product_programs(name)
     for name, config in MODELS.items():
@@ -197,6 +231,14 @@ def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
 
 PROGRAMS: Mapping[str, Callable[[], Compiled]] = dict(_programs())
 
+# Around its loops over tiles, and not in them, Mosaic's kernel keeps some numbers of a block in memory.
+FEATURED_MOSAIC: Mapping[str, Callable[[], Compiled]] = {
+    f"mosaic_prefill {name} with {'+'.join(features)}": functools.partial(
+        compile_prefill, ragged_mosaic, SHAPES[name], "bfloat16", 2048, features=features
+    )
+    for name in ("llama-8b", "opt-125m")
+    for features in FEATURES
+}
 _LLAMA = SHAPES["llama-8b"]
 # What must not get through: more shared memory than a program may have, more registers than there are.
 WRONG: Mapping[str, Callable[[], Compiled]] = {

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.compile.kernels import PROGRAMS
+from tests.compile.kernels import FEATURED_MOSAIC, PROGRAMS
 from tests.compile.worker import Report
 
 pytestmark = pytest.mark.timeout(1200)  # the first test to ask for `compiled` waits for all programs
@@ -20,6 +20,15 @@ def assert_fits(report: Report) -> None:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_chosen_tiles_fit_and_spill_no_registers(compiled: Mapping[str, Report], program: str) -> None:
     assert_fits(compiled[program])
+
+
+@pytest.mark.parametrize("program", FEATURED_MOSAIC)
+def test_features_spill_no_more_than_the_numbers_of_a_block(
+    compiled: Mapping[str, Report], program: str
+) -> None:
+    report = compiled[program]
+    assert not report.error
+    assert report.spilled_bytes and max(report.spilled_bytes) <= 128, report.printed  # a tile takes 512
 
 
 @pytest.mark.parametrize(

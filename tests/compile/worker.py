@@ -65,7 +65,8 @@ def report(name: str) -> Report:
     """Compiles here."""
     from tests.compile import kernels, steps
 
-    compile_it = {**kernels.PROGRAMS, **kernels.WRONG, **steps.PROGRAMS, **steps.WRONG}[name]
+    programs = {**kernels.PROGRAMS, **kernels.FEATURED_MOSAIC, **kernels.WRONG}
+    compile_it = {**programs, **steps.PROGRAMS, **steps.WRONG}[name]
     try:
         program = compile_it()
     except Exception as error:  # which is the result
