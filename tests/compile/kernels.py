@@ -111,11 +111,14 @@ def compile_qkv(shape: HeadShape, k: int, n: int, num_rows: int, *, has_biases: 
     layers, bf16, kv = 32, jnp.bfloat16, pages(shape, "bfloat16", 8)
     rows = Normed(struct((num_rows, k), bf16), struct((k // 64, num_rows), jnp.float32))
     angles = struct((num_rows, shape.head_dim // 2), jnp.float32)
-    destination = Destination(angles, angles, kv, kv, struct((num_rows,)), struct(()))
     biases = struct((layers, n), bf16) if has_biases else None
-    run = functools.partial(skinny_qkv_triton, eps=1e-5)
-    weights = struct((layers, k, n), bf16)
-    return compile_for_h200(run, rows, weights, struct(()), destination, biases, donate=(3,))
+
+    def run(rows: Any, weights: Any, layer: Any, biases: Any, *destination: Any) -> Any:
+        return skinny_qkv_triton(rows, weights, layer, Destination(*destination), biases, eps=1e-5)
+
+    weights, scalar, slots = struct((layers, k, n), bf16), struct(()), struct((num_rows,))
+    args = (rows, weights, scalar, biases, angles, angles, kv, kv, slots, scalar)
+    return compile_for_h200(run, *args, donate=(6, 7))
 
 
 def compile_gated(k: int, n: int, num_rows: int, *, tiles: GatedTiles | None = None) -> Compiled:

@@ -18,16 +18,17 @@ pytestmark = pytest.mark.timeout(1200)  # the first test to ask for `compiled` w
 every_program = pytest.mark.parametrize("program", STEPS)
 
 CUBLAS_BYTES = 32 * 2**20  # its workspace
-FUSED = {"skinny_linear", "skinny_merge", "rope_kv_write", "paged_decode", "keep_threshold"}
+FUSED = {"skinny_qkv", "paged_decode", "skinny_linear", "keep_threshold"}
+MIXED = {"ragged_paged_attention_mosaic", "gated_linear_mosaic", "keep_threshold"}
 KERNELS = {
-    "llama-8b decode 1": FUSED | {"paged_decode_merge"},
-    "llama-8b decode 32": FUSED | {"paged_decode_merge"},
-    "llama-8b decode 32 edits": FUSED | {"paged_decode_merge"},
-    "llama-8b decode 256": {"rope_kv_write", "paged_decode", "keep_threshold"},
-    "llama-8b mixed 1024": {"ragged_paged_attention_mosaic", "keep_threshold"},
+    "llama-8b decode 1": FUSED,
+    "llama-8b decode 32": FUSED,
+    "llama-8b decode 32 edits": FUSED,
+    "llama-8b decode 256": {"rope_kv_write", "paged_decode", "gated_linear_mosaic", "keep_threshold"},
+    "llama-8b mixed 1024": MIXED,
     "opt-125m-llama decode 32 times 4": FUSED,
-    "opt-125m-llama mixed 1024": {"ragged_paged_attention_mosaic", "keep_threshold"},
-    "opt-125m-llama mixed 32 edits": {"ragged_paged_attention_mosaic", "keep_threshold"},
+    "opt-125m-llama mixed 1024": MIXED,
+    "opt-125m-llama mixed 32 edits": {"ragged_paged_attention_mosaic", "keep_threshold"},  # few rows
 }
 
 
