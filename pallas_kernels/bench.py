@@ -147,8 +147,10 @@ def decode_tiles(chosen: DecodeTiles, *, is_tuning: bool) -> Iterator[DecodeTile
     yield chosen
     if is_tuning:
         splits = sorted({max(1, chosen.num_splits // 2), chosen.num_splits, chosen.num_splits * 2})
-        for block_kv, num_splits, stages in itertools.product((32, 64, 128), splits, (3, 5, 7)):
-            yield DecodeTiles(block_kv=block_kv, num_splits=num_splits, num_stages=stages)
+        for block_kv, num_splits, warps, stages in itertools.product(
+            (32, 64, 128), splits, (4, 8), (3, 5, 7)
+        ):
+            yield DecodeTiles(block_kv=block_kv, num_splits=num_splits, num_warps=warps, num_stages=stages)
 
 
 def prefill_tiles(chosen: PrefillTiles, *, is_tuning: bool) -> Iterator[PrefillTiles]:

@@ -94,16 +94,9 @@ def decode_jax_triton(
     """
     check_jax_triton_can(q, k_pages, v_pages)
     static = _static(q, k_pages, page_table, scale=scale, window=window, softcap=softcap)
-    (batch, num_heads, head_dim), num_kv_heads = q.shape, k_pages.shape[1]
+    (batch, num_heads, _), num_kv_heads = q.shape, k_pages.shape[1]
     group, max_slots = num_heads // num_kv_heads, page_table.shape[1] * k_pages.shape[2]
-    tiles = tiles or DecodeTiles.choose(
-        batch=batch,
-        num_kv_heads=num_kv_heads,
-        group=group,
-        head_dim=head_dim,
-        max_slots=min(max_slots, window or max_slots),
-        itemsize=q.dtype.itemsize,
-    )
+    tiles = tiles or DecodeTiles.choose_for(q, k_pages, min(max_slots, window or max_slots))
     splits, struct = tiles.num_splits, jax.ShapeDtypeStruct
     out_type = [struct(q.shape, q.dtype)]
     if splits > 1:

@@ -26,6 +26,9 @@ from pjengine.pallas_kernels.triton_extra import run_jax_triton
 # Stands for minus infinity in the kernels: its exponential is 0, and LOWEST - LOWEST and LOWEST * scale stay
 # finite.
 LOWEST = -1e30
+# Up to so many query heads per KV head, the last program of a sequence merges its splits. For more, it takes
+# longer than a kernel that follows, with a program for each head.
+MERGED_GROUP = 8
 
 
 def paged_attention(
@@ -188,13 +191,30 @@ class DecodeTiles:
 
         Measured on an H200 (B 8 to 256, 1k to 16k tokens, 32/8 heads of 128, bfloat16): 64 slots, 4 warps,
         5 stages. On an H100 (B 4 to 32, 576 to 8k tokens): 4 programs a processor take up to 10 % longer.
+        Of more than 32 query heads per KV head, the registers of a processor hold 2 programs.
         """
         block_kv, num_warps = max(16, min(64, 16384 // (pl.next_power_of_2(head_dim) * itemsize))), 4
         if itemsize == 4 and (group > 16 or head_dim > 128):  # no tensor cores: 4 warps would spill registers
             block_kv, num_warps = 16, 8
-        wanted = 3 * 132 // (batch * num_kv_heads)  # more than run at once would wait for the first ones
-        num_splits = max(1, min(wanted, 16, pl.cdiv(max_slots, block_kv)))
+        at_once = (3 if group <= 32 else 2) * 132
+        wanted = at_once // (batch * num_kv_heads)  # more than run at once would wait for the first ones
+        most = 16 if group <= MERGED_GROUP else 32
+        num_splits = max(1, min(wanted, most, pl.cdiv(max_slots, block_kv)))
         return cls(block_kv=block_kv, num_splits=num_splits, num_warps=num_warps)
+
+    @classmethod
+    def choose_for(
+        cls, q: Float[Array, "b h d"], k_pages: Float[Array, "n hk p d"], max_slots: int
+    ) -> "DecodeTiles":
+        """The same for these arrays, of which a token sees at most `max_slots` slots."""
+        return cls.choose(
+            batch=q.shape[0],
+            num_kv_heads=k_pages.shape[1],
+            group=q.shape[1] // k_pages.shape[1],
+            head_dim=q.shape[2],
+            max_slots=max_slots,
+            itemsize=q.dtype.itemsize,
+        )
 
 
 def check_kernel_can(q: Array, k_pages: Array, v_pages: Array) -> None:
@@ -231,7 +251,9 @@ def decode_triton(
     tiles: DecodeTiles | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b h d"], Int[Array, " c"]]:
-    """`paged_attention` as one program per (sequence, KV head, split), the last of which merges the splits.
+    """`paged_attention` as one program per (sequence, KV head, split), and a merge of the splits.
+
+    The last program of a sequence and KV head merges them, or, above MERGED_GROUP, a second kernel.
 
     Returns the counters too: zeros, as they came, or of its own. The jit is there so that the layers of a
     model share one trace: page_offset is an operand, so the compiled kernel is one too.
@@ -245,14 +267,7 @@ def decode_triton(
     _, num_kv_heads, page_size, _ = k_pages.shape
     counters = counters_for(batch * num_kv_heads, counters)
     group, max_slots = num_heads // num_kv_heads, page_table.shape[1] * page_size
-    tiles = tiles or DecodeTiles.choose(
-        batch=batch,
-        num_kv_heads=num_kv_heads,
-        group=group,
-        head_dim=head_dim,
-        max_slots=min(max_slots, variant.window or max_slots),
-        itemsize=q.dtype.itemsize,
-    )
+    tiles = tiles or DecodeTiles.choose_for(q, k_pages, min(max_slots, variant.window or max_slots))
     kernel = functools.partial(
         _decode_kernel,
         group=group,
@@ -263,20 +278,68 @@ def decode_triton(
         **variant.static,
         interpret=interpret,
     )
-    is_split = tiles.num_splits > 1
+    is_followed = tiles.num_splits > 1 and group > MERGED_GROUP
+    is_counted = tiles.num_splits > 1 and not is_followed
     sums = [jax.ShapeDtypeStruct((tiles.num_splits, *of), jnp.float32) for of in (q.shape, q.shape[:-1])]
-    extras = (counters if is_split else None, variant.alibi_slopes, variant.sinks)
+    extras = (counters if is_counted else None, variant.alibi_slopes, variant.sinks)
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     outs = pl.pallas_call(
-        kernel,
+        functools.partial(_give_splits, kernel) if is_followed else kernel,
         # The KV heads of a page lie next to each other: neighbouring programs read neighbouring memory.
         grid=(num_kv_heads, tiles.num_splits, batch),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *(is_split * [*sums, counters])],
-        input_output_aliases={6: 3} if is_split else {},
+        out_shape=sums if is_followed else [out, *(is_counted * [*sums, counters])],
+        input_output_aliases={6: 3} if is_counted else {},
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="paged_decode",
     )(page_offset[None], kv_lens, page_table, q, k_pages, v_pages, *extras)
-    return outs[0], outs[3] if is_split else counters
+    if is_followed:
+        return _merge_after(*outs, dtype=q.dtype, interpret=interpret), counters
+    return outs[0], outs[3] if is_counted else counters
+
+
+def _give_splits(kernel: Any, *refs: Any) -> None:
+    """`_decode_kernel` without an output of its own."""
+    *inputs, partial_ref, lse_ref = refs
+    kernel(*inputs, None, partial_ref, lse_ref)
+
+
+def _merge_after(
+    partial: Float[Array, "s b h d"], lse: Float[Array, "s b h"], *, dtype: Any, interpret: bool
+) -> Float[Array, "b h d"]:
+    """Averages splits, each weighted with 2 ** lse: a program for each head."""
+    num_splits, batch, num_heads, head_dim = partial.shape
+    return pl.pallas_call(
+        functools.partial(
+            _merge_kernel,
+            block_splits=pl.next_power_of_2(num_splits),
+            block_d=max(16, pl.next_power_of_2(head_dim)),
+        ),
+        grid=(num_heads, batch),
+        out_shape=jax.ShapeDtypeStruct((batch, num_heads, head_dim), dtype),
+        compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
+        interpret=interpret,
+        name="paged_decode_merge",
+    )(partial, lse)
+
+
+def _merge_kernel(
+    partial_ref: Any,  # [splits, b, h, d]
+    lse_ref: Any,  # [splits, b, h], log2 of the sums of exponentials
+    out_ref: Any,  # [b, h, d]
+    *,
+    block_splits: int,
+    block_d: int,
+) -> None:
+    head, b = pl.program_id(0), pl.program_id(1)
+    num_splits, _, _, head_dim = partial_ref.shape
+    split, d = jnp.arange(block_splits), jnp.arange(block_d)
+    lse = plt.load(lse_ref.at[split, b, head], mask=split < num_splits, other=LOWEST)
+    weight = jnp.exp2(lse - lse.max())
+    mask = (split < num_splits)[:, None] & (d < head_dim)[None, :]
+    out = plt.load(partial_ref.at[split[:, None], b, head, d[None, :]], mask=mask, other=0.0)
+    merged = (out * weight[:, None]).sum(axis=0) / weight.sum()
+    plt.store(out_ref.at[b, head, d], merged.astype(out_ref.dtype), mask=d < head_dim)
 
 
 def _decode_kernel(
@@ -289,8 +352,8 @@ def _decode_kernel(
     _: Any,  # the counters as they come in; None of one split
     slopes_ref: Any,  # [h] or None
     sinks_ref: Any,  # [h] or None
-    out_ref: Any,  # [b, h, d]
-    # Of several splits: what `_merge_splits` reads, and the counters [b * hk or more].
+    out_ref: Any,  # [b, h, d], or None if a kernel that follows merges
+    # Of several splits: what merging reads, and the counters [b * hk or more] of those who merge here.
     partial_ref: Any = None,
     lse_ref: Any = None,
     counters_ref: Any = None,
@@ -367,14 +430,21 @@ def _decode_kernel(
     if num_splits == 1:
         plt.store(out_ref.at[b, head[:, None], d], out.astype(out_ref.dtype), mask=is_row)
         return
+    lse = jnp.where(total > 0, top * scale + jnp.log2(safe_total), LOWEST)
+
+    def give() -> None:
+        plt.store(partial_ref.at[split, b, head[:, None], d], out, mask=is_row)
+        plt.store(lse_ref.at[split, b, head], lse, mask=row < group)
+
+    if counters_ref is None:
+        give()
+        return
     # Splits past the sequence's end have nothing to give; the first one has, be it zeros.
     num_active = jnp.maximum(lax.div(num_tiles + (tiles_per_split - 1), jnp.maximum(tiles_per_split, 1)), 1)
 
     @pl.when(split < num_active)
-    def give() -> None:
-        lse = jnp.where(total > 0, top * scale + jnp.log2(safe_total), LOWEST)
-        plt.store(partial_ref.at[split, b, head[:, None], d], out, mask=is_row)
-        plt.store(lse_ref.at[split, b, head], lse, mask=row < group)
+    def give_and_merge() -> None:
+        give()
         merge = functools.partial(
             _merge_splits, partial_ref, lse_ref, out_ref, b, kv_head * group, num_active, group, block_d
         )

@@ -18,6 +18,7 @@ SHAPES: Mapping[str, HeadShape] = {
     "llama-8b": HeadShape(num_heads=32, num_kv_heads=8, head_dim=128),
     "llama2-13b": HeadShape(num_heads=40, num_kv_heads=40, head_dim=128),
     "falcon-7b": HeadShape(num_heads=71, num_kv_heads=1, head_dim=64),
+    "starcoder": HeadShape(num_heads=48, num_kv_heads=1, head_dim=128),
     "opt-125m": HeadShape(num_heads=12, num_kv_heads=12, head_dim=64),
     "gptj-6b": HeadShape(num_heads=16, num_kv_heads=16, head_dim=256),
     "gpt-neox-20b": HeadShape(num_heads=64, num_kv_heads=64, head_dim=96),

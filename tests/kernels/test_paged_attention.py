@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from pjengine.pallas_kernels.attention_variant import AttentionVariant
-from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton, paged_attention, reference
+from pjengine.pallas_kernels.paged_attention import (
+    MERGED_GROUP,
+    DecodeTiles,
+    decode_triton,
+    paged_attention,
+    reference,
+)
 from pjengine.pallas_kernels.shapes import SHAPES, HeadShape
 from tests.kernels.cases import (
     BACKENDS,
@@ -49,10 +55,16 @@ def test_every_named_shape_equals_a_dense_softmax(name: str, dtype: str, backend
 
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("num_splits", [1, 3, 8])
-@pytest.mark.parametrize("page_size", [16, 32, 64])
-def test_lengths_around_pages_tiles_and_splits(page_size: int, num_splits: int, interpret: bool) -> None:
+@pytest.mark.parametrize(
+    ("group", "page_size"),
+    [(2, 16), (2, 32), (2, 64), (12, 16)],  # in a group of 12, a kernel that follows merges the splits
+)
+def test_lengths_around_pages_tiles_and_splits(
+    group: int, page_size: int, num_splits: int, interpret: bool
+) -> None:
     lens = [0, 1, page_size - 1, page_size, page_size + 1, 31, 32, 33, 127, 300]
-    case = make_case(replace(SMALL, page_size=page_size), kv_lens=lens)
+    heads = replace(SMALL, num_heads=group * SMALL.num_kv_heads, page_size=page_size)
+    case = make_case(heads, kv_lens=lens)
     args = (*case.decode_args(), jnp.int32(case.page_offset))
     tiles = DecodeTiles(block_kv=32, num_splits=num_splits)
     out, counters = decode_triton(*args, scale=case.scale, tiles=tiles, interpret=interpret)
@@ -89,10 +101,13 @@ def test_features_in_every_head_shape(heads: HeadShape, backend: str) -> None:
 
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("num_splits", [3, 8])
-@pytest.mark.parametrize("window", [1, 16, 50, 400])
-def test_splits_share_a_window_and_count_a_sink_once(window: int, num_splits: int, interpret: bool) -> None:
-    variant = make_variant(SMALL.num_heads, FEATURES[-1], window=window)
-    case = make_case(SMALL, kv_lens=[0, 1, 31, window, 127, 300], window=window)
+@pytest.mark.parametrize(("group", "window"), [(2, 1), (2, 16), (2, 50), (2, 400), (12, 50)])
+def test_splits_share_a_window_and_count_a_sink_once(
+    group: int, window: int, num_splits: int, interpret: bool
+) -> None:
+    heads = replace(SMALL, num_heads=group * SMALL.num_kv_heads)
+    variant = make_variant(heads.num_heads, FEATURES[-1], window=window)
+    case = make_case(heads, kv_lens=[0, 1, 31, window, 127, 300], window=window)
     args = (*case.decode_args(), jnp.int32(case.page_offset))
     tiles = DecodeTiles(block_kv=16, num_splits=num_splits)
     out, counters = decode_triton(*args, variant=variant, scale=case.scale, tiles=tiles, interpret=interpret)
@@ -186,6 +201,13 @@ def test_there_are_never_more_splits_than_tiles() -> None:
     assert choose(batch=256, max_slots=8192).num_splits == 1
 
 
+def test_programs_of_many_heads_are_as_many_as_run_at_once() -> None:
+    choose = functools.partial(DecodeTiles.choose, num_kv_heads=1, head_dim=128, max_slots=16384, itemsize=2)
+    assert choose(batch=64, group=32).num_splits == 6
+    assert choose(batch=64, group=48).num_splits == 4
+    assert choose(batch=8, group=48).num_splits == 32
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_named_shape_lowers_for_cuda_once_for_all_layers(name: str) -> None:
     shape = SHAPES[name]
@@ -200,7 +222,8 @@ def test_every_named_shape_lowers_for_cuda_once_for_all_layers(name: str) -> Non
     with cuda_target():
         traced = jax.jit(two_layers).trace(q, pages, pages, ints((1, 64)), ints((1,)))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@__gpu$xla.gpu.triton(") == 1
+    has_merge = shape.num_heads // shape.num_kv_heads > MERGED_GROUP
+    assert text.count("@__gpu$xla.gpu.triton(") == 1 + has_merge
 
 
 @pytest.mark.parametrize(("window", "num_splits"), [(None, 16), (1000, 16), (200, 4), (64, 1)])
