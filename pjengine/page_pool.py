@@ -152,9 +152,12 @@ class PagePool:
                 raise RuntimeError(f"page {page} has {held[page]} holders, counted {count}")
             if free[page] != (count == 0):
                 raise RuntimeError(f"page {page} has {count} holders and is {free[page]} times free")
-            state = HELD if count else CACHED if page in self._cached else FREE
-            if self.states[page] != state:
-                raise RuntimeError(f"page {page} has state {self.states[page]}, and should have {state}")
+        states = bytearray([HELD if count else FREE for count in self._ref_counts])
+        for page in self._cached:
+            states[page] = CACHED
+        if states != self.states:
+            wrong = [page for page in range(self.num_pages) if states[page] != self.states[page]]
+            raise RuntimeError(f"pages {wrong} are shown in a state that they are not in")
         if {page: name for name, page in self._page_of.items()} != self._hash_of:
             raise RuntimeError("names and pages of the prefix cache differ")
         if not set(self._cached) <= set(self._hash_of):
