@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 NULL_PAGE = 0  # padding points here; never handed out
 
+FREE, CACHED, HELD = range(3)  # the state of a page
+
 type PageHash = bytes
 
 
@@ -38,6 +40,8 @@ class PagePool:
         if num_pages < 2:
             raise ValueError(f"num_pages must be at least 2 (one is the null page), got {num_pages}")
         self.num_pages = num_pages
+        # Of each page, to be looked at by any thread: FREE, HELD, or CACHED; the null page's is FREE.
+        self.states = bytearray(num_pages)
         self._ref_counts = [0] * num_pages
         self._free = deque(range(NULL_PAGE + 1, num_pages))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -70,6 +74,7 @@ class PagePool:
                 page, _ = self._cached.popitem(last=False)
                 del self._page_of[self._hash_of.pop(page)]
             self._ref_counts[page] = 1
+            self.states[page] = HELD
             pages.append(page)
         return pages
 
@@ -94,6 +99,7 @@ class PagePool:
                 raise RuntimeError(f"page {page} is free and cannot be shared")
             self._cached.pop(page, None)
             self._ref_counts[page] += 1
+            self.states[page] = HELD
 
     def register(self, page: int, name: PageHash) -> None:
         """Names the content of a held page, once the step that writes it has been launched.
@@ -116,12 +122,16 @@ class PagePool:
                 continue
             if page in self._hash_of:
                 self._cached[page] = None
+                self.states[page] = CACHED
             else:
                 self._free.append(page)
+                self.states[page] = FREE
 
     def forget(self) -> None:
         """Empties the prefix cache; held pages stay held."""
         self._free.extend(self._cached)
+        for page in self._cached:
+            self.states[page] = FREE
         self._cached.clear()
         self._page_of.clear()
         self._hash_of.clear()
@@ -142,6 +152,12 @@ class PagePool:
                 raise RuntimeError(f"page {page} has {held[page]} holders, counted {count}")
             if free[page] != (count == 0):
                 raise RuntimeError(f"page {page} has {count} holders and is {free[page]} times free")
+        states = bytearray([HELD if count else FREE for count in self._ref_counts])
+        for page in self._cached:
+            states[page] = CACHED
+        if states != self.states:
+            wrong = [page for page in range(self.num_pages) if states[page] != self.states[page]]
+            raise RuntimeError(f"pages {wrong} are shown in a state that they are not in")
         if {page: name for name, page in self._page_of.items()} != self._hash_of:
             raise RuntimeError("names and pages of the prefix cache differ")
         if not set(self._cached) <= set(self._hash_of):

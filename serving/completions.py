@@ -11,9 +11,11 @@ from starlette.responses import Response
 from pjengine.outputs import CompletionOutput, RequestOutput
 from pjengine.serving.answer import Answer, Choice, Form
 from pjengine.serving.errors import RESPONSES, ApiError
+from pjengine.serving.infill import Infill, find_infill
 from pjengine.serving.logprobs import CompletionLogprobs, Spelling, prompt_logprobs
 from pjengine.serving.prompt_reader import GivenPrompt
 from pjengine.serving.protocol import CompletionRequest
+from pjengine.serving.ranking import candidates, likeliest
 from pjengine.serving.request_id import request_id_of
 from pjengine.serving.service import Call, Service, service_of
 from pjengine.token_logprobs import LogprobsList
@@ -40,14 +42,22 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 def _call(body: CompletionRequest, service: Service, request_id: str) -> Call:
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens=0 shows nothing without echo", param="max_tokens")
+    if body.max_tokens == 0 and body.best_of not in (None, body.n or 1):
+        raise ApiError(400, "best_of chooses among answers, and max_tokens=0 asks for none", param="best_of")
     # The engine generates at least one token; `_CompletionForm` hides it.
     max_tokens = service.default_params.max_tokens if body.max_tokens is None else body.max_tokens or 1
-    params = body.sampling_params(service.default_params, max_tokens=max_tokens, logprobs=body.logprobs)
+    more = {"max_tokens": max_tokens, **candidates(body, service.default_params)}
+    if body.logprobs is not None:
+        more["logprobs"] = body.logprobs
+    params = body.sampling_params(service.default_params, **more)
+    infill = None if body.suffix is None else _infill(body, service)
+    if infill is not None:
+        params = infill.ended(params)
     if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
         params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
     return Call(
         request_id=request_id,
-        prompts=[_prompt(body, service, prompt) for prompt in body.prompts],
+        prompts=[_prompt(body, service, prompt, infill) for prompt in body.prompts],
         params=params,
         priority=body.priority,
         cache_salt=body.cache_salt,
@@ -55,11 +65,27 @@ def _call(body: CompletionRequest, service: Service, request_id: str) -> Call:
     )
 
 
+def _infill(body: CompletionRequest, service: Service) -> Infill:
+    """Raises ApiError for what does not go with a suffix."""
+    if not all(isinstance(prompt, str) for prompt in body.prompts):
+        raise ApiError(
+            400, "suffix needs a prompt that is text: token ids are sent as they are", param="suffix"
+        )
+    for name in ("echo", "truncate_prompt_tokens"):
+        if getattr(body, name):
+            reason = "it is for a prompt that the answer follows, and here a suffix stands between"
+            raise ApiError(400, f"{name} with suffix is refused: {reason}", param=name)
+    return find_infill(service.prompts.tokenizer)
+
+
 def _prompt(
-    body: CompletionRequest, service: Service, prompt: str | list[int]
+    body: CompletionRequest, service: Service, prompt: str | list[int], infill: Infill | None
 ) -> GivenPrompt | Callable[[], GivenPrompt]:
     if not isinstance(prompt, str):
         return {"prompt_token_ids": prompt}
+    if infill is not None:
+        assert body.suffix is not None
+        return partial(infill.read, prompt, body.suffix, add_special_tokens=body.add_special_tokens)
     if body.add_special_tokens:  # as the engine does by itself
         return {"prompt": prompt}
     return partial(service.prompts.read, prompt, add_special_tokens=False)
@@ -87,7 +113,8 @@ class _CompletionForm(Form):
                 completion.finish_reason, completion.stop_reason = "length", None
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[index] = output.prompt_logprobs
-        choices = [self._choice(index, output, completion) for completion in output.outputs]
+        chosen = likeliest(output.outputs, self._body.n or 1)
+        choices = [self._choice(index, output, completion) for completion in chosen]
         return [choice for choice in choices if choice is not None]
 
     def _choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Choice | None:

@@ -1,5 +1,7 @@
 """What a request passes before a route sees it: who sends it, and how much. Plain ASGI."""
 
+import base64
+import binascii
 import hashlib
 import hmac
 from collections.abc import Iterable
@@ -12,7 +14,12 @@ OPEN_PATHS = ("/health", "/ping")  # load balancers have no keys
 
 
 class KeyGate:
-    """Lets those in who send `Authorization: Bearer KEY` with one of the keys."""
+    """Lets those in who send one of the keys: as `Authorization: Bearer KEY`, or as the password of Basic.
+
+    Browsers ask for a password when they are told to, and from then on send it by themselves: so the
+    dashboard gets its key, and no page or URL has to hold one. They would send it for any page on the web,
+    too. What changes something is therefore refused if it comes from a page of another origin.
+    """
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
@@ -24,7 +31,7 @@ class KeyGate:
             error = ApiError(
                 401,
                 "a key is needed: send it as Authorization: Bearer KEY",
-                headers={"WWW-Authenticate": "Bearer"},
+                headers={"WWW-Authenticate": _challenge(_route_path(scope))},
             )
             await error.response()(scope, receive, send)
             return
@@ -32,12 +39,39 @@ class KeyGate:
 
     def _is_known(self, scope: Scope) -> bool:
         """Looks at every key and the whole of each: how long it takes says nothing about them."""
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        kind, _, key = given.partition(b" ")
-        own, is_known = _digest(key.strip()), False
+        kind, _, key = _header(scope, b"authorization").partition(b" ")
+        kind, key = kind.lower(), key.strip()
+        own, is_known = _digest(_password(key) if kind == b"basic" else key), False
         for digest in self._digests:
             is_known |= hmac.compare_digest(own, digest)
-        return is_known and kind.lower() == b"bearer"
+        return is_known and (kind == b"bearer" or (kind == b"basic" and not _is_forged(scope)))
+
+
+def _challenge(path: str) -> str:
+    is_page = path == "/dashboard" or path.startswith("/dashboard/")
+    return 'Basic realm="pjengine", charset="UTF-8"' if is_page else "Bearer"
+
+
+def _password(credentials: bytes) -> bytes:
+    """Of Basic, behind any user name; empty, which no key is, if there is none."""
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
+
+
+def _is_forged(scope: Scope) -> bool:
+    """Whether a browser may send its password for a page of another origin, and to change something."""
+    if scope["method"] in ("GET", "HEAD"):  # these change nothing, and other pages cannot read what they give
+        return False
+    if site := _header(scope, b"sec-fetch-site"):  # sent over TLS, and on this machine
+        return site not in (b"same-origin", b"none")
+    origin = _header(scope, b"origin")
+    return bool(origin) and origin.partition(b"://")[2] != _header(scope, b"host")
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes:
+    return next((value for name, value in scope["headers"] if name == wanted), b"")
 
 
 def _route_path(scope: Scope) -> str:
@@ -60,7 +94,7 @@ class SizeGate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        length = _header(scope, b"content-length")
         is_too_large = length.isdigit() and int(length) > self._max_bytes
         parts, num_bytes, is_complete = [], 0, False
         while not is_too_large and not is_complete:

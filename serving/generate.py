@@ -12,6 +12,7 @@ from pjengine.outputs import RequestOutput
 from pjengine.sampling_params import RequestOutputKind
 from pjengine.serving.errors import RESPONSES
 from pjengine.serving.protocol import GenerateRequest
+from pjengine.serving.ranking import candidates, likeliest
 from pjengine.serving.request_id import request_id_of
 from pjengine.serving.service import Call, Service, service_of
 from pjengine.serving.stream import JsonAnswer, ObjectStream, dumps
@@ -29,12 +30,14 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     call = Call(
         request_id=request_id_of(request),
         prompts=[{"prompt": body.prompt}],
-        params=body.sampling_params(defaults, max_tokens=max_tokens, output_kind=kind),
+        params=body.sampling_params(
+            defaults, max_tokens=max_tokens, output_kind=kind, **candidates(body, defaults)
+        ),
     )
     timeout_s = service.config.request_timeout_s
     if body.stream:
         return ObjectStream(_objects(service, call), timeout_s=timeout_s)
-    return JsonAnswer(partial(_whole, service, call), timeout_s=timeout_s)
+    return JsonAnswer(partial(_whole, service, call, body.n or 1), timeout_s=timeout_s)
 
 
 async def _objects(service: Service, call: Call) -> AsyncGenerator[bytes, None]:
@@ -43,9 +46,10 @@ async def _objects(service: Service, call: Call) -> AsyncGenerator[bytes, None]:
             yield dumps(_texts(output)) + b"\0"
 
 
-async def _whole(service: Service, call: Call) -> dict[str, Any]:
+async def _whole(service: Service, call: Call, n: int) -> dict[str, Any]:
     async with aclosing(service.outputs(call)) as outputs:
         [(_, output)] = [item async for item in outputs]
+    output.outputs = likeliest(output.outputs, n)
     return _texts(output)
 
 

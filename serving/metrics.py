@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from pjengine.engine import LLMEngine
 from pjengine.outputs import RequestOutput
+from pjengine.serving.recent import Recent
 from pjengine.stats import read_stats
 
 _LABELS = ("model_name", "engine")
@@ -31,6 +32,7 @@ class Metrics:
     """What is measured of requests as they pass, and what the engine counts by itself."""
 
     def __init__(self, engine: LLMEngine, *, model_name: str, prefix: str) -> None:
+        self.recent = Recent()
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine, prefix, (model_name, "0")))
         self._labels = (model_name, "0")
@@ -64,6 +66,7 @@ class Metrics:
             self._ends.labels(*self._labels, reason).inc(count)
         if output is None:
             return
+        self.recent.tpot.add(output.metrics.tpot_s)
         for attribute, histogram in self._times.items():
             if (value := getattr(output.metrics, attribute)) is not None:
                 histogram.observe(value)
@@ -81,10 +84,14 @@ class Watch:
     def __init__(self, metrics: Metrics, n: int) -> None:
         self._metrics, self._n = metrics, n
         self._output: RequestOutput | None = None
+        self._has_begun = False  # its first token has been seen
         self._last_token_s: float | None = None
         self._reasons: Counter[str] = Counter()
 
     def see(self, output: RequestOutput) -> None:
+        if not self._has_begun and output.metrics.first_token_s is not None:
+            self._has_begun = True
+            self._metrics.recent.ttft.add(output.metrics.ttft_s)
         last_token_s = output.metrics.last_token_s
         if self._last_token_s is not None and last_token_s is not None and last_token_s > self._last_token_s:
             self._metrics.gaps.observe(last_token_s - self._last_token_s)

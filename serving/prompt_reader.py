@@ -21,6 +21,11 @@ class PromptReader:
     is_request_template_trusted: bool = False
     default_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_chat_template(self) -> bool:
+        tokenizer = self.tokenizer
+        return tokenizer is not None and bool(tokenizer.chat_template or tokenizer.hf.chat_template)
+
     def read(self, text: str, *, add_special_tokens: bool) -> GivenPrompt:
         return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens)}
 

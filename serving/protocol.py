@@ -75,8 +75,10 @@ class SamplingFields(_Body):
         Raises:
           ApiError: SamplingParams does not take a value.
         """
-        if self.best_of not in (None, self.n or 1):
-            raise ApiError(400, f"best_of={self.best_of} is not supported: leave it out", param="best_of")
+        if self.best_of not in (None, more.get("n", self.n or 1)):
+            raise ApiError(
+                400, f"best_of={self.best_of} is not supported here: leave it out", param="best_of"
+            )
         names = {field.name for field in dataclasses.fields(defaults)} & type(self).model_fields.keys()
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
@@ -120,6 +122,7 @@ class GenerationFields(SamplingFields):
 
 class CompletionRequest(GenerationFields):
     prompt: str | list[str] | list[int] | list[list[int]]
+    suffix: str | None = None  # what follows the text that is generated
     max_tokens: int | None = None  # 0, with echo: no answer, only what echo shows
     logprobs: int | None = None  # of so many likeliest tokens
     echo: bool = False

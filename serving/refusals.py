@@ -31,7 +31,6 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "include_reasoning": _REASONING._replace(neutral=True),
     **dict.fromkeys(("modalities", "audio", "media_io_kwargs", "mm_processor_kwargs"), _TEXT_ONLY),
     **dict.fromkeys(("store", "metadata", "safety_identifier", "prompt_cache_key"), _STORED),
-    "suffix": Refusal("text cannot be filled in before a suffix"),
     "prompt_embeds": Refusal("prompts are text or token ids"),
     "kv_transfer_params": _TRANSFERS,
     "vllm_xargs": Refusal("there are no plugins to pass arguments to"),

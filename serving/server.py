@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 10.0
 _WATCH_INTERVAL_S = 0.5
+_SAMPLE_INTERVAL_S = 1.0  # for the dashboard
 _LAST_WORDS_S = 10  # after the last request was ended, for the ends of its stream
 
 
@@ -133,9 +134,13 @@ class _Server(uvicorn.Server):
     async def _watch(self) -> None:
         service, engine = self._service, self._service.llm.engine
         before, before_s = read_stats(engine), time.perf_counter()
+        sample_s = before_s
         while service.llm.is_running:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             now_s = time.perf_counter()
+            if now_s - sample_s >= _SAMPLE_INTERVAL_S:
+                service.metrics.recent.sample(read_stats(engine))
+                sample_s = now_s
             if now_s - before_s >= STATS_INTERVAL_S and not service.config.disable_log_stats:
                 now = read_stats(engine)
                 log_stats(before, now, now_s - before_s)

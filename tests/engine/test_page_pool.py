@@ -1,6 +1,6 @@
 import pytest
 
-from pjengine.page_pool import NULL_PAGE, PagePool, page_hashes
+from pjengine.page_pool import CACHED, FREE, HELD, NULL_PAGE, PagePool, page_hashes
 
 
 def test_every_page_but_the_null_page_can_be_held() -> None:
@@ -111,3 +111,24 @@ def test_integrity_check_sees_a_lost_and_a_doubly_held_page() -> None:
         pool.check_integrity([pages, pages])
     with pytest.raises(RuntimeError, match="null page"):
         pool.check_integrity([pages, [NULL_PAGE]])
+
+
+def test_states_say_where_each_page_is() -> None:
+    pool = PagePool(6)
+    assert list(pool.states) == [FREE] * 6
+    pages = pool.allocate(3)
+    pool.register(pages[0], hashes(1, 2)[0])
+    pool.retain(pages[:2])
+    pool.release(pages)
+    assert list(pool.states) == [FREE, HELD, HELD, FREE, FREE, FREE]
+    pool.release(pages[:2])
+    assert list(pool.states) == [FREE, CACHED, FREE, FREE, FREE, FREE]
+    pool.retain(pages[:1])
+    assert pool.states[pages[0]] == HELD
+    pool.release(pages[:1])
+    pool.forget()
+    assert list(pool.states) == [FREE] * 6
+    pool.check_integrity([])
+    pool.states[2] = HELD
+    with pytest.raises(RuntimeError, match=r"pages \[2\]"):
+        pool.check_integrity([])

@@ -229,12 +229,6 @@ def test_special_tokens_of_a_prompt_may_be_left_out(client: Client, monkeypatch:
     assert prompt() == prompt(add_special_tokens=True) == [0, *prompt(add_special_tokens=False)]
 
 
-def test_best_of_n_is_n(client: Client) -> None:
-    assert len(client.answer(PATH, prompt=PROMPT, **sampled(2, n=2, best_of=2))["choices"]) == 2
-    status, error = client.error(PATH, prompt=PROMPT, **sampled(2, n=2, best_of=3))
-    assert (status, error["param"]) == (400, "best_of")
-
-
 def test_a_prompt_may_be_cut_at_its_left(client: Client) -> None:
     tokens = encode(client, PROMPT)
     body = greedy(2, truncate_prompt_tokens=3, truncation_side="left", echo=True, return_token_ids=True)

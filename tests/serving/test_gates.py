@@ -1,5 +1,6 @@
 """Who is let in, and how much of a body."""
 
+import base64
 from typing import Any
 
 import httpx
@@ -30,7 +31,59 @@ def test_every_route_but_health_needs_a_key(guarded: Client) -> None:
                 continue
             status, error = error_of(response)
             assert (status, error["type"]) == (401, "AuthenticationError")
-            assert response.headers["www-authenticate"] == "Bearer"
+            scheme = "Basic" if path.startswith("/dashboard") else "Bearer"
+            assert response.headers["www-authenticate"].split()[0] == scheme
+
+
+def password(key: str, user: str = "any") -> dict[str, str]:
+    """As browsers send it."""
+    return with_key(base64.b64encode(f"{user}:{key}".encode()).decode(), "Basic")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_each_key_is_a_password_under_any_name(guarded: Client, key: str) -> None:
+    for user in ("any", "", "pjengine", "é"):
+        for path in ("/dashboard", "/dashboard/stats", "/v1/models"):
+            assert guarded.get(path, headers=password(key, user)).status_code == 200
+
+
+def test_a_key_may_hold_what_basic_separates_and_any_letter(llm: Any) -> None:
+    client = make_client(llm, api_keys=("a:b", "schlüssel"))
+    for key in ("a:b", "schlüssel"):
+        assert client.get("/version", headers=password(key)).status_code == 200
+    assert client.get("/version", headers=password("b")).status_code == 401
+
+
+def test_a_browser_is_asked_for_the_password_of_the_dashboard_alone(guarded: Client) -> None:
+    for path in ("/dashboard", "/dashboard/", "/dashboard/stats", "/llm/dashboard"):
+        client = Client(guarded.app, guarded.service, root_path="/llm")
+        assert client.get(path).headers["www-authenticate"] == 'Basic realm="pjengine", charset="UTF-8"'
+    for path in ("/", "/dashboards", "/v1/dashboard"):
+        assert guarded.get(path).headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 400),  # let in, and the body is none
+        ({"origin": "http://server"}, 400),
+        ({"sec-fetch-site": "same-origin", "origin": "https://shown.example"}, 400),  # behind a proxy
+        ({"origin": "http://other"}, 401),
+        ({"origin": "null"}, 401),
+        ({"sec-fetch-site": "cross-site"}, 401),
+        ({"sec-fetch-site": "same-site", "origin": "http://server"}, 401),
+    ],
+)
+def test_pages_of_other_origins_cannot_use_a_browsers_password(
+    guarded: Client, headers: dict[str, str], status: int
+) -> None:
+    for path in ("/v1/completions", "/generate"):
+        sent = {**headers, **password(KEYS[1])}
+        assert guarded.send("POST", path, content=b"?", headers=sent).status_code == status
+        assert (
+            guarded.send("POST", path, content=b"?", headers={**sent, **with_key(KEYS[1])}).status_code == 400
+        )
+    assert guarded.get("/dashboard", headers={**headers, **password(KEYS[1])}).status_code == 200
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -47,6 +100,13 @@ def test_each_key_opens(guarded: Client, key: str) -> None:
         with_key("first key and more"),
         with_key(""),
         with_key("second", "Basic"),
+        with_key("c2Vjb25k", "Basic"),  # without a user name
+        with_key("OnNlY29uZA", "Basic"),  # not padded
+        with_key("OnNlY29uZA==", "Bearer"),
+        {"authorization": "Basic"},
+        password("secon"),
+        password(""),
+        password("any:second"),
         {"authorization": "second"},
         {"authorization": ""},
         {"x-api-key": "second"},

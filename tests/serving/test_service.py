@@ -220,6 +220,7 @@ def test_an_engine_that_is_dead_takes_nothing_and_says_so(monkeypatch: pytest.Mo
         assert error_of(client.get(path))[0] == 503
     assert client.error(PATH, **long())[0] == 503
     assert client.get("/metrics").status_code == 200
+    assert client.get("/dashboard/stats").json()["state"] == "failed"
     client.service.close()
 
 
