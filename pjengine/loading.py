@@ -20,6 +20,7 @@ from pjengine.models.loader import dummy_params, load_params
 from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
 from pjengine.pallas_kernels.dispatch import check_backend
+from pjengine.progress import progress_bar
 from pjengine.sharding.mesh import make_mesh, replicated
 from pjengine.sizing import choose_decode_steps, choose_dtype, choose_sizes
 from pjengine.tokenizer import Tokenizer, load_tokenizer
@@ -77,9 +78,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
     else:
         assert folder is not None
         checkpoint = open_checkpoint(folder, config.load_format)
-        params = load_params(
-            checkpoint, model.weight_table(), abstract, num_layers=model_config.num_layers, sharding=sharding
-        )
+        with progress_bar("Loading weights", unit="layer", is_shown=config.use_tqdm_on_load) as show:
+            params = load_params(
+                checkpoint,
+                model.weight_table(),
+                abstract,
+                num_layers=model_config.num_layers,
+                sharding=sharding,
+                show=show,
+            )
     runner_config = RunnerConfig(
         num_pages=plan.num_pages,
         page_size=plan.page_size,
