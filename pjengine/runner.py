@@ -235,7 +235,7 @@ class Runner:
 
     def _wait(self, layouts: list[Layout], *, use_tqdm: bool = False) -> None:
         start = time.perf_counter()
-        with progress_bar("Compiling programs", unit="program", is_shown=use_tqdm) as show:
+        with progress_bar("Compiling programs", unit=" programs", is_shown=use_tqdm) as show:
             self._programs.wait(layouts, show)
         self.compile_s += time.perf_counter() - start
 

@@ -218,7 +218,7 @@ class Batch:
                 show(self.counts.num_answered, total)
 
         try:
-            with progress_bar("Answered requests", unit="request", is_shown=sys.stderr.isatty()) as show:
+            with progress_bar("Answered requests", unit=" requests", is_shown=sys.stderr.isatty()) as show:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(self.max_in_flight):
                         group.create_task(work())

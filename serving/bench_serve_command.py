@@ -122,7 +122,7 @@ def _bench_serve(args: argparse.Namespace) -> int:
     if warmups := _demands(workload, model["id"], args.temperature)[: args.num_warmups]:
         asyncio.run(run_load(endpoint, warmups, [0.0] * len(warmups), max_concurrency=args.max_concurrency))
     demands = _demands(workload, model["id"], args.temperature)
-    with progress_bar("Answered requests", unit="request", is_shown=sys.stderr.isatty()) as show:
+    with progress_bar("Answered requests", unit=" requests", is_shown=sys.stderr.isatty()) as show:
         load = asyncio.run(
             run_load(
                 endpoint,

@@ -26,10 +26,3 @@ def test_loading_and_compiling_show_how_far_they_are_only_if_asked(
         assert "Compiling programs: 100%|██████████| 2/2" in err
     else:
         assert err == ""
-
-
-def test_whether_to_show_them_is_yes_or_no() -> None:
-    from pjengine import EngineConfig
-
-    with pytest.raises(ValueError, match="use_tqdm_on_load must be True or False, got 'yes'"):
-        EngineConfig(model="demo", use_tqdm_on_load="yes")  # type: ignore[arg-type]

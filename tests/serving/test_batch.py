@@ -1,6 +1,7 @@
 """`pjengine run-batch`: every request has one answer, however often the run is cut off."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,21 +94,38 @@ def test_answers_are_those_of_the_server_and_lines_that_are_none_are_told(
     assert output.read_bytes() == before and "have been answered already" in capsys.readouterr().err
 
 
+def cut_off(command: list[str], output: Path, signal_number: int) -> tuple[int, str]:
+    """Runs the command until it has written three more answers; returns its status and what it told."""
+    num_before = output.read_bytes().count(b"\n") if output.exists() else 0
+
+    def has_begun() -> bool:
+        return output.exists() and output.read_bytes().count(b"\n") >= num_before + 3
+
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(has_begun, "three answers")
+        process.send_signal(signal_number)
+        _, err = process.communicate(timeout=60)
+    assert output.read_bytes().count(b"\n") < NUM_LONG
+    return process.returncode, err
+
+
+NUM_LONG = 120
+
+
 def test_a_run_that_was_killed_goes_on_with_what_is_left(tmp_path: Path) -> None:
-    lines = [completion(f"c{i}", f"import {i}", ignore_eos=True, max_tokens=30) for i in range(60)]
+    lines = [completion(f"c{i}", f"import {i}", ignore_eos=True, max_tokens=30) for i in range(NUM_LONG)]
     source, output = write(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
     files = ["-i", str(source), "-o", str(output)]
     command = [sys.executable, "-m", "pjengine.serving.cli", "run-batch", *files, "demo", *SETTINGS]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") >= 3, "three answers")
-        process.kill()
+    status, err = cut_off(command, output, signal.SIGINT)
+    assert status == 130 and "the same command goes on with the rest" in err and "Traceback" not in err
+    assert cut_off(command, output, signal.SIGKILL) == (-signal.SIGKILL, "")
     kept = output.read_bytes()
-    assert 3 <= kept.count(b"\n") < 60
-    torn = kept + b'{"id": "line-60", "custom_id": "c59", "resp'
-    output.write_bytes(torn)
+    output.write_bytes(kept + b'{"id": "line-60", "custom_id": "c59", "resp')
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert output.read_bytes().startswith(kept) and f"({kept.count(bytes([10]))} more before)" in done.stderr
+    num_kept = kept.count(b"\n")
+    assert output.read_bytes().startswith(kept) and f"({num_kept} more before)" in done.stderr
     answers = read(output)
     assert sorted(line["custom_id"] for line in answers) == sorted(line["custom_id"] for line in lines)
     assert {line["response"]["body"]["usage"]["completion_tokens"] for line in answers} == {30}

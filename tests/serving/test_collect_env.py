@@ -40,9 +40,8 @@ def test_the_driver_tells_of_its_cards(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(
-        "#!/bin/sh\necho NVIDIA H200, 143771 MiB, 5 MiB, 9.0, 580.1\necho NVIDIA H200, 1 MiB, 2 MiB, 9.0, 580.1\n"
-    )
+    card = "NVIDIA H200, 143771 MiB, 5 MiB, 9.0, 580.1"
+    tool.write_text(f"#!/bin/sh\necho {card}\necho {card}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

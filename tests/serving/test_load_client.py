@@ -103,3 +103,20 @@ def test_the_event_of_the_usage_is_no_chunk_of_the_answer() -> None:
     answered = timing(0.0, 1.0, 2.0, 9.0)
     _read_usage(answered, json.dumps(USAGE).encode(), demand(3, 2))
     assert (answered.e2el_s, answered.tpot_s) == (2.0, 1.0)
+
+
+def test_more_connections_than_files_may_be_open_are_refused() -> None:
+    import resource
+
+    from pjengine.serving.bench_serve_command import _check_open_files
+    from pjengine.serving.open_files import allow_open_files
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        assert allow_open_files(100) == 200
+        assert allow_open_files(201) == 201 == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        with pytest.raises(ValueError, match="1000000000 connections at once are more than the"):
+            _check_open_files(10**9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
