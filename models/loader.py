@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ def load_params(
     *,
     num_layers: int,
     sharding: Sharding | None = None,
+    show: Callable[[int, int], None] = lambda num_done, num_layers: None,
 ) -> dict[str, Any]:
     """Fills the parameters described by `abstract` from a checkpoint, casting to their dtypes.
 
@@ -36,6 +37,7 @@ def load_params(
     Args:
       abstract: nested dicts of jax.ShapeDtypeStruct; a struct's own sharding, if any, goes before `sharding`.
       sharding: of the other parameters; None: the default device. The layer axis cannot be sharded.
+      show: is told how many layers are under way to the device, and how many there are.
 
     Raises:
       ValueError: tensors are missing, left over, of the wrong shape or not floating point; the text lists all
@@ -66,6 +68,7 @@ def load_params(
             parts = {t.path: fetch(t, layer) for t in stacked}
             jax.block_until_ready(stacks)  # or the host would run ahead and fill the device with parts
             stacks = fill(stacks, parts, np.int32(layer))
+            show(layer + 1, num_layers)
         params |= stacks
     return _unflatten(abstract, params)
 

@@ -185,7 +185,8 @@ def _check_length(llm: Any, prompt_len: int, output_len: int) -> None:
 
 
 def _warm_up(llm: Any) -> None:
-    llm.engine.runner.wait_until_warm()
+    engine = llm.engine
+    engine.runner.wait_until_warm(use_tqdm=engine.config.use_tqdm_on_load)
 
 
 def startup(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -313,14 +314,21 @@ def environment() -> dict[str, str | int]:
     """What a figure means nothing without: hardware and versions. Touches the device."""
     import jax
 
+    device = jax.devices()[0]
+    name = device.device_kind if device.platform == "gpu" else cpu()
+    return {"device": name, **versions()}
+
+
+def cpu() -> str:
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str | int]:
     import pjengine
 
-    device = jax.devices()[0]
-    is_gpu = device.platform == "gpu"
     return {
-        "device": device.device_kind if is_gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "pjengine": pjengine.__version__,
-        "jax": jax.__version__,
+        "jax": metadata.version("jax"),
         "jaxlib": metadata.version("jaxlib"),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),

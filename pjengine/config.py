@@ -60,10 +60,11 @@ class EngineConfig:
     generation_config: str = "auto"  # the model's own defaults of sampling; "vllm": neutral ones
     kernel_backend: str | None = None  # None: the best that this device and these shapes allow
     warm_up: bool = True  # make every program at once; the first request waits for its own only
+    use_tqdm_on_load: bool = False  # progress bars, on standard error, of what start-up waits for
     compile_cache_dir: str | None = None  # keeps compiled programs; "": none; None: ~/.cache/pjengine
 
     def __post_init__(self) -> None:
-        for name in ("skip_tokenizer_init", "enable_prefix_caching", "warm_up"):
+        for name in ("skip_tokenizer_init", "enable_prefix_caching", "warm_up", "use_tqdm_on_load"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.hf_overrides, Mapping):
@@ -220,6 +221,31 @@ def api_keys() -> tuple[str, ...]:
     """The server's key that the environment sets, if it does."""
     key = os.environ.get("PJENGINE_API_KEY")
     return (key,) if key else ()
+
+
+def client_api_key() -> str | None:
+    """The key that clients send, as OpenAI's own read it."""
+    return os.environ.get("OPENAI_API_KEY") or None
+
+
+# What a report of the environment shows. Of keys it says only whether there is one.
+SHOWN_VARIABLES = (
+    *("JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"),
+    *("XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LD_LIBRARY_PATH"),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "XDG_CACHE_HOME"),
+)
+SECRET_VARIABLES = ("PJENGINE_API_KEY", "OPENAI_API_KEY", "HF_TOKEN")
+
+
+def shown_variables() -> dict[str, str]:
+    """Those of the environment that pjengine or its libraries heed; of keys, not the values."""
+    shown = {name: os.environ[name] for name in SHOWN_VARIABLES if name in os.environ}
+    return shown | {name: "set, not shown" for name in SECRET_VARIABLES if os.environ.get(name)}
+
+
+def leave_device_memory() -> None:
+    """Has JAX take device memory as it is needed, for who only looks at the device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def xla_flags() -> str:

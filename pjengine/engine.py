@@ -62,7 +62,7 @@ class LLMEngine:
         self.is_closed = False
         if config.warm_up:
             try:
-                self.runner.warm_up()
+                self.runner.warm_up(use_tqdm=config.use_tqdm_on_load)
             except BaseException:
                 self.runner.close()
                 raise

@@ -20,6 +20,7 @@ from pjengine.models.loader import dummy_params, load_params
 from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
 from pjengine.pallas_kernels.dispatch import check_backend
+from pjengine.progress import progress_bar
 from pjengine.sharding.mesh import make_mesh, replicated
 from pjengine.sizing import choose_decode_steps, choose_dtype, choose_sizes
 from pjengine.tokenizer import Tokenizer, load_tokenizer
@@ -72,14 +73,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         **sizes,
     )
     logger.info("memory plan\n%s", plan.table())
-    if config.load_format == "dummy":
-        params = dummy_params(abstract, config.seed, sharding)
-    else:
-        assert folder is not None
-        checkpoint = open_checkpoint(folder, config.load_format)
-        params = load_params(
-            checkpoint, model.weight_table(), abstract, num_layers=model_config.num_layers, sharding=sharding
-        )
+    params = _load_params(config, folder, model, abstract, sharding)
     runner_config = RunnerConfig(
         num_pages=plan.num_pages,
         page_size=plan.page_size,
@@ -100,6 +94,28 @@ def load_model(config: EngineConfig) -> LoadedModel:
         sharding=sharding,
         generation_config=read_generation_config(config, folder),
     )
+
+
+def _load_params(
+    config: EngineConfig,
+    folder: Path | None,
+    model: Llama,
+    abstract: Mapping[str, Any],
+    sharding: NamedSharding,
+) -> Params:
+    if config.load_format == "dummy":
+        return dummy_params(abstract, config.seed, sharding)
+    assert folder is not None
+    checkpoint = open_checkpoint(folder, config.load_format)
+    with progress_bar("Loading weights", unit=" layers", is_shown=config.use_tqdm_on_load) as show:
+        return load_params(
+            checkpoint,
+            model.weight_table(),
+            abstract,
+            num_layers=model.config.num_layers,
+            sharding=sharding,
+            show=show,
+        )
 
 
 def read_generation_config(config: EngineConfig, folder: Path | None) -> Mapping[str, Any]:

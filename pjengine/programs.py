@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
+from pjengine.progress import Show
+
 logger = logging.getLogger(__name__)
 
 
@@ -91,8 +93,8 @@ class Programs[L: Hashable, P]:
             self.ready[layout] = program
             self._changed.notify_all()
 
-    def wait(self, layouts: Sequence[L]) -> None:
-        """Returns once all of `layouts` are ready; makes them before any others.
+    def wait(self, layouts: Sequence[L], show: Show = lambda num_ready, total: None) -> None:
+        """Returns once all of `layouts` are ready; makes them before any others, and shows how many are.
 
         Raises what a thread met while it made one of them; it is made anew when it is wanted again.
         """
@@ -102,7 +104,9 @@ class Programs[L: Hashable, P]:
                 for layout in layouts:
                     if layout in self.failed:
                         raise self.failed.pop(layout)
-                if all(layout in self.ready for layout in layouts):
+                num_ready = sum(layout in self.ready for layout in layouts)
+                show(num_ready, len(layouts))
+                if num_ready == len(layouts):
                     return
                 self._changed.wait()
         raise RuntimeError("the programs are closed")

@@ -29,6 +29,7 @@ from pjengine.edits import past_prompts
 from pjengine.models.llama import Llama, Params
 from pjengine.models.state import KVCache, kv_shape
 from pjengine.programs import CompilationError, Programs
+from pjengine.progress import progress_bar
 from pjengine.schedule import Schedule
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
@@ -217,21 +218,25 @@ class Runner:
         self.recompiles_after_warmup += self._is_warming * len(set(new).difference(self.layouts()))
         self._programs.start(layouts)
 
-    def warm_up(self) -> None:
-        """Begins to make every program; returns when a first short request finds what it needs."""
+    def warm_up(self, *, use_tqdm: bool = False) -> None:
+        """Begins to make every program; returns when a first short request finds what it needs.
+
+        `use_tqdm` shows a progress bar of those.
+        """
         layouts = self._by_need()
         self._is_warming = True
         self._programs.start(layouts)
-        self._wait(layouts[:2])
+        self._wait(layouts[:2], use_tqdm=use_tqdm)
 
-    def wait_until_warm(self) -> None:
+    def wait_until_warm(self, *, use_tqdm: bool = False) -> None:
         """Makes every program and returns when all are ready."""
         self._is_warming = True
-        self._wait(self._by_need())
+        self._wait(self._by_need(), use_tqdm=use_tqdm)
 
-    def _wait(self, layouts: list[Layout]) -> None:
+    def _wait(self, layouts: list[Layout], *, use_tqdm: bool = False) -> None:
         start = time.perf_counter()
-        self._programs.wait(layouts)
+        with progress_bar("Compiling programs", unit=" programs", is_shown=use_tqdm) as show:
+            self._programs.wait(layouts, show)
         self.compile_s += time.perf_counter() - start
 
     def lower(self, layout: Layout) -> Lowered:

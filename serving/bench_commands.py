@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pjengine
@@ -20,20 +20,21 @@ from pjengine.serving.options import (
 )
 
 
-def add_bench(commands: Any) -> None:
-    """Adds the command."""
+def add_bench(commands: Any) -> Any:
+    """Adds the command; returns what takes its kinds."""
     bench = commands.add_parser(
         "bench",
         help="measure speed",
         description="Measures speed on prompts of random tokens. One JSON object for each result goes to "
         "standard output, a line for people to standard error.",
     )
-    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    kinds = bench.add_commands("KIND")
     _add_throughput(kinds)
     _add_latency(kinds)
     _add_startup(kinds)
     _add_host(kinds)
     _add_kernels(kinds)
+    return kinds
 
 
 def _add_bench(kinds: Any, name: str, run: Any, *, help: str, description: str) -> argparse.ArgumentParser:
@@ -165,7 +166,7 @@ def _throughput(args: argparse.Namespace) -> None:
         num_requests = args.num_requests or DEFAULT_NUM_REQUESTS[args.workload]
         workload = WORKLOADS[args.workload](llm.engine.model_config.vocab_size, num_requests)
         result = throughput(llm, workload, temperature=args.temperature, repeats=args.repeats)
-    _report(
+    report(
         args,
         {"bench": args.workload, **result},
         f"{args.workload}, {num_requests} requests: {result['output_tokens_per_s']:,.1f} output tokens/s, "
@@ -192,7 +193,7 @@ def _latency(args: argparse.Namespace) -> None:
                 repeats=args.repeats,
                 sampling=sampling,
             )
-            _report(
+            report(
                 args,
                 {"bench": "decode-latency", **result},
                 f"batch {batch_size}: {result['tpot_ms']:.3f} ms per output token (spread "
@@ -205,7 +206,7 @@ def _host(args: argparse.Namespace) -> None:
     from pjengine.bench import host_share
 
     result = host_share(args.num_running, num_stop_ids=args.num_stop_ids)
-    _report(
+    report(
         args,
         {"bench": "host", **result},
         f"{args.num_running} running requests, {args.num_stop_ids} stop ids each: "
@@ -224,16 +225,16 @@ def _kernels(args: argparse.Namespace) -> None:
             unit = "gb_per_s" if "gb_per_s" in row else "tflop_per_s"
             summary = f"{row['us']:.1f} us, {row[unit]:,.0f} {unit}, {row['share']:.0%} of the limit"
         case = {key: value for key, value in row.items() if isinstance(value, str | int)}
-        _report(args, {"bench": "kernels", **row}, f"{', '.join(map(str, case.values()))}: {summary}")
+        report(args, {"bench": "kernels", **row}, f"{', '.join(map(str, case.values()))}: {summary}")
 
 
 def _startup(args: argparse.Namespace) -> None:
     from pjengine.bench import startup
 
-    # Both runs end before this process touches the device itself, which `_report` does.
-    for result in list(startup(_bench_settings(args))):
+    # Both runs end before this process touches the device itself, which `report` does.
+    for result in list(startup({**_bench_settings(args), "use_tqdm_on_load": False})):
         parts = ", ".join(f"{name} {result[f'{name}_s']:.2f}" for name in ("import", "weights", "compile"))
-        _report(
+        report(
             args,
             {"bench": "startup", **result},
             f"{result['kind']} start: {result['total_s']:.2f} s to the first token ({parts}, "
@@ -248,6 +249,7 @@ def _bench_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "model": args.model or args.shape,
         "skip_tokenizer_init": True,
+        "use_tqdm_on_load": sys.stderr.isatty(),
         "enable_prefix_caching": False,  # a prompt that is repeated is measured again
         **given(args, ENGINE_OPTIONS),
     }
@@ -256,13 +258,20 @@ def _bench_settings(args: argparse.Namespace) -> dict[str, Any]:
         if settings.get("load_format") != "dummy":
             raise ValueError(f"--shape {args.shape} has no weights: add --load-format dummy")
     EngineConfig(**settings)
-    if args.output:  # a file that cannot be written is found before the run, not after it
-        with open(args.output, "a"):
-            pass
+    check_output(args.output)
     return settings
 
 
-def _report(args: argparse.Namespace, result: Mapping[str, Any], summary: str) -> None:
+def report(
+    args: argparse.Namespace,
+    result: Mapping[str, Any],
+    summary: str,
+    where: Callable[[], Mapping[str, Any]] | None = None,
+) -> None:
+    """Prints a result, and keeps it if that is asked for.
+
+    `where` says on what it was measured; by default on the device of this process, which is touched then.
+    """
     from pjengine.bench import environment
 
     rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
@@ -270,7 +279,7 @@ def _report(args: argparse.Namespace, result: Mapping[str, Any], summary: str) -
         {
             "model": getattr(args, "shape", None) or getattr(args, "model", "tiny"),
             **rounded,
-            **environment(),
+            **(where or environment)(),
             "command": args.command_line,
         }
     )
@@ -279,3 +288,10 @@ def _report(args: argparse.Namespace, result: Mapping[str, Any], summary: str) -
     if args.output:
         with open(args.output, "a") as file:
             file.write(line + "\n")
+
+
+def check_output(path: str | None) -> None:
+    """Finds a file that cannot be written before the run, not after it."""
+    if path:
+        with open(path, "a"):
+            pass

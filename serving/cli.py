@@ -4,16 +4,22 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pjengine
 from pjengine.config import EngineConfig
 from pjengine.sampling_params import SamplingParams
+from pjengine.serving.batch_command import add_run_batch
 from pjengine.serving.bench_commands import add_bench
+from pjengine.serving.bench_serve_command import add_bench_serve
+from pjengine.serving.chat_commands import add_chat, add_complete
+from pjengine.serving.collect_env_command import add_collect_env
 from pjengine.serving.options import (
     ENGINE_OPTIONS,
     SAMPLING_OPTIONS,
@@ -21,6 +27,7 @@ from pjengine.serving.options import (
     Parser,
     add_engine_options,
     add_options,
+    check_utf8,
     given,
 )
 from pjengine.serving.serve_command import add_serve
@@ -33,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.perf_counter()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-    args.begun, args.command_line = begun, shlex.join(["pjengine", *argv])
+    args.begun, args.command_line = begun, shlex.join(["pjengine", *_without_keys(argv)])
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("pjengine").setLevel(logging.INFO if args.verbose else logging.WARNING)
     try:
@@ -53,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status or 0
 
 
+def _without_keys(argv: Sequence[str]) -> list[str]:
+    """The command line as a result may show it."""
+    shown = [re.sub("^--api-key=.*", "--api-key=...", arg) for arg in argv]
+    return ["..." if before == "--api-key" else arg for before, arg in pairwise(["", *shown])]
+
+
 def _refuse(reason: object) -> int:
     print(f"pjengine: {reason}", file=sys.stderr)
     return 2
@@ -61,11 +74,15 @@ def _refuse(reason: object) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="pjengine", description="LLM inference in JAX on NVIDIA GPUs, or a CPU.")
     parser.add_argument("--version", action="version", version=f"pjengine {pjengine.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_commands("COMMAND")
     add_serve(commands)
     _add_generate(commands)
+    add_chat(commands)
+    add_complete(commands)
+    add_run_batch(commands)
+    add_bench_serve(add_bench(commands))
     _add_plan(commands)
-    add_bench(commands)
+    add_collect_env(commands)
     return parser
 
 
@@ -130,17 +147,18 @@ def _generate(args: argparse.Namespace) -> None:
     asked = {name: value for name, value in asked.items() if value is not None}
     SamplingParams(**asked)  # refuses before jax is loaded, as the next line does
     settings = given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS))
-    config = EngineConfig(model=args.model, warm_up=args.warm_up, **settings)
+    bars = sys.stderr.isatty()
+    config = EngineConfig(model=args.model, warm_up=args.warm_up, use_tqdm_on_load=bars, **settings)
     prompts = args.prompt or [_read_prompt()]
     for prompt in prompts:
-        _check_utf8(prompt)
+        check_utf8(prompt)
     with pjengine.LLM(**vars(config)) as llm:
         params = _laid_over(llm.get_default_sampling_params(), asked)
         ready, compile_s = time.perf_counter(), llm.engine.runner.compile_s
         if args.stream:
             num_tokens = _show(llm.stream(prompts, params), prompts)
         else:
-            outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
+            outputs = llm.generate(prompts, params, use_tqdm=bars)
             num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
             for prompt, output in zip(prompts, outputs, strict=True):
                 print(prompt + output.outputs[0].text)
@@ -166,14 +184,6 @@ def _read_prompt() -> str:
     if sys.stdin.isatty():
         print("pjengine: type the prompt; Ctrl-D ends it", file=sys.stderr)
     return sys.stdin.read().removesuffix("\n")
-
-
-def _check_utf8(prompt: str) -> None:
-    """Refuses what Python makes of arguments and input that are no UTF-8."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is not UTF-8: {prompt!r:.80}") from error
 
 
 def _show(chunks: Iterable["pjengine.CompletionChunk"], prompts: Sequence[str]) -> int:

@@ -36,6 +36,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "root": service.llm.engine.config.model,
         "parent": None,
         "max_model_len": service.llm.engine.max_model_len,
+        "vocab_size": service.llm.engine.model_config.vocab_size,  # for clients that make up token ids
     }
 
 

@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from pjengine.config import EngineConfig
@@ -25,6 +28,24 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"a JSON object is needed, got {text!r}")
     return value
+
+
+def check_utf8(prompt: str) -> None:
+    """Refuses what Python makes of arguments and input that are no UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not UTF-8: {prompt!r:.80}") from error
+
+
+def template_text(text: str) -> str:
+    """A chat template, or the file that holds it."""
+    if "{" in text:
+        return text
+    try:
+        return Path(text).read_text()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
 
 
 class Option(NamedTuple):
@@ -81,6 +102,9 @@ TOKENIZER_OPTIONS = (
     Option("tokenizer", str, "MODEL", "folder or Hub id of the tokenizer (default: the model's)"),
     Option("tokenizer_revision", str, "REV", "branch, tag or commit of that tokenizer (default: main)"),
 )
+CHAT_TEMPLATE = Option(
+    "chat_template", template_text, "FILE", "chat template, or its file (default: the tokenizer's own)"
+)
 SAMPLING_OPTIONS = (
     Option("temperature", float, "X", "0 takes the likeliest token; up to 2"),
     Option("top_p", float, "X", "keep the likeliest tokens that together reach this probability"),
@@ -96,10 +120,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
 
+    def add_commands(self, metavar: str) -> Any:
+        """Adds what takes commands. Without any, the help is shown: it names them."""
+        self.set_defaults(run=self._show_help, verbose=False)
+        return self.add_subparsers(title=f"{metavar.lower()}s", metavar=metavar)
+
+    def _show_help(self, _: argparse.Namespace) -> int:
+        self.print_help(sys.stderr)
+        return 2
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if args is not None and self._subparsers is None:
             args = [*self._config_file(args), *args]
             self._refuse_unknown(args)  # before a missing option is complained about
+        elif args is not None:  # those that stand before the command
+            self._refuse_unknown(itertools.takewhile(lambda arg: arg.startswith("-"), args))
         return super().parse_known_args(args, namespace)
 
     def _config_file(self, args: Sequence[str]) -> list[str]:
@@ -117,7 +152,15 @@ class Parser(argparse.ArgumentParser):
         except (OSError, ValueError) as error:
             self.error(str(error))
 
-    def _refuse_unknown(self, args: Sequence[str]) -> None:
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Names the command that is closest to one that is mistyped."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            close = difflib.get_close_matches(value, action.choices, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(action.choices)}"
+            self.error(f"no such {str(action.metavar).lower()}: {value!r}; {hint}")
+        super()._check_value(action, value)
+
+    def _refuse_unknown(self, args: Iterable[str]) -> None:
         for arg in args:
             name = arg.partition("=")[0]
             if arg == "--":
@@ -136,6 +179,11 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):  # which is indented once more than argparse counts
+            self._action_max_length += self._indent_increment
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_said = action.default in (None, False, argparse.SUPPRESS) or "(default" in (action.help or "")

@@ -2,11 +2,12 @@
 
 import argparse
 import json
-from pathlib import Path
+import sys
 from typing import Any
 
 from pjengine.config import EngineConfig, api_keys
 from pjengine.serving.options import (
+    CHAT_TEMPLATE,
     ENGINE_OPTIONS,
     TOKENIZER_OPTIONS,
     Option,
@@ -30,20 +31,8 @@ def json_list(text: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def template_text(text: str) -> str:
-    """A chat template, or the file that holds it."""
-    if "{" in text:
-        return text
-    try:
-        return Path(text).read_text()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
-
-
-_MODEL_OPTIONS = (
-    Option(
-        "chat_template", template_text, "FILE", "chat template, or its file (default: the tokenizer's own)"
-    ),
+_SERVED_MODEL = (
+    CHAT_TEMPLATE,
     Option("skip_tokenizer_init", _SWITCH, "", "do without a tokenizer: prompts must be token ids"),
     Option("warm_up", argparse.BooleanOptionalAction, "", "compile every program at the start"),
 )
@@ -79,7 +68,7 @@ _ACCESS = (
         "trust_request_chat_template", _SWITCH, "", "take chat templates from requests: they are programs"
     ),
 )
-_API = (
+API_OPTIONS = (
     Option(
         "served_model_names",
         {"nargs": "+", "metavar": "NAME"},
@@ -101,8 +90,8 @@ _LOGS = (
     Option("uvicorn_log_level", str, "LEVEL", "critical, error, warning, info, debug or trace"),
     Option("disable_uvicorn_access_log", _SWITCH, "", "do without a line for each answer"),
 )
-_SERVER_OPTIONS = (*_NETWORK, *_ACCESS, *_API, *_LOGS)
-_ALL_ENGINE_OPTIONS = (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS, *_MODEL_OPTIONS)
+_SERVER_OPTIONS = (*_NETWORK, *_ACCESS, *API_OPTIONS, *_LOGS)
+MODEL_OPTIONS = (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS, *_SERVED_MODEL)
 
 
 def add_serve(commands: Any) -> None:
@@ -126,9 +115,9 @@ def add_serve(commands: Any) -> None:
         metavar="FILE",
         help="YAML file of options, such as 'port: 8001'; those given here come first",
     )
-    for title, options in (("network", _NETWORK), ("access", _ACCESS), ("API", _API), ("logs", _LOGS)):
+    for title, options in (("network", _NETWORK), ("access", _ACCESS), ("API", API_OPTIONS), ("logs", _LOGS)):
         add_options(command.add_argument_group(title), options, ServerConfig)
-    add_options(command.add_argument_group("engine"), _ALL_ENGINE_OPTIONS, EngineConfig)
+    add_options(command.add_argument_group("engine"), MODEL_OPTIONS, EngineConfig)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -137,7 +126,9 @@ def _serve(args: argparse.Namespace) -> int:
         raise ValueError(f"one MODEL is needed, got {' and '.join(sorted(named)) or 'none'}")
     (model,) = named
     # Both refuse before jax is loaded.
-    engine_config = EngineConfig(model=model, **given(args, _ALL_ENGINE_OPTIONS))
+    engine_config = EngineConfig(
+        model=model, use_tqdm_on_load=sys.stderr.isatty(), **given(args, MODEL_OPTIONS)
+    )
     config = ServerConfig(**{"api_keys": api_keys(), **given(args, _SERVER_OPTIONS)})
     from pjengine.serving.server import serve
 

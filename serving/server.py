@@ -19,6 +19,7 @@ import uvicorn
 from pjengine.async_llm import AsyncLLM
 from pjengine.config import EngineConfig
 from pjengine.serving.app import build_app
+from pjengine.serving.open_files import allow_open_files
 from pjengine.serving.server_config import ServerConfig
 from pjengine.serving.service import Service
 from pjengine.stats import log_stats, read_stats
@@ -40,6 +41,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     # Before the model is loaded: a certificate that is none, or an address that is taken, is found at once.
     if config.ssl_certfile is not None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    allow_open_files()  # a connection is one
     with _listener(config) as listener:
         if config.is_open:
             logger.warning(

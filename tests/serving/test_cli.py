@@ -1,6 +1,7 @@
 """The command line, as its users meet it: text on standard output, one line for each mistake."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -93,8 +94,10 @@ def test_prompt_comes_from_standard_input_without_its_last_newline(
 GENERATE = ("generate", "demo", "--prompt", "a")
 LATENCY = ("bench", "latency", *TINY)
 BAD_INPUT = {
-    "no command": ((), "required: COMMAND"),
-    "no such command": (("generat",), "invalid choice: 'generat'"),
+    "no such command": (("generat",), "no such command: 'generat'; did you mean generate?"),
+    "unlike any command": (("xyz",), "no such command: 'xyz'; there are serve, generate, chat,"),
+    "no such benchmark": (("bench", "latenci"), "no such kind: 'latenci'; did you mean latency?"),
+    "mistyped option before the command": (("--versio", "plan"), "did you mean --version?"),
     "mistyped option": ((*GENERATE, "--temperatur=1"), "did you mean --temperature?"),
     "mistyped required option": (("bench", "latency", "--shap", "tiny"), "did you mean --shape?"),
     "unlike any option": ((*GENERATE, "--quxzzy"), "no such option: --quxzzy (see pjengine generate --help)"),
@@ -236,6 +239,19 @@ def test_help_names_every_default_and_every_shape(capsys: pytest.CaptureFixture[
     text = " ".join(capsys.readouterr().out.split())
     assert all(name in text for name in SHAPES)
     assert text.count("(default: sharegpt-like)") == 1
+
+
+@pytest.mark.parametrize("argv", [(), ("bench",)])
+def test_without_a_command_the_help_names_all_of_them(
+    argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pjengine(*argv, "--help") == 0
+    text = capsys.readouterr().out
+    assert pjengine(*argv) == 2
+    out, err = capsys.readouterr()
+    assert ((out, err) == ("", text) and "commands:" in text) or "kinds:" in text
+    names = ("throughput", "serve") if argv else ("serve", "chat", "complete", "run-batch", "collect-env")
+    assert all(re.search(rf"^    {name} +\S", text, re.MULTILINE) for name in names)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
