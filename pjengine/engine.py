@@ -78,6 +78,7 @@ class LLMEngine:
             decode_steps=sizes.decode_steps,
             can_edit=self.runner.can_edit,
             max_prompt_logprob_tokens=sizes.max_prompt_logprob_tokens,
+            mixed_sizes=sizes.mixed_buckets,
         )
 
     def add_request(

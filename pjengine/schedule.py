@@ -1,5 +1,6 @@
 """What a step computes: the scheduler's answer, the runner's order. Plain Python and numpy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from pjengine.request import Request
 # In place of a token, where there is none to choose.
 BROKEN = -1  # the logits hold NaN
 FORBIDDEN = -2  # the request's edits forbid every token
+# What a mixed step costs beside its tokens, in tokens: it reads all weights, however few there are.
+STEP_COST = 256
 
 
 class Chunk(NamedTuple):
@@ -82,3 +85,17 @@ class TokenBudget:
         length = min(stop - start, self.num_left)
         self.num_taken += length
         return length
+
+
+def step_limit(num_wanted: int, num_decodes: int, sizes: Sequence[int]) -> int:
+    """How many of the tokens that wait the next mixed step takes, where steps are padded to one of `sizes`.
+
+    All that fit into the largest; but only a smaller step full, if that and one more for the rest cost less
+    than the padding would. `num_decodes` of the tokens are in any step.
+    """
+    if num_wanted >= sizes[-1]:
+        return sizes[-1]
+    padded = next(size for size in sizes if size >= num_wanted)
+    full = max((size for size in sizes if num_decodes < size <= num_wanted), default=padded)
+    rest = next((size for size in sizes if size >= num_decodes + num_wanted - full), sizes[-1])
+    return full if full + rest + STEP_COST < padded else padded

@@ -1,14 +1,14 @@
 """Which tokens run in the next step. Plain Python and numpy: it decides, the device computes.
 
 A step is either all decodes or mixed: one token of every row that decodes, then chunks of prompts up to
-`max_num_batched_tokens`. So a row that decodes gets on with every step, however many prompts wait, and
-waits at most as long as a step of that many tokens takes.
+`max_num_batched_tokens`, or up to a smaller step that they fill. So a row that decodes gets on with every
+step, however many prompts wait, and waits at most as long as a step of that many tokens takes.
 """
 
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from pjengine.page_pool import PagePool, page_hashes
 from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.row_table import RowTable
-from pjengine.schedule import Chunk, Decodes, Schedule, TokenBudget
+from pjengine.schedule import Chunk, Decodes, Schedule, TokenBudget, step_limit
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Scheduler:
     is_caching: bool = True  # prefixes
     decode_steps: int = 1  # tokens of a row in one step of decodes alone; at most a page
     max_prompt_logprob_tokens: int | None = None  # in a step with logprobs of a prompt; None: no limit
+    mixed_sizes: Sequence[int] = ()  # tokens that mixed steps are padded to, in order; none: any number
     # Whether there are programs for steps that need so much; if not, they are made for what comes soon.
     can_edit: Callable[[np.ndarray, Callable[[], np.ndarray]], bool] = lambda now, soon: True
     num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
@@ -134,7 +135,23 @@ class Scheduler:
 
     def _budget(self, num_decodes: int) -> TokenBudget:
         most = self.max_num_batched_tokens
+        if self.mixed_sizes:
+            most = step_limit(self._num_wanted(num_decodes), num_decodes, self.mixed_sizes)
         return TokenBudget(num_decodes, most, self.max_prompt_logprob_tokens or most)
+
+    def _num_wanted(self, num_decodes: int) -> int:
+        """How many tokens the next step would take without a limit; at least, where it has more than that.
+
+        An estimate: prompts that wait count whole, whatever the cache holds of them, and as if all had room.
+        """
+        table = self.rows
+        rows = table.prefilling()
+        num_wanted = num_decodes + int((table.prefill_end[rows] - table.computed[rows]).sum())
+        for _, request in self._waiting[: table.num_free]:
+            if num_wanted >= self.max_num_batched_tokens:
+                break
+            num_wanted += request.num_known
+        return num_wanted
 
     def _prompt_lengths(self, budget: TokenBudget) -> Iterator[tuple[int, int]]:
         """Rows with known tokens left to compute, and how many of them the next step takes."""

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pjengine.config import buckets
 from pjengine.edits import NO_EDITS, Edits, join_needs
 from pjengine.page_pool import PagePool
 from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.row_table import MAX_END_IDS
 from pjengine.sampling_params import SamplingParams
+from pjengine.schedule import step_limit
 from pjengine.scheduler import Scheduler
 from tests.engine.stub_device import StubDevice, expected
 
@@ -53,6 +55,35 @@ def test_decodes_go_first_and_a_long_prompt_is_cut_to_the_budget() -> None:
     assert [request.request_id for request in schedule.decodes.requests] == ["short"]
     assert [(c.request.request_id, c.length, c.is_sampled) for c in schedule.chunks] == [("long", 15, False)]
     assert not schedule.is_decode
+
+
+@pytest.mark.parametrize(
+    ("num_wanted", "num_decodes", "limit"),
+    [
+        (8192, 0, 8192),  # as many as fit
+        (8224, 32, 8192),  # 32 tokens more would be padded by 8160
+        (8224, 8200, 16384),  # the decodes alone need it
+        (13000, 32, 16384),  # the rest would not be cheaper by itself
+        (156, 24, 256),  # a small step costs as much as one twice its size
+        (20000, 32, 16384),
+        (5, 5, 128),
+    ],
+)
+def test_a_step_takes_what_it_can_without_mostly_padding(
+    num_wanted: int, num_decodes: int, limit: int
+) -> None:
+    assert step_limit(num_wanted, num_decodes, buckets(128, 16384)) == limit
+
+
+def test_a_prompt_is_cut_where_the_rest_is_cheaper_in_the_next_step() -> None:
+    scheduler = make_scheduler(2048, 16, 8, 4096)
+    scheduler.mixed_sizes = buckets(32, 4096)
+    device = StubDevice(scheduler)
+    scheduler.add(make_request("decode", 4, 20))
+    device.step()
+    scheduler.add(make_request("long", 2050, 4))
+    assert [chunk.length for chunk in device.step().chunks] == [2047]
+    assert [chunk.length for chunk in device.step().chunks] == [3]
 
 
 def test_the_latest_request_is_preempted_and_resumes_with_the_same_tokens() -> None:
@@ -345,6 +376,8 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
     rng = random.Random(seed)
     scheduler = make_scheduler(num_pages, 4, max_num_seqs, max_num_batched_tokens, is_caching, decode_steps)
     device = StubDevice(scheduler)
+    if seed % 2:
+        scheduler.mixed_sizes = buckets(rng.randint(1, max_num_batched_tokens), max_num_batched_tokens)
     limit = 4 * (num_pages - 1)
     requests: list[Request] = []
     aborted: set[str] = set()
