@@ -1,7 +1,7 @@
 """The room for edits in a step's program, and how they are written into it. Plain Python and numpy."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,10 @@ class EditSizes:
             theirs is None or (mine is not None and mine >= theirs)
             for mine, theirs in zip(astuple(self), astuple(other), strict=True)
         )
+
+    def within(self, num_seqs: int) -> "EditSizes":
+        """The same for a program that holds so many sequences."""
+        return self if self.num_masks <= num_seqs else replace(self, num_masks=num_seqs)
 
     def parts(self, num_seqs: int, num_tokens: int) -> dict[str, tuple[int, ...]]:
         """Shapes of what travels in the step's vector."""

@@ -34,11 +34,11 @@ LIMITS: dict[str, Any] = {
 _stack_lock = threading.Lock()  # of the size that new threads get
 
 
-def make_tokenizer(tokenizer_json: str, num_tokens: int | None, end_ids: list[int]) -> Any:
-    """The vocabulary as llguidance reads it; `num_tokens` None: as many as there are."""
+def make_tokenizer(tokenizer_json: str, end_ids: list[int]) -> Any:
+    """The vocabulary as llguidance reads it."""
     from llguidance import LLTokenizer
 
-    return LLTokenizer(tokenizer_json, n_vocab=num_tokens, eos_token=end_ids)
+    return LLTokenizer(tokenizer_json, eos_token=end_ids)
 
 
 def compile_grammar(tokenizer: Any, grammar: str) -> tuple[Any, str]:

@@ -19,6 +19,7 @@ from pjengine.structured_outputs import StructuredOutputsParams
 from pjengine.tokenizer import Tokenizer
 
 MAX_CACHED = 64  # compiled grammars, of a few megabytes at most
+_NO_TOKEN = "<|an end that no model has|>"
 
 
 @dataclass(eq=False)
@@ -85,7 +86,8 @@ class Grammars:
         return Matcher(state)
 
     @cached_property
-    def _setup(self) -> tuple[str, int | None, list[int]]:
+    def _setup(self) -> tuple[str, list[int]]:
+        """The arguments of `make_tokenizer`."""
         if self._tokenizer is None:
             raise ValueError("structured_outputs need a tokenizer, and skip_tokenizer_init=True")
         backend = getattr(self._tokenizer.hf, "backend_tokenizer", None)
@@ -96,10 +98,11 @@ class Grammars:
         backend = copy(backend)
         backend.no_padding()
         backend.no_truncation()
-        num_tokens = len(self._tokenizer)
-        if end_ids := [token for token in self._eos_token_ids if token < num_tokens]:
-            return backend.to_str(), None, end_ids
-        return backend.to_str(), num_tokens + 1, [num_tokens]  # it wants one: none that can be sampled
+        end_ids = [token for token in self._eos_token_ids if token < len(self._tokenizer)]
+        if not end_ids:  # it wants one: none that can be sampled
+            backend.add_special_tokens([_NO_TOKEN])
+            end_ids = [backend.token_to_id(_NO_TOKEN)]
+        return backend.to_str(), end_ids
 
     @cached_property
     def _own_tokenizer(self) -> Any:

@@ -53,7 +53,7 @@ def _unmask(
 ) -> Bool[Array, "s v"]:
     """The bits of each sequence's mask; all ones where it has none."""
     words = masks.at[mask_of].get(mode="fill", fill_value=-1)
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+    bits = (words[:, :, None] >> lax.broadcasted_iota(jnp.int32, (1, 1, 32), 2)) & 1
     return bits.reshape(len(words), -1)[:, : shape[1]] == 1
 
 

@@ -140,6 +140,7 @@ class Runner:
 
     def _layout(self, bucket: int, is_decode: bool, edits: EditSizes = NO_SIZES) -> Layout:
         depth = self.config.decode_steps if is_decode and edits == NO_SIZES else 1
+        edits = edits.within(min(bucket, self.config.max_num_seqs))
         return Layout(bucket, self.config.max_num_seqs, self.config.page_size, is_decode, edits, depth)
 
     def _by_need(self) -> list[Layout]:
