@@ -59,8 +59,15 @@ def compile_grammar(tokenizer: Any, grammar: str) -> tuple[Any, str]:
             mask = ahead.compute_bitmask()
         if ahead.is_error():
             matcher = ahead
+    return matcher, error_of(matcher)
+
+
+def error_of(matcher: Any) -> str:
+    """Why a matcher cannot go on; empty: it can."""
+    if not matcher.is_error():
+        return ""
     error = matcher.get_error().partition("<backtrace>")[0].replace("<non-verbose/>", "")
-    return matcher, error.strip()[:MAX_ERROR_CHARS]
+    return error.strip()[:MAX_ERROR_CHARS] or "it broke the compiler"
 
 
 def _lowest_bit(mask: bytes) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from pjengine.grammar_check import GrammarCheck, compile_grammar, make_tokenizer, with_deep_stack
+from pjengine.grammar_check import GrammarCheck, compile_grammar, error_of, make_tokenizer, with_deep_stack
 from pjengine.structured_outputs import StructuredOutputsParams
 from pjengine.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ class Matcher:
     @property
     def error(self) -> str:
         """Why it cannot go on; empty: it can."""
-        return self.state.get_error() if self.state.is_error() else ""
+        return error_of(self.state)
 
     @property
     def is_complete(self) -> bool:

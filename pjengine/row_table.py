@@ -95,7 +95,7 @@ class RowTable:
         if not is_led.any():
             return rows
         for index in np.flatnonzero(is_led).tolist():
-            row = rows[index]
+            row = int(rows[index])
             is_led[index] = self.owner(row).num_known <= self.computed[row]  # its token is under way
         return rows[~is_led]
 

@@ -63,7 +63,12 @@ class StructuredOutputsParams:
                 raise ValueError(f"{name} must be a text that is not empty, got {text!r:.80}")
         if self.json is not None:
             self._check_schema()
-        texts = (*(self.choice or ()), self.regex or "", self.grammar or "", self.json_text)
+        texts = (
+            *(self.choice or ()),
+            self.regex or "",
+            self.grammar or "",
+            "" if self.json is None else self.json_text,
+        )
         if (size := sum(map(len, texts))) > MAX_SOURCE_CHARS:
             raise ValueError(f"{self.kind} must have at most {MAX_SOURCE_CHARS} characters, got {size}")
         for text in texts:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.engine.rescheduling import reschedule, settle
 
 VOCAB_SIZE, PAGE_SIZE = 160, 16
+EOS = 2
 MAX_NUM_SEQS, MAX_PROMPT, MAX_OUTPUT, MAX_STEPS = 4, 32, 24, 3
 # What a request runs with alone: it is neither cut nor preempted, and each step gives a token.
 ROOMY = {
@@ -116,6 +117,7 @@ def engine(
         ) as llm,
     ):
         assert llm.engine.model_config.vocab_size == VOCAB_SIZE
+        assert llm.engine.model_config.eos_token_ids == (EOS,)
         patch.setattr("pjengine.runner.PATIENCE", 1_000_000)
         every = {**make_edits(random.Random(0), 8, share=1), "prompt_logprobs": 2}
         for fields in ({}, {**every, "stop_token_ids": [*range(10)]}):
@@ -278,7 +280,8 @@ def note(seen: Counter[str], arrival: Arrival, output: Any, chunk_size: int, is_
         seen[f"ended by {completion.finish_reason}"] += 1
         if form is not None and (completion.finish_reason, completion.stop_reason) == ("stop", None):
             seen["ended by a grammar"] += 1
-            assert re.fullmatch(form.regex, "".join(LETTERS[token] for token in completion.token_ids))
+            letters = "".join(LETTERS[token] for token in completion.token_ids)
+            assert re.fullmatch(f"({form.regex}){LETTERS[EOS]}?", letters)
         seen["stopped by a string"] += isinstance(completion.stop_reason, str)
 
 
