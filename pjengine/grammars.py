@@ -19,6 +19,7 @@ from pjengine.structured_outputs import StructuredOutputsParams
 from pjengine.tokenizer import Tokenizer
 
 MAX_CACHED = 64  # compiled grammars, of a few megabytes at most
+_WHITESPACE = r"[ \t\r\n]{1,64}"  # bounded: some models would go on with it for ever
 _NO_TOKEN = "<|an end that no model has|>"
 
 
@@ -66,7 +67,10 @@ class Grammars:
             too much time or memory, or no output satisfies it.
           RuntimeError: closed.
         """
-        grammar = _source(wanted)
+        try:
+            grammar = _source(wanted)
+        except ValueError as error:
+            raise _refusal(wanted, str(error)) from error
         with self._lock:
             self._check_open()
             found = self._compiled.pop(grammar, None)
@@ -81,8 +85,7 @@ class Grammars:
         if not error:
             state, error = with_deep_stack(lambda: compile_grammar(tokenizer, grammar))
         if error:
-            source = wanted.json_text if wanted.kind == "json" else getattr(wanted, wanted.kind)
-            raise ValueError(f"structured_outputs.{wanted.kind}={source!r:.80} cannot be followed: {error}")
+            raise _refusal(wanted, error)
         return Matcher(state)
 
     @cached_property
@@ -167,15 +170,20 @@ def num_words(num_tokens: int) -> int:
     return -(-num_tokens // 32)
 
 
+def _refusal(wanted: StructuredOutputsParams, reason: str) -> ValueError:
+    source = wanted.json_text if wanted.kind == "json" else getattr(wanted, wanted.kind)
+    return ValueError(f"structured_outputs.{wanted.kind}={source!r:.80} cannot be followed: {reason}")
+
+
 def _source(wanted: StructuredOutputsParams) -> str:
-    """What llguidance compiles. Raises nothing: whether it makes sense shows then."""
+    """What llguidance compiles. ValueError: it is no JSON to it; whether it makes sense shows later."""
     from llguidance import LLMatcher
 
     if wanted.kind in ("json", "json_object"):
-        spaces: Any = {"whitespace_flexible": not wanted.disable_any_whitespace, "lenient": False}
-        if wanted.whitespace_pattern is not None:
-            spaces["whitespace_pattern"] = wanted.whitespace_pattern
-        return LLMatcher.grammar_from_json_schema(wanted.json_text, overrides=spaces)
+        options: Any = {"whitespace_flexible": not wanted.disable_any_whitespace, "lenient": False}
+        if not wanted.disable_any_whitespace:
+            options["whitespace_pattern"] = wanted.whitespace_pattern or _WHITESPACE
+        return LLMatcher.grammar_from_json_schema(wanted.json_text, overrides=options)
     if wanted.grammar is not None:
         return LLMatcher.grammar_from_lark(wanted.grammar)
     if wanted.regex is not None:

@@ -25,8 +25,10 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None  # the output is one of these
     grammar: str | None = None  # in the Lark language, as llguidance reads it
     json_object: bool = False  # any JSON object
-    disable_any_whitespace: bool = False  # none between the tokens of JSON
-    whitespace_pattern: str | None = None  # the expression for it instead; None: any
+    disable_any_whitespace: bool = False  # between the tokens of JSON
+    whitespace_pattern: str | None = (
+        None  # the expression for it instead; None: up to 64 characters at a time
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.json_object, bool):
@@ -48,7 +50,11 @@ class StructuredOutputsParams:
         """The schema of `json` or `json_object` as it is written."""
         if self.json is None:
             return '{"type": "object"}'
-        return self.json if isinstance(self.json, str) else json.dumps(self.json, allow_nan=False)
+        return (
+            self.json
+            if isinstance(self.json, str)
+            else json.dumps(self.json, allow_nan=False, ensure_ascii=False)
+        )
 
     def _check_source(self) -> None:
         if self.choice is not None:

@@ -101,7 +101,15 @@ class Sliced(Llama):
 
 
 EDITS = EditSizes(
-    num_bias=16, num_allowed=16, num_bad_words=4, bad_word_len=4, has_penalties=True, num_top=32, num_asked=4
+    num_bias=16,
+    num_allowed=16,
+    num_bad_words=4,
+    num_masks=16,
+    mask_words=-(-SHAPES["llama-8b"].vocab_size // 32),
+    bad_word_len=4,
+    has_penalties=True,
+    num_top=32,
+    num_asked=4,
 )
 PROMPT_EDITS = dataclasses.replace(EDITS, num_prompt_top=32)
 STEPS: Mapping[str, Step] = {

@@ -28,6 +28,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"choice": "ab"}, "choice must be a list of at least one text, got 'ab'"),
     ({"choice": ["a", ""]}, "choice must hold texts that are not empty, got ''"),
     ({"choice": ["a", 1]}, "choice must hold texts that are not empty, got 1"),
+    ({"json": {"const": "\ud800"}}, "json holds a lone surrogate at character 11"),
     ({"regex": "\ud800"}, "regex holds a lone surrogate at character 0"),
     ({"grammar": "x" * 1_000_001}, "grammar must have at most 1000000 characters, got 1000001"),
     (
