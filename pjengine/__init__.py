@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pjengine.outputs import RequestOutput as RequestOutput
     from pjengine.sampling_params import RequestOutputKind as RequestOutputKind
     from pjengine.sampling_params import SamplingParams as SamplingParams
+    from pjengine.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
     from pjengine.token_logprobs import FlatLogprobs as FlatLogprobs
     from pjengine.token_logprobs import Logprob as Logprob
 
@@ -33,6 +34,7 @@ _HOMES = {
     "RequestOutput": "pjengine.outputs",
     "RequestOutputKind": "pjengine.sampling_params",
     "SamplingParams": "pjengine.sampling_params",
+    "StructuredOutputsParams": "pjengine.structured_outputs",
     "FlatLogprobs": "pjengine.token_logprobs",
     "Logprob": "pjengine.token_logprobs",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 try:

@@ -100,6 +100,7 @@ class AsyncLLM:
                 request_id=request_id,
                 priority=priority,
             ),
+            has_grammar=getattr(sampling_params, "structured_outputs", None) is not None,
         )
         try:
             await asyncio.wrap_future(stream.prepared)
@@ -203,7 +204,8 @@ class _Stream:
 class _EngineThread:
     """Owns the engine. Other threads leave calls in `inbox`; it makes them between two steps.
 
-    Prompts are tokenized on one more thread, in order of arrival, while steps run.
+    Prompts are tokenized on one more thread, in order of arrival, while steps run. Those with a grammar,
+    which may take seconds to compile, have another thread.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
@@ -216,6 +218,7 @@ class _EngineThread:
         self._calls: list[Future[None]] = []  # that somebody waits for
         self._live: dict[str, _Stream] = {}  # whose request the engine has; of the engine's thread alone
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="pjengine-tokenize")
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="pjengine-compile")
         self._thread = threading.Thread(target=self._run, name="pjengine-engine", daemon=True)
         self._thread.start()
         # JAX takes its backend down at exit: no step may be under way then.
@@ -227,7 +230,7 @@ class _EngineThread:
         if self.is_closed:
             raise self._dead_error()
 
-    def open(self, request_id: str, prepare: Callable[[], Generation]) -> _Stream:
+    def open(self, request_id: str, prepare: Callable[[], Generation], *, has_grammar: bool) -> _Stream:
         """Starts a request for the running event loop."""
         stream = _Stream(request_id=request_id, loop=asyncio.get_running_loop())
         with self._lock:
@@ -235,12 +238,18 @@ class _EngineThread:
             if request_id in self._open:
                 raise ValueError(f"request id {request_id!r} is in use; choose another or leave it out")
             self._open[request_id] = stream
-            stream.prepared = self._preparer.submit(self._prepare, stream, prepare)
+            preparer = self._compiler if has_grammar else self._preparer
+            stream.prepared = preparer.submit(self._prepare, stream, prepare)
         return stream
 
     def _prepare(self, stream: _Stream, prepare: Callable[[], Generation]) -> None:
         if not self.is_closed:
-            generation = prepare()
+            try:
+                generation = prepare()
+            except Exception:
+                if self.is_closed:  # which may be why; all that are open are told so
+                    return
+                raise
             for completion in generation.completions:
                 completion.request.metrics.arrival_s = stream.arrival_s
             self.inbox.put(lambda: self._submit(stream, generation))
@@ -286,7 +295,8 @@ class _EngineThread:
             self.is_closed = True
         self.inbox.put(None)
         self._thread.join(timeout_s)
-        self._preparer.shutdown(wait=timeout_s is None)
+        for preparer in (self._preparer, self._compiler):
+            preparer.shutdown(wait=timeout_s is None)
 
     def _dead_error(self) -> EngineDeadError:
         if self.failure is None:
@@ -316,7 +326,8 @@ class _EngineThread:
                 self._give_up(stream)
             self.engine.close()
         finally:
-            self._preparer.shutdown(wait=False)
+            for preparer in (self._preparer, self._compiler):
+                preparer.shutdown(wait=False)
             atexit.unregister(self.close)
 
     def _make_calls(self) -> bool:

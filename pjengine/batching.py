@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pjengine.edit_sizes import NO_SIZES, EditSizes, pack_edits
+from pjengine.edit_sizes import NO_SIZES, EditSizes, pack_edits, pack_masks
 from pjengine.models.state import Batch
-from pjengine.schedule import Chunk, Schedule
+from pjengine.schedule import Chunk, Masks, Schedule
 
 # What a row is told about its request when it is admitted.
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
@@ -121,9 +121,15 @@ def page_updates(schedule: Schedule) -> Int[np.ndarray, "3 updates"]:
 
 
 def pack(
-    schedule: Schedule, updates: Int[np.ndarray, "3 updates"], layout: Layout, vocab_size: int
+    schedule: Schedule,
+    updates: Int[np.ndarray, "3 updates"],
+    masks: Masks,
+    layout: Layout,
+    vocab_size: int,
 ) -> Int[np.ndarray, " size"]:
-    """Writes a schedule and its page updates, as many as the layout holds at most, into a fresh vector."""
+    """Writes a schedule with its masks, and its page updates, as many as the layout holds at most, into a
+    fresh vector.
+    """
     blob, parts = layout.empty()
     decodes, num_decodes = schedule.decodes, len(schedule.decodes.requests)
     parts["rows"][:num_decodes] = decodes.rows
@@ -132,6 +138,7 @@ def pack(
         parts["lengths"][:num_decodes] = decodes.lengths
     if layout.edits != NO_SIZES:
         pack_edits(parts, schedule.edits, layout.num_seqs)
+        pack_masks(parts, masks)
     if not layout.is_decode:
         _pack_chunks(parts, schedule, layout, vocab_size)
     return blob

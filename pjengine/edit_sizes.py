@@ -1,11 +1,12 @@
 """The room for edits in a step's program, and how they are written into it. Plain Python and numpy."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
 from pjengine.edits import Edits
+from pjengine.schedule import Masks
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class EditSizes:
     num_bias: int = 0
     num_allowed: int = 0
     num_bad_words: int = 0
+    num_masks: int = 0
+    mask_words: int = 0  # of 32 tokens each
     bad_word_len: int = 0
     has_penalties: bool = False
     num_top: int | None = None  # logprobs; None: none
@@ -23,7 +26,7 @@ class EditSizes:
 
     @property
     def can_forbid(self) -> bool:
-        return bool(self.num_bias or self.num_allowed or self.num_bad_words)
+        return bool(self.num_bias or self.num_allowed or self.num_bad_words or self.num_masks)
 
     def covers(self, other: "EditSizes") -> bool:
         """Whether there is room for all that `other` has room for."""
@@ -32,12 +35,18 @@ class EditSizes:
             for mine, theirs in zip(astuple(self), astuple(other), strict=True)
         )
 
+    def within(self, num_seqs: int) -> "EditSizes":
+        """The same for a program that holds so many sequences."""
+        return self if self.num_masks <= num_seqs else replace(self, num_masks=num_seqs)
+
     def parts(self, num_seqs: int, num_tokens: int) -> dict[str, tuple[int, ...]]:
         """Shapes of what travels in the step's vector."""
         return {
             "bias": (3, self.num_bias),  # sequence, token, float bits
             "allowed": (2, self.num_allowed),  # sequence, token
             "bad_words": (2 + self.bad_word_len, self.num_bad_words),  # sequence, length, tokens
+            "mask_of": (num_seqs if self.num_masks else 0,),  # which of the masks; num_masks: none
+            "masks": (self.num_masks, self.mask_words),  # a bit for each token
             "asked": (num_seqs, self.num_asked),
             "targets": (0 if self.num_prompt_top is None else num_tokens,),
         }
@@ -48,7 +57,7 @@ NO_SIZES = EditSizes()
 
 def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
     """The program for a step that needs so much room: every number the next power of two."""
-    bias, allowed, bad_words, bad_word_len, penalties, top, asked, prompt_top = needs.tolist()
+    bias, allowed, bad_words, masks, bad_word_len, penalties, top, asked, prompt_top = needs.tolist()
 
     def limited(count: int) -> int | None:
         return min(_room(count - 1), vocab_size) if count else None
@@ -57,6 +66,8 @@ def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
         num_bias=_room(bias),
         num_allowed=_room(allowed),
         num_bad_words=_room(bad_words),
+        num_masks=_room_for_masks(masks),
+        mask_words=-(-vocab_size // 32) if masks else 0,
         bad_word_len=_room(bad_word_len),
         has_penalties=bool(penalties),
         num_top=limited(top),
@@ -67,6 +78,14 @@ def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
 
 def _room(count: int) -> int:
     return 0 if count == 0 else 1 << (count - 1).bit_length()
+
+
+def _room_for_masks(count: int) -> int:
+    """Powers of four: what stays empty is soon uploaded, and another program takes long to make."""
+    room = 4 if count else 0
+    while room < count:
+        room *= 4
+    return room
 
 
 def pack_edits(
@@ -94,3 +113,11 @@ def pack_edits(
         parts["bad_words"][0, column] = seq
         parts["bad_words"][1, column] = len(word)
         parts["bad_words"][-len(word) :, column] = word  # the last token is the forbidden one
+
+
+def pack_masks(parts: dict[str, np.ndarray], masks: Masks) -> None:
+    """Writes masks into the vector's parts."""
+    parts["mask_of"][:] = len(parts["masks"])
+    if masks.seqs:
+        parts["mask_of"][masks.seqs] = np.arange(len(masks.seqs))
+        parts["masks"][: len(masks.seqs)] = masks.words

@@ -23,6 +23,7 @@ class Edits:
     num_logprobs: int | None = None  # None: none wanted; 0: the chosen token's only
     logprob_ids: tuple[int, ...] = ()
     num_prompt_logprobs: int | None = None
+    has_mask: bool = False  # what may come depends on all tokens before, and is told with every step
 
     @property
     def has_penalties(self) -> bool:
@@ -44,6 +45,7 @@ class Edits:
             len(self.bias) + len(self.stops),
             len(self.allowed),
             len(self.bad_words),
+            int(self.has_mask),
             max((len(word) for word in self.bad_words), default=0),
             int(self.has_penalties),
             top(self.num_logprobs),
@@ -53,10 +55,10 @@ class Edits:
 
 
 NO_EDITS = Edits()  # of nearly all requests: compared by identity
-# What a step needs is the sum of the first three over its requests, and the largest of the others. Numbers of
+# What a step needs is the sum of the first four over its requests, and the largest of the others. Numbers of
 # logprobs are one more than asked for; 0: none.
-NEEDS = ("bias", "allowed", "bad_words", "bad_word_len", "penalties", "top", "asked", "prompt_top")
-NUM_SUMMED = 3
+NEEDS = ("bias", "allowed", "bad_words", "masks", "bad_word_len", "penalties", "top", "asked", "prompt_top")
+NUM_SUMMED = 4
 EVERY_TOKEN = 2**31  # a number of logprobs: those of the whole vocabulary
 MAX_ASKED = 128  # tokens that a request may name for their logprobs, whatever max_logprobs says; as in vLLM
 

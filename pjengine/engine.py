@@ -19,7 +19,7 @@ from pjengine.prompts import Prompt
 from pjengine.request import Request, request_id_for
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
-from pjengine.schedule import Decodes, Schedule
+from pjengine.schedule import NO_MASKS, Decodes, Masks, Schedule
 from pjengine.scheduler import Scheduler
 from pjengine.token_logprobs import LogprobArrays, to_host
 from pjengine.turns import Turns
@@ -175,7 +175,7 @@ class LLMEngine:
     def _advance(self) -> list[Generation]:
         try:
             schedule = self.scheduler.schedule()
-            launched = self.runner.launch(schedule) if schedule.num_seqs else None
+            launched = self.runner.launch(schedule, self._masks(schedule)) if schedule.num_seqs else None
             self._in_flight, ended = launched, self._in_flight
             refused = self._refuse(schedule)
             if launched is ended is None and not refused:
@@ -186,6 +186,17 @@ class LLMEngine:
                 logger.error("a step failed: %r; aborted requests=%d", error, len(self._generations))
             self._start_over()
             raise
+
+    def _masks(self, schedule: Schedule) -> Masks:
+        """What their grammars allow those requests of a step that have one."""
+        if not schedule.masked:
+            return NO_MASKS
+        matchers = []
+        for _, request in schedule.masked:
+            matcher = self._completions[request.request_id][0].matcher
+            assert matcher is not None
+            matchers.append(matcher)
+        return Masks([seq for seq, _ in schedule.masked], self._preparation.grammars.masks(matchers))
 
     def _refuse(self, schedule: Schedule) -> list[Generation]:
         """Ends requests whose program could not be made; the others go on."""
@@ -311,4 +322,5 @@ class LLMEngine:
         for request_id in list(self._generations):
             self._abort(request_id)
         self._in_flight = None
+        self._preparation.grammars.close()
         self.runner.close()

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from threading import Lock
 
+from pjengine.grammars import Matcher
 from pjengine.outputs import CompletionOutput, RequestOutput, merge_metrics
 from pjengine.request import Request
 from pjengine.sampling_params import RequestOutputKind
@@ -13,7 +14,8 @@ from pjengine.tokenizer import IncrementalDetokenizer
 
 NO_TOKEN = {
     BROKEN: "the model's logits are not a number (NaN): check its weights, and its dtype for overflow",
-    FORBIDDEN: "no token is left: allowed_token_ids, bad_words, min_tokens and stop ids forbid them all",
+    FORBIDDEN: "no token is left: allowed_token_ids, bad_words, min_tokens, stop ids and structured_outputs "
+    "forbid them all",
 }
 
 
@@ -30,6 +32,7 @@ class Completion:
     detokenizer: IncrementalDetokenizer | None = None  # None: token ids only
     index: int = 0
     logprobs: OutputLogprobs | None = None  # None: not asked for
+    matcher: Matcher | None = None  # None: no grammar
     is_end_taken: bool = False  # by an output that holds what is new
     _text: str = ""
     _num_read: int = 0  # tokens that are in `_text`
@@ -53,7 +56,8 @@ class Completion:
         """
         with self._lock:
             if token < 0:
-                self.request.finish("error", NO_TOKEN[token])
+                reason = "" if self.matcher is None else self.matcher.error
+                self.request.finish("error", reason or NO_TOKEN[token])
                 return
             if self.logprobs is not None and arrays is not None:
                 self.logprobs.add(arrays, row, token)
@@ -62,6 +66,12 @@ class Completion:
     def _push(self, token: int, now: float | None) -> None:
         request = self.request
         request.append(token, now)
+        if self.matcher is not None:
+            self.matcher.consume(token)
+            if self.matcher.error:
+                request.finish("error", self.matcher.error)
+            elif self.matcher.is_complete and request.finish_reason != "stop":
+                request.finish("stop")
         if request.params.stop_strings:
             searched = len(self._text)
             self._read_text(len(request.output_token_ids))
@@ -73,9 +83,9 @@ class Completion:
         request = self.request
         if self.detokenizer is None or self._is_text_complete:
             return
-        # The text ends before the token that stopped it.
+        # The text ends before the token that stopped it; the last one of a grammar is a part of it.
         if request.finish_reason == "stop" and not request.params.include_stop_str_in_output:
-            num_tokens -= 1
+            num_tokens -= request.output_token_ids[-1] in request.end_ids
         self._text += self.detokenizer.push(request.output_token_ids[self._num_read : num_tokens])
         self._num_read = num_tokens
         if request.is_finished:

@@ -1,4 +1,4 @@
-"""The rare edits of logits, on the device: bans, biases, bad words, penalties."""
+"""The rare edits of logits, on the device: masks, bans, biases, bad words, penalties."""
 
 from collections.abc import Sequence
 
@@ -26,10 +26,12 @@ def apply_edits(
     token_ids: Int[Array, "pages page_size"],
     prompt_lens: Int[Array, " s"],
 ) -> Float[Array, "s v"]:
-    """In the order: allowed ids, bad words, min_tokens and bias, then the penalties.
+    """In the order: masks, allowed ids, bad words, min_tokens and bias, then the penalties.
 
     `penalties`: repetition, frequency and presence.
     """
+    if sizes.num_masks:
+        logits = jnp.where(_unmask(parts["mask_of"], parts["masks"], logits.shape), logits, -jnp.inf)
     if sizes.num_allowed:
         seq, token = parts["allowed"]
         is_limited = jnp.zeros(len(logits), bool).at[seq].set(True, mode="drop")
@@ -44,6 +46,15 @@ def apply_edits(
         seen, counts = _count_tokens(logits.shape, batch, token_ids, prompt_lens)
         logits = _penalize(logits, penalties, seen, counts)
     return logits
+
+
+def _unmask(
+    mask_of: Int[Array, " s"], masks: Int[Array, "masks words"], shape: tuple[int, ...]
+) -> Bool[Array, "s v"]:
+    """The bits of each sequence's mask; all ones where it has none."""
+    words = masks.at[mask_of].get(mode="fill", fill_value=-1)
+    bits = (words[:, :, None] >> lax.broadcasted_iota(jnp.int32, (1, 1, 32), 2)) & 1
+    return bits.reshape(len(words), -1)[:, : shape[1]] == 1
 
 
 def _forbid_words(

@@ -60,7 +60,7 @@ class MemoryPlan:
         rows = [
             ("weights", self.weights_bytes, ""),
             ("activations", self.activations_bytes, "the largest program's, at most"),
-            ("program temp", self.temp_bytes, "for penalties, logprobs and compilation, at most"),
+            ("program temp", self.temp_bytes, "for penalties, logprobs, grammars and compilation, at most"),
             ("KV pages", self.kv_bytes, pages),
             ("total", self.total_bytes, ""),
         ]
@@ -96,9 +96,10 @@ def program_temp_bytes(
     """
     num_top = largest_num_top(max_logprobs, vocab_size)
     num_asked = largest_num_asked(max_logprobs, vocab_size)
+    masks = 2 * 4 * num_seqs * -(-vocab_size // 32)  # of both steps
     page_tables = 2 * 4 * num_seqs * -(-max_len // page_size)  # that of all rows, and the step's own
     logprobs = prompt_bytes(num_prompt_tokens, num_top) + sampled_bytes(num_seqs, num_top, num_asked)
-    return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables
+    return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables + masks
 
 
 def tuning_bytes(config: ModelConfig, dtype: jnp.dtype, num_seqs: int) -> int:

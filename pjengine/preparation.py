@@ -10,6 +10,7 @@ import numpy as np
 
 from pjengine.edits import NO_EDITS, Edits
 from pjengine.generation import Completion, Generation
+from pjengine.grammars import Grammars, Matcher
 from pjengine.models.config import ModelConfig
 from pjengine.prompts import EncodedPrompt, Prompt, encode_prompt
 from pjengine.request import Request, request_id_for
@@ -53,6 +54,10 @@ class Preparation:
         )
 
     @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self._eos_token_ids, self.model_config.vocab_size)
+
+    @cached_property
     def _decode_token(self) -> DecodeToken | None:
         """One token as it reads in the middle of a text."""
         tokenizer = self.tokenizer
@@ -74,7 +79,7 @@ class Preparation:
 
         Raises:
           ValueError: the prompt is empty, too long or out of the vocabulary, or the parameters do not
-            suit the model or the engine.
+            suit the model or the engine, or their grammar cannot be followed.
         """
         if (params.truncate_prompt_tokens or 0) > self.max_model_len:
             raise ValueError(
@@ -91,15 +96,18 @@ class Preparation:
         )
         seed = self.draw_seed() if params.seed is None or params.seed < 0 else params.seed
         fork = request_id_for(None) if params.n > 1 else ""
+        matcher = None
+        if params.structured_outputs is not None:
+            matcher = self.grammars.matcher(params.structured_outputs)
         first = self._request(request_id, encoded, params, edits, seed, priority, fork)
-        generation = Generation([self._completion(first)], self._prompt_logprobs(first))
+        generation = Generation([self._completion(first, matcher)], self._prompt_logprobs(first))
         if generation.prompt_logprobs is not None:  # one continuation is enough for them
             edits = dataclasses.replace(edits, num_prompt_logprobs=None)
             edits = NO_EDITS if edits == NO_EDITS else edits
         for i in range(1, params.n):
             other = self._request(f"{i}_{request_id}", encoded, params, edits, seed + i, priority, fork)
             other.is_cache_read = True
-            generation.completions.append(self._completion(other, i))
+            generation.completions.append(self._completion(other, matcher and matcher.fork(), i))
         return generation
 
     def _request(
@@ -133,7 +141,7 @@ class Preparation:
             is_cache_read=params.is_cache_read,
         )
 
-    def _completion(self, request: Request, index: int = 0) -> Completion:
+    def _completion(self, request: Request, matcher: Matcher | None, index: int = 0) -> Completion:
         params, edits = request.params, request.edits
         detokenizer = logprobs = None
         if params.detokenize and self.tokenizer is not None:
@@ -145,7 +153,7 @@ class Preparation:
         if edits.num_logprobs is not None:
             decode = self._decode_token if params.detokenize else None
             logprobs = OutputLogprobs(edits, params.flat_logprobs, decode)
-        return Completion(request, detokenizer, index, logprobs)
+        return Completion(request, detokenizer, index, logprobs, matcher)
 
     def _prompt_logprobs(self, request: Request) -> PromptLogprobs | None:
         params = request.params

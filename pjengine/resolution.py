@@ -83,6 +83,7 @@ class Resolver:
             num_logprobs=0 if asked else params.logprobs,
             logprob_ids=asked,
             num_prompt_logprobs=params.prompt_logprobs,
+            has_mask=params.structured_outputs is not None,
         )
         self._check_any_left(edits)
         return NO_EDITS if edits == NO_EDITS else edits

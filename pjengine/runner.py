@@ -30,7 +30,7 @@ from pjengine.models.llama import Llama, Params
 from pjengine.models.state import KVCache, kv_shape
 from pjengine.programs import CompilationError, Programs
 from pjengine.progress import progress_bar
-from pjengine.schedule import Schedule
+from pjengine.schedule import NO_MASKS, Masks, Schedule
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
 
@@ -98,13 +98,16 @@ class Runner:
         self._free(self.cache, self.rows)
         self.cache, self.rows = self._new_state()
 
-    def launch(self, schedule: Schedule) -> Launched:
-        """Starts a step and returns at once; the tokens follow by themselves."""
+    def launch(self, schedule: Schedule, masks: Masks = NO_MASKS) -> Launched:
+        """Starts a step and returns at once; the tokens follow by themselves.
+
+        `masks`: for each of `schedule.masked`.
+        """
         layout, program = self.program_for(self._layout_for(schedule))
         updates = page_updates(schedule)
         if updates.shape[1] > layout.max_page_updates:
             updates = self._update_early(updates, layout.max_page_updates)
-        blob = pack(schedule, updates, layout, self.model.config.vocab_size)
+        blob = pack(schedule, updates, masks, layout, self.model.config.vocab_size)
         self.cache, self.rows, output = program(
             self.params, self.cache, self.rows, jax.device_put(blob, self.sharding)
         )
@@ -138,6 +141,7 @@ class Runner:
 
     def _layout(self, bucket: int, is_decode: bool, edits: EditSizes = NO_SIZES) -> Layout:
         depth = self.config.decode_steps if is_decode and edits == NO_SIZES else 1
+        edits = edits.within(min(bucket, self.config.max_num_seqs))
         return Layout(bucket, self.config.max_num_seqs, self.config.page_size, is_decode, edits, depth)
 
     def _by_need(self) -> list[Layout]:

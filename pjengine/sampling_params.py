@@ -9,6 +9,8 @@ from functools import cached_property
 from types import NoneType
 from typing import Any
 
+from pjengine.structured_outputs import StructuredOutputsParams
+
 logger = logging.getLogger(__name__)
 
 MIN_TEMPERATURE = 0.01  # smaller ones overflow the scaled logits
@@ -62,6 +64,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None  # never in the output, at the start of a word or within one
     truncate_prompt_tokens: int | None = None  # keep so many, the last; -1: as many as fit
     skip_reading_prefix_cache: bool | None = None  # None: only if prompt_logprobs needs it
+    structured_outputs: StructuredOutputsParams | None = None  # the form that the output must have
 
     def __post_init__(self) -> None:
         for name, types in _TYPES.items():
@@ -141,6 +144,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "logit_bias": (Mapping, NoneType),
     "bad_words": (list, tuple, NoneType),
     "output_kind": (RequestOutputKind,),
+    "structured_outputs": (StructuredOutputsParams, NoneType),
 }
 
 _ITEMS: dict[str, type] = {

@@ -39,6 +39,17 @@ class Decodes(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Masks:
+    """Which tokens may be sampled in a step, for those of its sequences where the host says so."""
+
+    seqs: list[int]
+    words: np.ndarray  # [seqs, words] of 32 bits: bit i % 32 of word i // 32 says whether token i may come
+
+
+NO_MASKS = Masks([], np.zeros((0, 0), np.int32))
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """One step: the decodes, then the chunks."""
 
@@ -47,6 +58,7 @@ class Schedule:
     new_pages: list[tuple[int, int, int]]  # row, column of the page table, page
     needs: np.ndarray  # the room that the edits of all take together, as edits.NEEDS names it
     edits: list[tuple[int, Edits, int]]  # those that travel: sequence, edits, number of outputs before
+    masked: list[tuple[int, Request]]  # sequences that sample among what the host allows
     refused: list[tuple[Request, str]]  # that were waiting and never can run, and why
     num_preempted: int = 0
 

@@ -47,6 +47,7 @@ class Scheduler:
     rows: RowTable = field(init=False)
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
+    _is_late: bool = False  # the last step left out rows that could have been in it
     _approved: np.ndarray = field(default_factory=lambda: np.zeros(len(NEEDS)))  # by `can_edit`, last
 
     def __post_init__(self) -> None:
@@ -97,7 +98,7 @@ class Scheduler:
         new_pages: list[tuple[int, int, int]] = []
         refused: list[tuple[Request, str]] = []
         num_preempted = self._make_room()
-        rows = self.rows.decoding()
+        rows = self._decoding()
         budget = self._budget(len(rows))
         self._grow(rows[self.rows.computed[rows] == self.rows.room[rows]], new_pages)
         for row, length in self._prompt_lengths(budget):
@@ -109,8 +110,27 @@ class Scheduler:
         depth = 1 if chunks or needs.any() else self.decode_steps
         decodes = self._book(rows, depth, new_pages)
         return Schedule(
-            decodes, chunks, new_pages, needs, self._edits(decodes, chunks), refused, num_preempted
+            decodes=decodes,
+            chunks=chunks,
+            new_pages=new_pages,
+            needs=needs,
+            edits=self._edits(decodes, chunks),
+            masked=self._masked(decodes, chunks),
+            refused=refused,
+            num_preempted=num_preempted,
         )
+
+    def _decoding(self) -> np.ndarray:
+        """The rows that decode in the next step.
+
+        Where the host leads all of them and some are under way, the others wait for these, once: two steps
+        of half the rows would take turns and cost nearly twice as much.
+        """
+        every = self.rows.decoding()
+        rows = self.rows.ready(every)
+        is_split = 0 < len(rows) < len(every) and bool(self.rows.is_led[rows].all())
+        self._is_late = is_split and not self._is_late
+        return rows[:0] if self._is_late else rows
 
     def _needs(self, rows: np.ndarray, chunks: list[Chunk]) -> np.ndarray:
         """The room that the edits of a step take together."""
@@ -131,6 +151,15 @@ class Scheduler:
             if self.rows.travels[chunk.row]:
                 num_outputs = chunk.start + chunk.length - len(chunk.request.prompt_token_ids)
                 found.append((seq, chunk.request.edits, num_outputs))
+        return found
+
+    def _masked(self, decodes: Decodes, chunks: list[Chunk]) -> list[tuple[int, Request]]:
+        found = [
+            (seq, decodes.requests[seq]) for seq in np.flatnonzero(self.rows.is_led[decodes.rows]).tolist()
+        ]
+        for seq, chunk in enumerate(chunks, len(decodes.requests)):
+            if chunk.is_sampled and self.rows.is_led[chunk.row]:
+                found.append((seq, chunk.request))
         return found
 
     def _budget(self, num_decodes: int) -> TokenBudget:
@@ -168,8 +197,9 @@ class Scheduler:
         num_preempted, table = 0, self.rows
         while True:
             rows = table.decoding()
-            needed = int(np.count_nonzero(table.computed[rows] == table.room[rows]))
-            for row, length in self._prompt_lengths(self._budget(len(rows))):
+            ready = table.ready(rows)
+            needed = int(np.count_nonzero(table.computed[ready] == table.room[ready]))
+            for row, length in self._prompt_lengths(self._budget(len(ready))):
                 needed += self._pages_for(int(table.computed[row]) + length) - len(table.owner(row).pages)
             if needed <= self.pool.num_free:
                 return num_preempted

@@ -46,6 +46,7 @@ def _call(body: ChatRequest, service: Service, request_id: str) -> Call:
         priority=body.priority,
         cache_salt=body.cache_salt,
         user=body.user,
+        form_field=body.form_field,
     )
 
 

@@ -16,6 +16,8 @@ from pjengine.serving.refusals import (
     Refusal,
     check_fields,
 )
+from pjengine.serving.response_format import ResponseFormat, StructuredOutputs, form_of
+from pjengine.structured_outputs import StructuredOutputsParams
 
 REQUEST_ID = r"^[!-~]{1,256}$"  # goes into headers and logs
 
@@ -67,6 +69,7 @@ class SamplingFields(_Body):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
 
     def sampling_params(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
@@ -83,11 +86,15 @@ class SamplingFields(_Body):
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
             given["logit_bias"] = _by_token(self.logit_bias)
+        given["structured_outputs"] = self._form()
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         try:
             return dataclasses.replace(defaults, **{"output_kind": kind, **given, **more})
         except (ValueError, TypeError) as error:
             raise bad_request(error, type(self).model_fields) from error
+
+    def _form(self) -> StructuredOutputsParams | None:
+        return form_of(None, self.structured_outputs)
 
 
 def _by_token(bias: dict[str, float]) -> dict[int, float]:
@@ -110,6 +117,7 @@ class GenerationFields(SamplingFields):
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False  # in logprobs: "token_id:17"
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> "GenerationFields":
@@ -118,6 +126,14 @@ class GenerationFields(SamplingFields):
         if self.prompt_logprobs is not None and self.stream:
             raise ApiError(400, "prompt_logprobs are not streamed", param="prompt_logprobs")
         return self
+
+    @property
+    def form_field(self) -> str:
+        """The field that says what form the answer must have."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+    def _form(self) -> StructuredOutputsParams | None:
+        return form_of(self.response_format, self.structured_outputs)
 
 
 class CompletionRequest(GenerationFields):

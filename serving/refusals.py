@@ -14,7 +14,7 @@ class Refusal(NamedTuple):
 
 _TOOLS = Refusal("tool calls are not supported")
 _BEAMS = Refusal("beam search is not supported")
-_STRUCTURED = Refusal("structured outputs are not supported")
+_GUIDED = Refusal("its place has been taken by structured_outputs, with json, regex, choice or grammar in it")
 _REASONING = Refusal("the reasoning of a model is not split from its answer")
 _TEXT_ONLY = Refusal("only text is supported")
 _STORED = Refusal("this server stores no requests")
@@ -24,9 +24,8 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     **dict.fromkeys(("tools", "functions", "function_call", "parallel_tool_calls"), _TOOLS),
     "tool_choice": _TOOLS._replace(neutral="none"),
     **dict.fromkeys(("use_beam_search", "length_penalty", "early_stopping"), _BEAMS),
-    "response_format": _STRUCTURED._replace(neutral={"type": "text"}),
-    "structured_outputs": _STRUCTURED,
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _STRUCTURED),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _GUIDED),
+    **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern", "structural_tag"), _GUIDED),
     **dict.fromkeys(("reasoning", "reasoning_effort", "thinking_token_budget"), _REASONING),
     "include_reasoning": _REASONING._replace(neutral=True),
     **dict.fromkeys(("modalities", "audio", "media_io_kwargs", "mm_processor_kwargs"), _TEXT_ONLY),

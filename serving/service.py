@@ -43,6 +43,7 @@ class Call:
     priority: int = 0
     cache_salt: str = ""
     user: str | None = None
+    form_field: str = "structured_outputs"  # of the body, where it says what form the answer must have
 
 
 class Service:
@@ -111,7 +112,10 @@ class Service:
             if output is not None:  # not of the caller, whose mistakes are found before anything is run
                 raise
             watch.refuse()
-            raise bad_request(error, (*_SAMPLING, "priority")) from error
+            refusal = bad_request(error, (*_SAMPLING, "priority"))
+            if refusal.param == "structured_outputs":
+                refusal.param = call.form_field
+            raise refusal from error
         finally:
             watch.end()
 

@@ -25,6 +25,8 @@ HOST_ONLY = (
     "resolution.py",
     "token_logprobs.py",
     "sampling_params.py",
+    "structured_outputs.py",
+    "grammar_check.py",
     "outputs.py",
     "request.py",
     "page_pool.py",

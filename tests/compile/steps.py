@@ -101,9 +101,19 @@ class Sliced(Llama):
 
 
 EDITS = EditSizes(
-    num_bias=16, num_allowed=16, num_bad_words=4, bad_word_len=4, has_penalties=True, num_top=32, num_asked=4
+    num_bias=16,
+    num_allowed=16,
+    num_bad_words=4,
+    num_masks=16,
+    mask_words=SHAPES["llama-8b"].vocab_size // 32,
+    bad_word_len=4,
+    has_penalties=True,
+    num_top=32,
+    num_asked=4,
 )
-PROMPT_EDITS = dataclasses.replace(EDITS, num_prompt_top=32)
+PROMPT_EDITS = dataclasses.replace(
+    EDITS, num_prompt_top=32, mask_words=SHAPES["opt-125m-llama"].vocab_size // 32
+)
 STEPS: Mapping[str, Step] = {
     # One of each kind of products: cut for few rows, cut for more, XLA's.
     "llama-8b decode 1": Step("llama-8b", 1, True),

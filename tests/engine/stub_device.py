@@ -29,6 +29,7 @@ class StubDevice:
         for row, column, page in schedule.new_pages:
             self.tables.setdefault(row, {})[column] = page
         sampled = []
+        self._check_led(schedule)
         decodes = schedule.decodes
         for row, start, length in zip(decodes.rows, decodes.starts, decodes.lengths, strict=True):
             tokens = [self.last_tokens[int(row)]]
@@ -53,6 +54,16 @@ class StubDevice:
         digest = extend(self.cache[table[before // size], before % size] if position else 0, token)
         self.cache[table[position // size], position % size] = digest
         return digest
+
+    def _check_led(self, schedule: Schedule) -> None:
+        """The host knows all tokens before the one to be sampled, where it has to, and that it has to."""
+        decodes = schedule.decodes
+        sampling = list(zip(decodes.requests, decodes.starts + 1, strict=True))
+        sampling += [(c.request, c.start + c.length if c.is_sampled else -1) for c in schedule.chunks]
+        led = [(seq, own, end) for seq, (own, end) in enumerate(sampling) if own.is_led and end > 0]
+        assert schedule.masked == [(seq, request) for seq, request, _ in led]
+        assert all(request.num_known == end for _, request, end in led)
+        assert not led or (decodes.lengths == 1).all()
 
     def _check(self, row: int, request: Request) -> None:
         size, num_computed = self.scheduler.page_size, int(self.scheduler.rows.computed[row])

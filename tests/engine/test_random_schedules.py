@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import string
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from tests.engine.rescheduling import reschedule, settle
 
 VOCAB_SIZE, PAGE_SIZE = 160, 16
+EOS = 2
 MAX_NUM_SEQS, MAX_PROMPT, MAX_OUTPUT, MAX_STEPS = 4, 32, 24, 3
 # What a request runs with alone: it is neither cut nor preempted, and each step gives a token.
 ROOMY = {
@@ -33,7 +36,8 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 PENALTIES: dict[str, Any] = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2}
 LOOKED_AT: dict[str, Any] = {**PENALTIES, "logprobs": 2}
-LETTERS = [chr(0x4E00 + i) for i in range(VOCAB_SIZE)]  # what each token reads as
+# What each token reads as. llguidance needs byte tokens where all that may come begins with the same byte.
+LETTERS = [*string.ascii_letters, *string.digits, *(chr(0x100 + i) for i in range(VOCAB_SIZE - 62))]
 LIMITS = st.fixed_dictionaries(
     {
         "num_pages": st.integers(5, 10),  # a request needs at most 4; one is the null page
@@ -56,6 +60,9 @@ WANTED = {
     "continuations without a cache": 5,
     "several tokens at once": 20,
     **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop"), 10),
+    "structured_outputs": 30,
+    "preempted with a grammar": 3,
+    "ended by a grammar": 5,
     "stopped by a string": 5,
     "aborted before a token": 5,
     "aborted with tokens": 5,
@@ -81,7 +88,8 @@ def write_tokenizer(folder: Path) -> Path:
 
     words = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, LETTERS[0]))
     words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    words.decoder = decoders.Fuse()
+    # With the first one of them it is what SentencePiece's are, which llguidance can read.
+    words.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     words.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder
@@ -109,6 +117,7 @@ def engine(
         ) as llm,
     ):
         assert llm.engine.model_config.vocab_size == VOCAB_SIZE
+        assert llm.engine.model_config.eos_token_ids == (EOS,)
         patch.setattr("pjengine.runner.PATIENCE", 1_000_000)
         every = {**make_edits(random.Random(0), 8, share=1), "prompt_logprobs": 2}
         for fields in ({}, {**every, "stop_token_ids": [*range(10)]}):
@@ -127,8 +136,18 @@ def make_edits(rng: random.Random, max_tokens: int, share: float) -> dict[str, A
         "allowed_token_ids": rng.sample(range(VOCAB_SIZE), 60),
         "min_tokens": rng.randint(1, max_tokens),
         "stop": [*single[4:], *pairs],
+        "structured_outputs": make_form(rng),
     }
     return {**LOOKED_AT, **{name: wish for name, wish in wishes.items() if rng.random() < share}}
+
+
+def make_form(rng: random.Random) -> Any:
+    """A language of a few letters, whose words may end or have to."""
+    from pjengine import StructuredOutputsParams
+
+    first, second, third = ("".join(rng.sample(LETTERS, 40)) for _ in range(3))
+    forms = (f"[{first}]([{second}][{third}])*", f"([{first}][{second}]{{2}}){{1,4}}", f"[{first}]*")
+    return StructuredOutputsParams(regex=rng.choice(forms))
 
 
 def make_arrivals(rng: random.Random, has_priorities: bool) -> list[Arrival]:
@@ -252,11 +271,17 @@ def note(seen: Counter[str], arrival: Arrival, output: Any, chunk_size: int, is_
     seen["cached prompts with penalties"] += output.num_cached_tokens > 0 and has_logprobs
     seen["several continuations"] += params.n > 1 and output.finished
     seen["continuations without a cache"] += params.n > 1 and output.finished and not is_caching
-    for wish in ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop"):
+    for wish in ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop", "structured_outputs"):
         seen[wish] += bool(getattr(params, wish)) and output.finished
+    form = params.structured_outputs
+    seen["preempted with a grammar"] += is_preempted and form is not None
     seen["aborted with tokens"] += not output.finished
     for completion in output.outputs:
         seen[f"ended by {completion.finish_reason}"] += 1
+        if form is not None and (completion.finish_reason, completion.stop_reason) == ("stop", None):
+            seen["ended by a grammar"] += 1
+            letters = "".join(LETTERS[token] for token in completion.token_ids)
+            assert re.fullmatch(f"({form.regex}){LETTERS[EOS]}?", letters)
         seen["stopped by a string"] += isinstance(completion.stop_reason, str)
 
 

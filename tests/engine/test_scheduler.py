@@ -20,6 +20,8 @@ from pjengine.schedule import step_limit
 from pjengine.scheduler import Scheduler
 from tests.engine.stub_device import StubDevice, expected
 
+LED = Edits(has_mask=True)
+
 
 def make_request(name: str, num_prompt: int, max_tokens: int, **fields: Any) -> Request:
     prompt = fields.setdefault("prompt_token_ids", [1000 * len(name) + i for i in range(num_prompt)])
@@ -364,6 +366,7 @@ def test_rows_that_decode_alone_get_several_tokens_as_far_as_limit_and_pages_go(
     max_num_batched_tokens=st.integers(9, 40),
     is_caching=st.booleans(),
     decode_steps=st.integers(1, 4),
+    share_led=st.sampled_from([0, 0.3, 1]),
 )
 def test_any_schedule_gives_each_request_what_it_would_get_alone(
     seed: int,
@@ -372,6 +375,7 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
     max_num_batched_tokens: int,
     is_caching: bool,
     decode_steps: int,
+    share_led: float,
 ) -> None:
     rng = random.Random(seed)
     scheduler = make_scheduler(num_pages, 4, max_num_seqs, max_num_batched_tokens, is_caching, decode_steps)
@@ -381,6 +385,7 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
     limit = 4 * (num_pages - 1)
     requests: list[Request] = []
     aborted: set[str] = set()
+    late: dict[str, int] = {}  # how often in a row
     for _ in range(40):
         if rng.random() < 0.4 and len(requests) < 12:
             # Few distinct tokens in long runs: prompts share beginnings of every length.
@@ -389,6 +394,7 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
             num_continuations, salt = rng.choice((1, 1, 2, 3)), rng.choice(["", "", "tenant"])
             fork = f"fork {len(requests)}" if num_continuations > 1 else ""
             has_no_cache = rng.random() < 0.2
+            edits = LED if rng.random() < share_led else NO_EDITS
             group = [
                 make_request(
                     str(len(requests) + i),
@@ -399,6 +405,7 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
                     salt=fork if fork and has_no_cache else salt,
                     fork=fork,
                     is_cache_read=i > 0 or not has_no_cache,
+                    edits=edits,
                 )
                 for priority in [rng.randint(0, 2)]
                 for i in range(num_continuations)
@@ -414,12 +421,18 @@ def test_any_schedule_gives_each_request_what_it_would_get_alone(
             scheduler.finish([victim])
         if rng.random() < 0.01:
             scheduler.reset_prefix_cache()
-        decoding = scheduler.rows.decoding()
-        owners = [scheduler.rows.requests[row] for row in decoding]
+        table = scheduler.rows
+        owners = [table.owner(row) for row in table.decoding().tolist()]
         schedule = device.step()
-        # Whatever prompts come beside it, a row that decodes gets on, or has given its pages up.
-        booked = set(schedule.decodes.rows.tolist())
-        assert all(owner.row < 0 or row in booked for row, owner in zip(decoding, owners, strict=True))
+        # Whatever prompts come beside it, a row that decodes gets on, or has given its pages up; one that
+        # waits for its token, and perhaps for those of others, does so in the step after the next.
+        booked = {request.request_id for request in schedule.decodes.requests}
+        late = {
+            owner.request_id: late.get(owner.request_id, 0) + 1
+            for owner in owners
+            if owner.row >= 0 and owner.request_id not in booked
+        }
+        assert all(count <= 2 and requests[int(name)].is_led for name, count in late.items())
     for _ in range(20_000):
         if not scheduler.has_requests:
             break
@@ -441,3 +454,43 @@ def test_tokens_that_end_a_request_are_columns_unless_they_are_many() -> None:
     table = scheduler.rows
     assert table.is_watched[:3].tolist() == [False, False, True]
     assert [set(ids) - {-1} for ids in table.end_ids[:3].tolist()] == [set(), {5, 6, 7}, set()]
+
+
+def test_a_led_row_waits_for_its_token_while_the_others_go_on() -> None:
+    scheduler = make_scheduler(decode_steps=3)
+    device = StubDevice(scheduler)
+    led, free = make_request("led", 3, 12, edits=LED), make_request("free", 3, 40)
+    scheduler.add(led)
+    scheduler.add(free)
+    steps = [device.step() for _ in range(7)]
+    names = [[request.request_id for request in step.decodes.requests] for step in steps]
+    assert names == [[], ["free"], *[["led", "free"], ["free"]] * 2, ["led", "free"]]
+    assert [step.decodes.lengths.tolist() for step in steps[1:4]] == [[3], [1, 1], [3]]
+    while scheduler.has_requests:
+        device.step()
+    assert led.output_token_ids == expected(led) and free.output_token_ids == expected(free)
+
+
+def test_led_rows_that_are_alone_go_together() -> None:
+    scheduler = make_scheduler()
+    device = StubDevice(scheduler)
+    requests = [make_request(name, 3, 12, edits=LED) for name in ("early", "late")]
+    scheduler.add(requests[0])
+    device.step()
+    scheduler.add(requests[1])  # one step behind
+    sizes = [len(device.step().decodes.requests) for _ in range(10)]
+    assert sizes == [0, 0, 2, 0, 2, 0, 2, 0, 2, 0]  # the first waits once for the other
+    while scheduler.has_requests:
+        device.step()
+    assert [request.output_token_ids for request in requests] == [expected(request) for request in requests]
+
+
+def test_prompts_that_keep_coming_do_not_keep_led_rows_back() -> None:
+    scheduler = make_scheduler(num_pages=200, max_num_seqs=40, max_num_batched_tokens=40)
+    device = StubDevice(scheduler)
+    first = make_request("0", 3, 12, edits=LED)
+    scheduler.add(first)
+    for i in range(1, 40):
+        scheduler.add(make_request(str(i), 3, 2, edits=LED, prompt_token_ids=[i, i, i]))
+        device.step()
+    assert first.output_token_ids == expected(first)

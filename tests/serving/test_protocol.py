@@ -152,7 +152,7 @@ def test_every_sampling_parameter_can_be_sent_but_those_of_the_python_api() -> N
 
 
 def test_every_field_of_sampling_reaches_the_engine() -> None:
-    from pjengine import SamplingParams
+    from pjengine import SamplingParams, StructuredOutputsParams
     from pjengine.serving.protocol import CompletionRequest
 
     values: dict[str, Any] = {
@@ -177,12 +177,14 @@ def test_every_field_of_sampling_reaches_the_engine() -> None:
         "truncate_prompt_tokens": 5,
         "prompt_logprobs": 1,
     }
-    body = CompletionRequest(prompt="a", logit_bias={"3": 1.5}, **values)
+    form = {"regex": "a+"}
+    body = CompletionRequest(prompt="a", logit_bias={"3": 1.5}, structured_outputs=form, **values)
     params = body.sampling_params(SamplingParams(), max_tokens=9, logprobs=2)
     assert {name: getattr(params, name) for name in values} == values
     assert (params.logit_bias, params.max_tokens, params.logprobs) == ({3: 1.5}, 9, 2)
+    assert params.structured_outputs == StructuredOutputsParams(regex="a+")
     own = CompletionRequest.model_fields.keys() & {field.name for field in dataclasses.fields(params)}
-    assert own == values.keys() | {"logit_bias", "max_tokens", "logprobs"}
+    assert own == values.keys() | {"logit_bias", "max_tokens", "logprobs", "structured_outputs"}
 
 
 def test_what_is_left_out_is_the_models_own_default(client: Client) -> None:

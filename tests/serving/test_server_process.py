@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.serving.client import parse_events
 from tests.serving.process import RANDOM, SMALL, Server, start_server, wait_until
@@ -53,6 +54,30 @@ def load(server: Server) -> int:
     request = server.request("GET", "/load")
     request.read_all()
     return json.loads(request.body)["server_load"]
+
+
+class Colour(BaseModel):
+    name: Literal["red", "green", "light blue"]
+    share: int = Field(ge=0, le=100)
+    mixed_of: list[Literal["red", "white"]] = Field(max_length=2)
+
+
+def test_openai_parses_an_answer_that_has_the_form_of_a_class(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "temperature": 1.0, "seed": 3}
+    whole = client.chat.completions.parse(**fields, response_format=Colour, n=2)
+    for choice in whole.choices:
+        assert choice.finish_reason == "stop" and isinstance(choice.message.parsed, Colour)
+    with client.chat.completions.stream(**fields, response_format=Colour) as stream:
+        last = stream.get_final_completion().choices[0].message
+    assert last.parsed == whole.choices[0].message.parsed
+    plain = client.chat.completions.create(**fields, max_tokens=30, response_format={"type": "json_object"})
+    assert (plain.choices[0].message.content or "").startswith("{")
+    with pytest.raises(openai.BadRequestError, match="Invalid type") as refused:
+        schema = {"name": "x", "schema": {"type": "strin"}}
+        client.chat.completions.create(
+            **fields, response_format={"type": "json_schema", "json_schema": schema}
+        )
+    assert refused.value.param == "response_format"
 
 
 def test_openai_completions(client: openai.OpenAI) -> None:

@@ -1,0 +1,197 @@
+"""Grammars that outputs must follow: compiled by llguidance, matched token by token, masks of what may come.
+
+All of it runs on the host and beside the device. A mask is a bit for each token of the vocabulary.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from pjengine.grammar_check import GrammarCheck, compile_grammar, error_of, make_tokenizer, with_deep_stack
+from pjengine.structured_outputs import StructuredOutputsParams
+from pjengine.tokenizer import Tokenizer
+
+MAX_CACHED = 64  # compiled grammars, of a few megabytes at most
+_WHITESPACE = r"[ \t\r\n]{1,64}"  # bounded: some models would go on with it for ever
+_NO_TOKEN = "<|an end that no model has|>"
+
+
+@dataclass(eq=False)
+class Matcher:
+    """How far an output is within its grammar. It follows the tokens that the host has read."""
+
+    state: Any  # llguidance's
+
+    @property
+    def error(self) -> str:
+        """Why it cannot go on; empty: it can."""
+        return error_of(self.state)
+
+    @property
+    def is_complete(self) -> bool:
+        """The output is what the grammar wants, and nothing can be added to it."""
+        return self.state.is_stopped() and not self.state.is_error()
+
+    def consume(self, token: int) -> None:
+        """Takes the next token of the output; `error` says so if it may not come here."""
+        self.state.consume_token(token)
+
+    def fork(self) -> "Matcher":
+        """Another one at the same place, which goes its own way."""
+        return Matcher(self.state.deep_copy())
+
+
+class Grammars:
+    """The compiled grammars of one engine. Requests are prepared with it by any thread."""
+
+    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int], vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._vocab_size = vocab_size
+        self._compiled: OrderedDict[str, Matcher] = OrderedDict()  # those used last are at its end
+        self._lock = threading.Lock()  # one at a time is compiled
+        self._is_closed = False
+
+    def matcher(self, wanted: StructuredOutputsParams) -> Matcher:
+        """A matcher at the start of an output.
+
+        Raises:
+          ValueError: there is no tokenizer, or llguidance cannot read it; the grammar makes no sense, takes
+            too much time or memory, or no output satisfies it.
+          RuntimeError: closed.
+        """
+        try:
+            grammar = _source(wanted)
+        except ValueError as error:
+            raise _refusal(wanted, str(error)) from error
+        with self._lock:
+            self._check_open()
+            found = self._compiled.pop(grammar, None)
+            self._compiled[grammar] = found = found or self._compile(wanted, grammar)
+            if len(self._compiled) > MAX_CACHED:
+                self._compiled.popitem(last=False)
+            return found.fork()
+
+    def _compile(self, wanted: StructuredOutputsParams, grammar: str) -> Matcher:
+        tokenizer, error, state = self._own_tokenizer, self._check.error(grammar), None
+        self._check_open()
+        if not error:
+            state, error = with_deep_stack(lambda: compile_grammar(tokenizer, grammar))
+        if error:
+            raise _refusal(wanted, error)
+        return Matcher(state)
+
+    @cached_property
+    def _setup(self) -> tuple[str, list[int]]:
+        """The arguments of `make_tokenizer`."""
+        if self._tokenizer is None:
+            raise ValueError("structured_outputs need a tokenizer, and skip_tokenizer_init=True")
+        backend = getattr(self._tokenizer.hf, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                "structured_outputs are not possible with a slow tokenizer: give the model a tokenizer.json"
+            )
+        backend = copy(backend)
+        backend.no_padding()
+        backend.no_truncation()
+        end_ids = [token for token in self._eos_token_ids if token < len(self._tokenizer)]
+        if not end_ids:  # it wants one: none that can be sampled
+            backend.add_special_tokens([_NO_TOKEN])
+            end_ids = [backend.token_to_id(_NO_TOKEN)]
+        return backend.to_str(), end_ids
+
+    @cached_property
+    def _own_tokenizer(self) -> Any:
+        try:
+            return make_tokenizer(*self._setup)
+        except ValueError as error:
+            setup_error = f"structured_outputs are not possible with this tokenizer: {error}"
+            raise ValueError(setup_error[:300]) from error
+
+    @cached_property
+    def _check(self) -> GrammarCheck:
+        return GrammarCheck(*self._setup)
+
+    @cached_property
+    def _threads(self) -> Any:
+        from llguidance import LLExecutor
+
+        return LLExecutor()
+
+    @cached_property
+    def _real_tokens(self) -> Int[np.ndarray, " words"]:
+        """The mask of all tokens that the tokenizer has and the model knows."""
+        assert self._tokenizer is not None
+        bits = np.zeros(num_words(self._vocab_size) * 32, np.uint8)
+        bits[: min(len(self._tokenizer), self._vocab_size)] = 1
+        return np.packbits(bits, bitorder="little").view("<i4")
+
+    def masks(self, matchers: Sequence[Matcher]) -> Int[np.ndarray, "matchers words"]:
+        """What may come next, as `Masks` has it; nothing, where a matcher cannot go on."""
+        words = np.zeros((len(matchers), num_words(self._own_tokenizer.vocab_size)), np.int32)
+        if len(matchers) == 1:
+            matchers[0].state.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        else:
+            jobs = [(matcher.state, index) for index, matcher in enumerate(matchers)]
+            self._threads.unsafe_compute_mask_ptr(jobs, words.ctypes.data, words.strides[0], len(jobs))
+        for index, matcher in enumerate(matchers):
+            if matcher.state.is_error():
+                words[index] = 0
+        real = self._real_tokens
+        fitted = np.zeros((len(matchers), len(real)), np.int32)
+        width = min(words.shape[1], len(real))
+        fitted[:, :width] = words[:, :width] & real[:width]
+        return fitted
+
+    def close(self) -> None:
+        """Ends the process that tries grammars, and with it what is compiled there."""
+        self._is_closed = True
+        if "_check" in self.__dict__:
+            self._check.interrupt()
+        with self._lock:
+            if "_check" in self.__dict__:
+                self._check.close()
+            self._compiled.clear()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("this engine is closed; create another")
+
+
+def num_words(num_tokens: int) -> int:
+    """Of 32 bits, one bit for each token."""
+    return -(-num_tokens // 32)
+
+
+def _refusal(wanted: StructuredOutputsParams, reason: str) -> ValueError:
+    source = wanted.json_text if wanted.kind == "json" else getattr(wanted, wanted.kind)
+    return ValueError(f"structured_outputs.{wanted.kind}={source!r:.80} cannot be followed: {reason}")
+
+
+def _source(wanted: StructuredOutputsParams) -> str:
+    """What llguidance compiles. ValueError: it is no JSON to it; whether it makes sense shows later."""
+    from llguidance import LLMatcher
+
+    if wanted.kind in ("json", "json_object"):
+        options: Any = {"whitespace_flexible": not wanted.disable_any_whitespace, "lenient": False}
+        if not wanted.disable_any_whitespace:
+            options["whitespace_pattern"] = wanted.whitespace_pattern or _WHITESPACE
+        return LLMatcher.grammar_from_json_schema(wanted.json_text, overrides=options)
+    if wanted.grammar is not None:
+        return LLMatcher.grammar_from_lark(wanted.grammar)
+    if wanted.regex is not None:
+        return LLMatcher.grammar_from_regex(wanted.regex)
+    texts = "|".join("".join(map(_escaped, text)) for text in wanted.choice or ())
+    return LLMatcher.grammar_from_regex(f"(?:{texts})")
+
+
+def _escaped(character: str) -> str:
+    """A character that stands for itself in an expression."""
+    return character if character.isalnum() else f"\\x{{{ord(character):x}}}"
