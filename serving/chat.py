@@ -37,17 +37,15 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
 
 def _call(body: ChatRequest, service: Service, request_id: str, message_form: MessageForm) -> Call:
-    shown = {"skip_special_tokens": False} if service.prompts.has_special(message_form.marks) else {}
     params = body.sampling_params(
         service.default_params,
         max_tokens=body.limit,  # none: as many as fit
         logprobs=body.top_logprobs or 0 if body.logprobs else None,
-        **shown,
     )
     return Call(
         request_id=request_id,
         prompts=[partial(service.prompts.read_chat, body)],
-        params=message_form.sampling_params(params),
+        params=message_form.sampling_params(params, service.prompts),
         priority=body.priority,
         cache_salt=body.cache_salt,
         user=body.user,

@@ -1,12 +1,12 @@
 """The text of an answer -> the message that it is: reasoning, content, tool calls."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from pjengine.sampling_params import SamplingParams
 from pjengine.serving.errors import ApiError
 from pjengine.serving.forced_calls import NamedCallParser, RequiredCallsParser
+from pjengine.serving.prompt_reader import PromptReader
 from pjengine.serving.protocol import ChatRequest
 from pjengine.serving.reasoning import REASONING_PARSERS, ReasoningParser
 from pjengine.serving.server_config import ServerConfig
@@ -74,12 +74,6 @@ class MessageForm:
                 param="include_reasoning",
             )
 
-    @property
-    def marks(self) -> Sequence[str]:
-        """What the text is searched for; special tokens among it must be part of the text."""
-        parsers = (self._reasoning, self._calls)
-        return [mark for parser in parsers if parser is not None for mark in parser.marks]
-
     def reader(self, prompt: str) -> MessageReader:
         """For one answer to a prompt."""
         body = self._body
@@ -91,9 +85,12 @@ class MessageForm:
             is_parallel=body.parallel_tool_calls,
         )
 
-    def sampling_params(self, params: SamplingParams) -> SamplingParams:
-        """Those of the request, held to the schema of the calls where calls are forced."""
-        body = self._body
+    def sampling_params(self, params: SamplingParams, prompts: PromptReader) -> SamplingParams:
+        """Those of the request: marks must be seen, and forced calls have their schema."""
+        body, parsers = self._body, (self._reasoning, self._calls)
+        marks = [mark for parser in parsers if parser is not None for mark in parser.marks]
+        if prompts.has_special(marks):
+            params = dataclasses.replace(params, skip_special_tokens=False)
         if body.way not in ("required", "named"):
             return params
         if params.structured_outputs is not None:

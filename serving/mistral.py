@@ -51,12 +51,12 @@ class MistralParser(ToolParser):
 
     def _read_named(self) -> Reading[None]:
         feed, (_, id_mark, arguments_mark) = self.feed, self.marks
-        name = yield from feed.name("{[ ")
+        name = yield from self.read_name()
         if name is None:
             return
         call_id = None
         if (yield from feed.mark(id_mark)):
-            call_id = yield from feed.name("{[ ")
+            call_id = yield from feed.word(str.isalnum)
         yield from feed.mark(arguments_mark)
         yield from feed.space()
         if (yield from feed.wait(1)) == "{":

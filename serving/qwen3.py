@@ -18,6 +18,10 @@ from pjengine.serving.text_feed import Reading
 from pjengine.serving.tool_parser import ToolParser
 
 
+def _is_of_key(char: str) -> bool:
+    return char.isprintable() and char not in "<>"
+
+
 class Qwen3Parser(ToolParser):
     """The outer marks may be missing, as some models leave them out."""
 
@@ -41,25 +45,23 @@ class Qwen3Parser(ToolParser):
     def _read_function(self) -> Reading[bool]:
         """Reads a call from its name on; returns whether it came to its end."""
         feed, (_, _, opening, _, closing, _) = self.feed, self.marks
-        name = yield from feed.name(">")
-        if name is None:
+        name = yield from self.read_name()
+        if name is None or not (yield from feed.mark(">")):
             return False
-        feed.skip(1)
         self.begin(name)
         self.grow("{")
         separator = ""
         while True:
             yield from feed.space()
             mark = yield from feed.mark(opening, closing)
-            key = (yield from feed.name(">")) if mark == opening else None
-            if key is None:
+            key = (yield from feed.word(_is_of_key)) if mark == opening else None
+            if key is None or not (yield from feed.mark(">")):
                 if mark == closing or not feed.is_ended:
                     self.grow("}")
                 else:  # cut off
                     feed.skip(len(feed.rest))
                     self.pass_over()
                 return mark == closing
-            feed.skip(1)
             self.grow(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
             if not (yield from self._read_value(types_of(self.schemas.get(name, {}), key))):
                 return False

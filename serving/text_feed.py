@@ -71,16 +71,14 @@ class TextFeed:
                 return self.skip(len(rest)) if is_open and rest else None
             yield
 
-    def name(self, ends: str) -> Reading[str | None]:
-        """Reads a name up to one of the characters that may end it; None: it is empty, too long, or cut."""
+    def word(self, is_letter: Callable[[str], bool]) -> Reading[str | None]:
+        """Reads the letters that come next; None: there are none, or too many, or the text ends with them."""
         for length in range(MAX_NAME_CHARS + 1):
             text = yield from self.wait(length + 1)
             if len(text) <= length:
                 return None
-            if text[length] in ends:
+            if not is_letter(text[length]):
                 return self.skip(length) or None
-            if text[length].isspace() or not text[length].isprintable():
-                return None
         return None
 
     def string(self) -> Reading[str | None]:

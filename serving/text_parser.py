@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Self
 
 from pjengine.serving.text_feed import Reading, TextFeed, overlap
 
@@ -27,7 +26,7 @@ class Parts:
     content: str = ""
     calls: list[Call] = field(default_factory=list)  # by index, each once
 
-    def add(self, other: "Parts") -> Self:
+    def add(self, other: "Parts") -> "Parts":
         """Appends what comes after it."""
         self.reasoning += other.reasoning
         self.content += other.content

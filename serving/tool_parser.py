@@ -91,10 +91,15 @@ class ToolParser(TextParser):
             self.begin(found["name"], found.get("id"))
             self.grow("{}")
         is_call = has_arguments and "name" in found
-        if is_call and (separator == "}" or feed.is_ended):
-            feed.skip(len(feed.rest) if separator != "}" else 0)  # cut off
+        if is_call and separator == "}":
             self.pass_over()
         return is_call
+
+    def read_name(self) -> Reading[str | None]:
+        """Reads a name that stands bare, not in a JSON string; None: there is none."""
+        return (
+            yield from self.feed.word(lambda char: char.isascii() and (char.isalnum() or char in "_.:/-"))
+        )
 
     def _read_key(self) -> Reading[str | None]:
         feed = self.feed
