@@ -178,6 +178,10 @@ class ChatRequest(ToolChoiceFields, ConversationFields, GenerationFields):
         return self
 
     @property
+    def form_field(self) -> str:
+        return "tools" if self.way in ("required", "named") else super().form_field
+
+    @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
