@@ -16,6 +16,8 @@ from pjengine.serving.tool_parsers import TOOL_PARSERS
 from pjengine.serving.tool_schemas import calls_schema
 from pjengine.structured_outputs import StructuredOutputsParams
 
+_SPACES = " ?"  # between the tokens of forced JSON; small models that may add more never end
+
 
 class MessageReader:
     """Reads one answer, in pieces or at once; calls are looked for in what follows the reasoning."""
@@ -105,7 +107,8 @@ class MessageForm:
             if body.way == "named"
             else calls_schema(functions, is_one=not body.parallel_tool_calls)
         )
-        return dataclasses.replace(params, structured_outputs=StructuredOutputsParams(json=schema))
+        form = StructuredOutputsParams(json=schema, whitespace_pattern=_SPACES)
+        return dataclasses.replace(params, structured_outputs=form)
 
 
 def call_of(call: Call) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class Function(Body):
 
     @property
     def schema_of_arguments(self) -> Mapping[str, Any]:
-        return {"type": "object", "properties": {}} if self.parameters is None else self.parameters
+        nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+        return nothing if self.parameters is None else self.parameters
 
 
 class Tool(Body):
@@ -75,7 +76,7 @@ class ToolChoiceFields(ToolFields):
                 f"tool_choice names {choice.function.name!r}, of tools there are {', '.join(names)}",
                 param="tool_choice",
             )
-        if self.way in ("none", "auto") and any(tool.function.strict for tool in self.tools or ()):
+        if self.way == "auto" and any(tool.function.strict for tool in self.tools or ()):
             raise ApiError(
                 400,
                 "strict=true is held only where a call is forced: set tool_choice to 'required' or to a "

@@ -34,7 +34,11 @@ def test_each_tool_has_its_own_arguments() -> None:
     first, second = schema(CITY, None)["items"]["anyOf"]
     assert first["properties"] == {"name": {"type": "string", "enum": ["f0"]}, "parameters": CITY}
     assert first["required"] == ["name", "parameters"] and first["additionalProperties"] is False
-    assert second["properties"]["parameters"] == {"type": "object", "properties": {}}
+    assert second["properties"]["parameters"] == {
+        "type": "object",
+        "properties": {},
+        "additionalProperties": False,
+    }
     assert list(first["properties"]) == ["name", "parameters"]  # the order in which they are written
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.call_texts import hermes
+from tests.serving.call_texts import WRITERS, hermes
 from tests.serving.client import Client, make_client
 
 PATH = "/v1/chat/completions"
@@ -144,6 +144,35 @@ def test_the_template_sees_calls_their_results_and_reasoning(llm: Any) -> None:
     empty = {**CALLED, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": ""}}]}
     [seen_empty] = json.loads(rendered(trusting, "{{ messages | tojson }}", messages=[empty]))
     assert seen_empty["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_what_a_model_writes_becomes_calls(llm: Any, write: Any) -> None:
+    client = make_client(llm, enable_auto_tool_choice=True, tool_call_parser=WRITERS[write])
+    text = write("Well,", [("get_weather", {"city": "Zürich 🐍"}), ("get_time", {})])
+    shown = {"logprobs": True, "return_token_ids": True}
+    body = greedy(250, tools=[WEATHER, CLOCK], structured_outputs={"choice": [text]}, **shown)
+    answer = client.answer(PATH, **body)
+    [choice] = answer["choices"]
+    message = choice["message"]
+    assert (choice["finish_reason"], message["content"]) == ("tool_calls", "Well,")
+    functions = [call["function"] for call in message["tool_calls"]]
+    assert [own["name"] for own in functions] == ["get_weather", "get_time"]
+    assert [json.loads(own["arguments"]) for own in functions] == [{"city": "Zürich 🐍"}, {}]
+    # Beside it, all tokens are told of.
+    tokens = choice["token_ids"]
+    spelled = b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"]["content"])
+    assert spelled.decode().removesuffix("<|endoftext|>") == text
+    assert answer["usage"]["completion_tokens"] == len(tokens) == len(choice["logprobs"]["content"])
+    events = client.events(PATH, **body)
+    streamed = [chunk for event in events[1:] for chunk in event["choices"]]
+    assert [token for chunk in streamed for token in chunk["token_ids"]] == tokens
+    pieces = [piece for chunk in streamed for piece in chunk["delta"].get("tool_calls", ())]
+    for index, own in enumerate(functions):
+        mine = [piece["function"] for piece in pieces if piece["index"] == index]
+        assert mine[0]["name"] == own["name"]
+        assert "".join(piece["arguments"] for piece in mine) == own["arguments"]
+    client.assert_idle()
 
 
 class Answers:
