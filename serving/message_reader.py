@@ -10,6 +10,7 @@ from pjengine.serving.prompt_reader import PromptReader
 from pjengine.serving.protocol import ChatRequest
 from pjengine.serving.reasoning import REASONING_PARSERS, ReasoningParser
 from pjengine.serving.server_config import ServerConfig
+from pjengine.serving.strict_calls import strict_grammar
 from pjengine.serving.text_parser import Call, Parts
 from pjengine.serving.tool_parser import ToolParser
 from pjengine.serving.tool_parsers import TOOL_PARSERS
@@ -88,27 +89,42 @@ class MessageForm:
         )
 
     def sampling_params(self, params: SamplingParams, prompts: PromptReader) -> SamplingParams:
-        """Those of the request: marks must be seen, and forced calls have their schema."""
-        body, parsers = self._body, (self._reasoning, self._calls)
+        """Those of the request: marks must be seen, and calls may have to hold to schemas."""
+        parsers = (self._reasoning, self._calls)
         marks = [mark for parser in parsers if parser is not None for mark in parser.marks]
-        if prompts.has_special(marks):
+        are_special = prompts.has_special(marks)
+        if are_special:
             params = dataclasses.replace(params, skip_special_tokens=False)
-        if body.way not in ("required", "named"):
+        if not self._body.are_calls_formed:
             return params
         if params.structured_outputs is not None:
             raise ApiError(
                 400,
-                "tool_choice forces calls: that leaves no room for another form of the output",
-                param="tool_choice",
+                "calls that hold to the schemas of their tools leave no room for another form of the output",
+                param="tools",
             )
-        functions = body.callable_functions
-        schema = (
-            functions[0].schema_of_arguments
-            if body.way == "named"
-            else calls_schema(functions, is_one=not body.parallel_tool_calls)
-        )
-        form = StructuredOutputsParams(json=schema, whitespace_pattern=_SPACES)
+        form = self._form_of_calls(are_marks_text=not are_special)
         return dataclasses.replace(params, structured_outputs=form)
+
+    def _form_of_calls(self, *, are_marks_text: bool) -> StructuredOutputsParams:
+        body, functions = self._body, self._body.callable_functions
+        is_one = not body.parallel_tool_calls
+        if body.way == "named":
+            schema = functions[0].schema_of_arguments
+            return StructuredOutputsParams(json=schema, whitespace_pattern=_SPACES)
+        if body.way == "required":
+            schema = calls_schema(functions, is_one=is_one)
+            return StructuredOutputsParams(json=schema, whitespace_pattern=_SPACES)
+        assert self._calls is not None
+        grammar = strict_grammar(self._calls, functions, is_one=is_one) if are_marks_text else None
+        if grammar is None:
+            raise ApiError(
+                400,
+                "strict=true is not held where this model decides to call: set tool_choice to 'required' or "
+                "to a function, or leave strict out",
+                param="tools",
+            )
+        return StructuredOutputsParams(grammar=grammar)
 
 
 def call_of(call: Call) -> dict[str, Any]:

@@ -179,7 +179,7 @@ class ChatRequest(ToolChoiceFields, ConversationFields, GenerationFields):
 
     @property
     def form_field(self) -> str:
-        return "tools" if self.way in ("required", "named") else super().form_field
+        return "tools" if self.are_calls_formed else super().form_field
 
     @property
     def limit(self) -> int | None:

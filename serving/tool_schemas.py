@@ -12,21 +12,28 @@ _NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "prop
 
 def calls_schema(functions: Sequence[Function], *, is_one: bool) -> dict[str, Any]:
     """Of a list of calls, `[{"name": ..., "parameters": {...}}, ...]`; `is_one`: of exactly one."""
+    schemas = [(function.name, function.schema_of_arguments) for function in functions]
+    items = any_call_schema(schemas, "parameters", root="#/items")
+    return {"type": "array", "minItems": 1, **({"maxItems": 1} if is_one else {}), "items": items}
+
+
+def any_call_schema(
+    schemas: Sequence[tuple[str, Mapping[str, Any]]], key: str, *, root: str
+) -> dict[str, Any]:
+    """Of a call of one of the functions, with its arguments under `key`, for a place at `root`."""
     calls = [
         {
             "type": "object",
             "properties": {
-                "name": {"type": "string", "enum": [function.name]},
-                "parameters": _moved(
-                    function.schema_of_arguments, f"#/items/anyOf/{index}/properties/parameters"
-                ),
+                "name": {"type": "string", "enum": [name]},
+                key: _moved(schema, f"{root}/anyOf/{index}/properties/{key}"),
             },
-            "required": ["name", "parameters"],
+            "required": ["name", key],
             "additionalProperties": False,
         }
-        for index, function in enumerate(functions)
+        for index, (name, schema) in enumerate(schemas)
     ]
-    return {"type": "array", "minItems": 1, **({"maxItems": 1} if is_one else {}), "items": {"anyOf": calls}}
+    return {"anyOf": calls}
 
 
 def _moved(schema: Any, root: str) -> Any:

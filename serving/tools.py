@@ -76,13 +76,6 @@ class ToolChoiceFields(ToolFields):
                 f"tool_choice names {choice.function.name!r}, of tools there are {', '.join(names)}",
                 param="tool_choice",
             )
-        if self.way == "auto" and any(tool.function.strict for tool in self.tools or ()):
-            raise ApiError(
-                400,
-                "strict=true is held only where a call is forced: set tool_choice to 'required' or to a "
-                "function, or leave strict out",
-                param="tools",
-            )
         return self
 
     @property
@@ -91,6 +84,12 @@ class ToolChoiceFields(ToolFields):
         if isinstance(self.tool_choice, NamedTool):
             return "named"
         return self.tool_choice or ("auto" if self.tools else "none")
+
+    @property
+    def are_calls_formed(self) -> bool:
+        """Whether a grammar has to hold the calls to the schemas of their tools."""
+        is_strict = any(tool.function.strict for tool in self.tools or ())
+        return self.way in ("required", "named") or (self.way == "auto" and is_strict)
 
     @property
     def callable_functions(self) -> list[Function]:

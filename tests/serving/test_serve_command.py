@@ -135,7 +135,10 @@ BAD_OPTIONS = {
     "not a number": (("demo", "--shutdown-timeout", "nan"), "shutdown_timeout_s must be at least 0, got nan"),
     "waiting": (("demo", "--max-waiting", "-1"), "max_waiting must be at least 0, got -1"),
     "prefix": (("demo", "--metrics-prefix", "a-b"), "metrics_prefix must be a name"),
-    "tools": (("demo", "--tool-call-parser", "hermez"), "tool_call_parser must be one of hermes, llama3_json"),
+    "tools": (
+        ("demo", "--tool-call-parser", "hermez"),
+        "tool_call_parser must be one of hermes",
+    ),
     "auto": (("demo", "--enable-auto-tool-choice"), "enable_auto_tool_choice needs tool_call_parser"),
     "reasoning": (("demo", "--reasoning-parser", "r1"), "reasoning_parser must be one of deepseek_r1, qwen3"),
     "level": (("demo", "--uvicorn-log-level", "loud"), "uvicorn_log_level must be one of critical"),

@@ -116,7 +116,7 @@ def test_pieces_make_no_difference(name: str, text: str, cuts: list[int]) -> Non
 FRAMES = {
     "hermes": (r"<tool_call>|</tool_call>", "</tool_call>"),
     "llama3_json": (r"<\|python_tag\|>|;", ""),
-    "mistral": (r"\[TOOL_CALLS\]|\[CALL_ID\]|\[ARGS\]|[\[\]f]", ""),
+    "mistral": (r"\[TOOL_CALLS\]|\[CALL_ID\]|\[ARGS\]|[\[\]f1]", ""),
     "required": (r"[\[\]]", ""),
     "named": (r"(?!)", ""),
 }

@@ -49,7 +49,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "kind": ({"tools": [{"type": "web_search"}]}, "tools", "'function'"),
     "unknown field": ({"tools": [{**CLOCK, "x": 1}]}, "x", "there is no field 'x'"),
     "name": ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "function.name"),
-    "strict": ({"tools": [strict(CLOCK)]}, "tools", "held only where a call is forced"),
     "of a user": (
         {"messages": [{**USER, "tool_calls": [CALL]}]},
         "tool_calls",
@@ -173,6 +172,67 @@ def test_what_a_model_writes_becomes_calls(llm: Any, write: Any) -> None:
         assert mine[0]["name"] == own["name"]
         assert "".join(piece["arguments"] for piece in mine) == own["arguments"]
     client.assert_idle()
+
+
+STRICT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # What the grammar lets a model write, and where it stops it.
+    "hermes": (
+        (
+            "a <tool> is {}",
+            'Look:\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>\nDone',
+            '<tool_call>{"name": "get_time", "arguments": {"any": [1]}}</tool_call>',
+        ),
+        (
+            "<tool_call>Rome",
+            '<tool_call>{"name": "get_rain"',
+            '<tool_call>{"name": "get_weather", "arguments": {"town"',
+            '<tool_call>{"name": "get_weather", "arguments": {"city": 1',
+            '<tool_call>{"name": "get_weather", "arguments": {}',
+        ),
+    ),
+    "llama3_json": (
+        (
+            "a {}",
+            '{"name": "get_weather", "parameters": {"city": "Rome"}}; {"name": "get_time", "parameters": {}}',
+        ),
+        ('{"city"', ' {"name"', '{"name": "get_weather", "parameters": {"city": 1', "<|python_tag|>"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_calls_of_strict_tools_hold_to_their_schemas(llm: Any, name: str) -> None:
+    from pjengine.serving.message_reader import MessageForm
+    from pjengine.serving.protocol import ChatRequest
+
+    client = make_client(llm, enable_auto_tool_choice=True, tool_call_parser=name)
+    engine = client.service.llm.engine
+
+    def wanted(**fields: Any) -> Any:
+        tools = [strict(WEATHER), CLOCK]
+        body = ChatRequest.model_validate({"messages": [USER], "tools": tools, **fields})
+        form = MessageForm(body, client.service.config)
+        return form.sampling_params(client.service.default_params, client.service.prompts).structured_outputs
+
+    def follows(form: Any, text: str) -> bool:
+        matcher = engine._preparation.grammars.matcher(form)
+        for token in engine.tokenizer.encode(text):
+            matcher.consume(token)
+        return not matcher.error
+
+    allowed, forbidden = STRICT[name]
+    form = wanted()
+    assert [text for text in allowed if not follows(form, text)] == []
+    assert [text for text in forbidden if follows(form, text)] == []
+    twice = hermes("", [("get_time", {})] * 2) if name == "hermes" else allowed[1]
+    assert follows(form, twice) and not follows(wanted(parallel_tool_calls=False), twice)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_strict_tools_are_refused_where_nothing_holds_the_model_to_them(llm: Any, name: str) -> None:
+    client = make_client(llm, enable_auto_tool_choice=True, tool_call_parser=name)
+    status, error = client.error(PATH, **greedy(tools=[strict(CLOCK)]))
+    assert (status, error["param"]) == (400, "tools") and "strict=true is not held" in error["message"]
 
 
 class Answers:
@@ -325,6 +385,7 @@ def marked() -> Any:
 
 def test_marks_that_are_special_tokens_become_part_of_the_text(marked: Any) -> None:
     from pjengine import SamplingParams
+    from pjengine.serving.errors import ApiError
     from pjengine.serving.message_reader import MessageForm
     from pjengine.serving.prompt_reader import PromptReader
     from pjengine.serving.protocol import ChatRequest
@@ -343,4 +404,6 @@ def test_marks_that_are_special_tokens_become_part_of_the_text(marked: Any) -> N
     assert is_hidden(AUTO, tools=[CLOCK], tool_choice="required")  # JSON, without marks
     assert is_hidden({**AUTO, "tool_call_parser": "mistral"}, tools=[CLOCK])
     assert is_hidden({"reasoning_parser": "qwen3"})  # of which no mark is special
+    with pytest.raises(ApiError, match="strict=true is not held"):
+        is_hidden(AUTO, tools=[strict(CLOCK)])
     assert PromptReader(tokenizer=None).has_special(["<tool_call>"]) is False
