@@ -51,6 +51,10 @@ class Tokenizer:
         return frozenset(i for i, token in self.hf.added_tokens_decoder.items() if token.special)
 
     @cached_property
+    def special_texts(self) -> frozenset[str]:
+        return frozenset(self.hf.convert_ids_to_tokens(sorted(self.special_ids)))
+
+    @cached_property
     def anchor(self) -> tuple[int | None, str]:
         """A token that decodes to plain letters wherever it stands, and these letters.
 

@@ -1,13 +1,14 @@
 """What a body says the prompt is -> token ids. Raises ApiError for what is wrong."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from pjengine.serving.errors import ApiError
 from pjengine.serving.protocol import ConversationFields
+from pjengine.serving.tools import ToolChoiceFields
 from pjengine.tokenizer import Tokenizer
 
 type GivenPrompt = dict[str, Any]  # as the engine takes it: "prompt", "prompt_token_ids", or both
@@ -20,6 +21,7 @@ class PromptReader:
     tokenizer: Tokenizer | None
     is_request_template_trusted: bool = False
     default_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    are_unused_tools_hidden: bool = False  # from the template, if the answer may call none
 
     @property
     def has_chat_template(self) -> bool:
@@ -38,6 +40,10 @@ class PromptReader:
         if outside := [token for token in token_ids if not 0 <= token < len(tokenizer)]:
             raise ApiError(400, f"token id {outside[0]} is out of the vocabulary", param="tokens")
         return tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def has_special(self, texts: Iterable[str]) -> bool:
+        """Whether any of them is a special token, which is not part of texts unless they are to show it."""
+        return self.tokenizer is not None and not self.tokenizer.special_texts.isdisjoint(texts)
 
     def token_texts(self, token_ids: list[int]) -> list[str]:
         """Each token as it is in the vocabulary, pieces of characters included."""
@@ -71,6 +77,7 @@ class PromptReader:
                 [message.for_template() for message in body.messages],
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
+                tools=self._tools(body),
                 chat_template=body.chat_template,
                 **options,
             )
@@ -79,6 +86,13 @@ class PromptReader:
         except Exception as error:  # a template is a program: it may fail in any way
             text = f"the chat template does not take these messages: {error!r}"
             raise ApiError(400, text) from error
+
+    def _tools(self, body: ConversationFields) -> list[dict[str, Any]] | None:
+        """As the client wrote them, but for nulls."""
+        is_unused = isinstance(body, ToolChoiceFields) and body.way == "none"
+        if body.tools is None or (is_unused and self.are_unused_tools_hidden):
+            return None
+        return [tool.model_dump(exclude_unset=True) for tool in body.tools]
 
     def _needed(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

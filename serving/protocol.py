@@ -2,39 +2,23 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
+from pjengine.serving.body import Body
 from pjengine.serving.errors import ApiError, bad_request
-from pjengine.serving.refusals import (
-    REFUSED_FIELDS,
-    REFUSED_MESSAGE_FIELDS,
-    REFUSED_PART_FIELDS,
-    Refusal,
-    check_fields,
-)
+from pjengine.serving.messages import Message
+from pjengine.serving.refusals import REFUSED_OUTSIDE_CHAT
 from pjengine.serving.response_format import ResponseFormat, StructuredOutputs, form_of
+from pjengine.serving.tools import ToolChoiceFields, ToolFields
 from pjengine.structured_outputs import StructuredOutputsParams
 
 REQUEST_ID = r"^[!-~]{1,256}$"  # goes into headers and logs
 
 
-class _Body(BaseModel):
-    """A JSON object with known fields alone; null stands for the default of a field."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    refused: ClassVar[Mapping[str, Refusal]] = REFUSED_FIELDS
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_fields(cls, data: Any) -> Any:
-        return check_fields(data, cls.model_fields, cls.refused) if isinstance(data, dict) else data
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # usage in every chunk, not only in one of its own at the end
 
@@ -45,7 +29,7 @@ class StreamOptions(_Body):
         return self
 
 
-class SamplingFields(_Body):
+class SamplingFields(Body):
     """Fields of SamplingParams, which checks their values; a default may come from the model."""
 
     n: int | None = None
@@ -137,6 +121,8 @@ class GenerationFields(SamplingFields):
 
 
 class CompletionRequest(GenerationFields):
+    refused = REFUSED_OUTSIDE_CHAT
+
     prompt: str | list[str] | list[int] | list[list[int]]
     suffix: str | None = None  # what follows the text that is generated
     max_tokens: int | None = None  # 0, with echo: no answer, only what echo shows
@@ -151,30 +137,7 @@ class CompletionRequest(GenerationFields):
         return [prompt] if is_one else prompt
 
 
-class TextPart(_Body):
-    refused = REFUSED_PART_FIELDS
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Body):
-    """One turn of a conversation."""
-
-    refused = REFUSED_MESSAGE_FIELDS
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        content = self.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        message = {"role": self.role, "content": text}
-        return message if self.name is None else {**message, "name": self.name}
-
-
-class ConversationFields(_Body):
+class ConversationFields(ToolFields):
     """What a chat template makes a prompt of."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -196,11 +159,12 @@ class ConversationFields(_Body):
         return self
 
 
-class ChatRequest(ConversationFields, GenerationFields):
+class ChatRequest(ToolChoiceFields, ConversationFields, GenerationFields):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    include_reasoning: bool = True  # what the model thinks before it answers
     echo: bool = False  # the final message, if it is of the role that answers, begins the answer
 
     @model_validator(mode="after")
@@ -217,12 +181,18 @@ class ChatRequest(ConversationFields, GenerationFields):
         return self
 
     @property
+    def form_field(self) -> str:
+        return "tools" if self.are_calls_formed else super().form_field
+
+    @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class GenerateRequest(SamplingFields):
     """The body of /generate, whose answer shows nothing but text."""
+
+    refused = REFUSED_OUTSIDE_CHAT
 
     prompt: str
     max_tokens: int | None = None
@@ -237,7 +207,7 @@ class GenerateRequest(SamplingFields):
             raise ApiError(400, f"the body is not valid JSON: {error}") from error
 
 
-class TokenizeTextRequest(_Body):
+class TokenizeTextRequest(Body):
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
@@ -259,6 +229,6 @@ TokenizeRequest = Annotated[
 ]
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     model: str | None = None
     tokens: list[int]

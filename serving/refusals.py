@@ -12,22 +12,21 @@ class Refusal(NamedTuple):
     neutral: object = False  # a value that asks for nothing: taken, as null is
 
 
-_TOOLS = Refusal("tool calls are not supported")
+_FUNCTIONS = Refusal("functions are called by their newer name: use tools and tool_choice")
+_CHAT = Refusal("tools and reasoning are part of /v1/chat/completions")
 _BEAMS = Refusal("beam search is not supported")
 _GUIDED = Refusal("its place has been taken by structured_outputs, with json, regex, choice or grammar in it")
-_REASONING = Refusal("the reasoning of a model is not split from its answer")
+_EFFORT = Refusal("how long a model thinks is up to it; chat_template_kwargs may say more")
 _TEXT_ONLY = Refusal("only text is supported")
 _STORED = Refusal("this server stores no requests")
 _TRANSFERS = Refusal("KV pages are not transferred between engines")
 
 REFUSED_FIELDS: Mapping[str, Refusal] = {
-    **dict.fromkeys(("tools", "functions", "function_call", "parallel_tool_calls"), _TOOLS),
-    "tool_choice": _TOOLS._replace(neutral="none"),
+    **dict.fromkeys(("functions", "function_call"), _FUNCTIONS),
     **dict.fromkeys(("use_beam_search", "length_penalty", "early_stopping"), _BEAMS),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _GUIDED),
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern", "structural_tag"), _GUIDED),
-    **dict.fromkeys(("reasoning", "reasoning_effort", "thinking_token_budget"), _REASONING),
-    "include_reasoning": _REASONING._replace(neutral=True),
+    **dict.fromkeys(("reasoning", "reasoning_effort", "thinking_token_budget"), _EFFORT),
     **dict.fromkeys(("modalities", "audio", "media_io_kwargs", "mm_processor_kwargs"), _TEXT_ONLY),
     **dict.fromkeys(("store", "metadata", "safety_identifier", "prompt_cache_key"), _STORED),
     "prompt_embeds": Refusal("prompts are text or token ids"),
@@ -41,9 +40,15 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "web_search_options": Refusal("nothing is searched for"),
 }
 
+REFUSED_OUTSIDE_CHAT: Mapping[str, Refusal] = {
+    **REFUSED_FIELDS,
+    "tools": _CHAT,
+    "tool_choice": _CHAT._replace(neutral="none"),
+    **dict.fromkeys(("parallel_tool_calls", "include_reasoning"), _CHAT._replace(neutral=True)),
+}
+
 REFUSED_MESSAGE_FIELDS: Mapping[str, Refusal] = {
-    **dict.fromkeys(("tool_calls", "tool_call_id", "function_call"), _TOOLS),
-    **dict.fromkeys(("reasoning", "reasoning_content"), _REASONING),
+    "function_call": _FUNCTIONS,
     "audio": _TEXT_ONLY,
     "refusal": Refusal("a refusal is part of the content"),
     "annotations": Refusal("annotations are not shown to the model", neutral=[]),

@@ -16,7 +16,9 @@ from pjengine.serving.options import (
     json_object,
     positive,
 )
+from pjengine.serving.reasoning import REASONING_PARSERS
 from pjengine.serving.server_config import ServerConfig
+from pjengine.serving.tool_parsers import TOOL_PARSERS
 
 _SWITCH = {"action": "store_true"}
 
@@ -78,6 +80,20 @@ API_OPTIONS = (
     ),
     Option("response_role", str, "ROLE", "role of the messages that answer"),
     Option("default_chat_template_kwargs", json_object, "JSON", "object of variables for the chat template"),
+    Option("enable_auto_tool_choice", _SWITCH, "", "let the model decide whether it calls tools"),
+    Option("tool_call_parser", str, "NAME", f"how the model writes tool calls: {', '.join(TOOL_PARSERS)}"),
+    Option(
+        "exclude_tools_when_tool_choice_none",
+        _SWITCH,
+        "",
+        "keep tools from the chat template where none may be called",
+    ),
+    Option(
+        "reasoning_parser",
+        str,
+        "NAME",
+        f"split the model's reasoning from its answers: {', '.join(REASONING_PARSERS)}",
+    ),
     Option("return_tokens_as_token_ids", _SWITCH, "", 'write tokens in logprobs as "token_id:17"'),
     Option("enable_request_id_headers", _SWITCH, "", "answer with an X-Request-Id header"),
 )

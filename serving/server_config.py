@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pjengine.serving.reasoning import REASONING_PARSERS
+from pjengine.serving.tool_parsers import TOOL_PARSERS
+
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
@@ -36,6 +39,10 @@ class ServerConfig:
     response_role: str = "assistant"
     trust_request_chat_template: bool = False
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    enable_auto_tool_choice: bool = False  # the model itself decides whether to call tools
+    tool_call_parser: str | None = None  # how the model writes calls
+    exclude_tools_when_tool_choice_none: bool = False  # from the chat template
+    reasoning_parser: str | None = None  # how the model marks its reasoning; none: it is content
     return_tokens_as_token_ids: bool = False
     enable_request_id_headers: bool = False
     enable_log_requests: bool = False
@@ -60,6 +67,13 @@ class ServerConfig:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}")
         if self.request_timeout_s is not None and not self.request_timeout_s > 0:
             raise ValueError(f"request_timeout_s must be above 0, got {self.request_timeout_s}")
+        for name, parsers in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+            if (value := getattr(self, name)) is not None and value not in parsers:
+                raise ValueError(f"{name} must be one of {', '.join(parsers)}, got {value!r}")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ValueError(
+                f"enable_auto_tool_choice needs tool_call_parser, one of {', '.join(TOOL_PARSERS)}"
+            )
         if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):
             raise ValueError(f"metrics_prefix must be a name, such as vllm; got {self.metrics_prefix!r}")
         if self.uvicorn_log_level not in LOG_LEVELS:

@@ -59,6 +59,7 @@ class Service:
             tokenizer=engine.tokenizer,
             is_request_template_trusted=config.trust_request_chat_template,
             default_template_kwargs=config.default_chat_template_kwargs,
+            are_unused_tools_hidden=config.exclude_tools_when_tool_choice_none,
         )
         self.metrics = Metrics(engine, model_name=self.model_names[0], prefix=config.metrics_prefix)
         self.num_requests = 0  # that are being answered

@@ -89,13 +89,15 @@ def test_a_file_may_hold_the_options_and_the_command_line_comes_first(
         "model: demo\nport: 81\nmax-num-seqs: 3\nenable_log_requests: true\ndisable-log-stats: false\n"
         "enable-prefix-caching: false\nwarm-up: true\nserved-model-name: [a, b]\napi-key: [x, y]\n"
         'allowed-origins: ["*"]\nhf-overrides: {num_hidden_layers: 1}\nmax-model-len: -1\n'
+        "enable-auto-tool-choice: true\ntool-call-parser: qwen3_xml\nreasoning-parser: qwen3\n"
     )
     assert pjengine("--config", file, "--port", "82") == 0
     [(engine, config)] = started
     assert (engine.model, engine.max_num_seqs, engine.hf_overrides) == ("demo", 3, {"num_hidden_layers": 1})
     assert (engine.enable_prefix_caching, engine.warm_up, engine.max_model_len) == (False, True, None)
     assert (config.port, config.served_model_names, config.api_keys) == (82, ("a", "b"), ("x", "y"))
-    assert config.allowed_origins == ("*",)
+    assert config.allowed_origins == ("*",) and config.enable_auto_tool_choice
+    assert (config.tool_call_parser, config.reasoning_parser) == ("qwen3_xml", "qwen3")
     assert (config.enable_log_requests, config.disable_log_stats) == (True, False)
 
 
@@ -133,6 +135,12 @@ BAD_OPTIONS = {
     "not a number": (("demo", "--shutdown-timeout", "nan"), "shutdown_timeout_s must be at least 0, got nan"),
     "waiting": (("demo", "--max-waiting", "-1"), "max_waiting must be at least 0, got -1"),
     "prefix": (("demo", "--metrics-prefix", "a-b"), "metrics_prefix must be a name"),
+    "tools": (
+        ("demo", "--tool-call-parser", "hermez"),
+        "tool_call_parser must be one of hermes",
+    ),
+    "auto": (("demo", "--enable-auto-tool-choice"), "enable_auto_tool_choice needs tool_call_parser"),
+    "reasoning": (("demo", "--reasoning-parser", "r1"), "reasoning_parser must be one of deepseek_r1, qwen3"),
     "level": (("demo", "--uvicorn-log-level", "loud"), "uvicorn_log_level must be one of critical"),
     "template": (("demo", "--chat-template", "no/such"), "no/such: No such file or directory"),
     "engine": (("demo", "--max-num-seqs", "0"), "max_num_seqs must be a whole number of at least 1"),

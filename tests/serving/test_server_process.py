@@ -149,7 +149,7 @@ def test_openai_errors(client: openai.OpenAI, server: Server) -> None:
     assert caught.value.param == "temperature"
     with pytest.raises(openai.NotFoundError, match="`gpt-4` does not exist"):
         client.completions.create(model="gpt-4", prompt="a")
-    with pytest.raises(openai.BadRequestError, match="tool calls are not supported"):
+    with pytest.raises(openai.BadRequestError, match="tools is empty"):
         client.chat.completions.create(messages=MESSAGES, tools=[], **GREEDY)
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="other").models.list()

@@ -1,0 +1,20 @@
+"""What all bodies of requests have in common: known fields alone, of the types they say."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from pjengine.serving.refusals import REFUSED_FIELDS, Refusal, check_fields
+
+
+class Body(BaseModel):
+    """A JSON object with known fields alone; null stands for the default of a field."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    refused: ClassVar[Mapping[str, Refusal]] = REFUSED_FIELDS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, data: Any) -> Any:
+        return check_fields(data, cls.model_fields, cls.refused) if isinstance(data, dict) else data

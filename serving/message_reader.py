@@ -1,0 +1,143 @@
+"""The text of an answer -> the message that it is: reasoning, content, tool calls."""
+
+import dataclasses
+from typing import Any
+
+from pjengine.sampling_params import SamplingParams
+from pjengine.serving.errors import ApiError
+from pjengine.serving.forced_calls import NamedCallParser, RequiredCallsParser
+from pjengine.serving.prompt_reader import PromptReader
+from pjengine.serving.protocol import ChatRequest
+from pjengine.serving.reasoning import REASONING_PARSERS, ReasoningParser
+from pjengine.serving.server_config import ServerConfig
+from pjengine.serving.strict_calls import strict_grammar
+from pjengine.serving.text_parser import Call, Parts
+from pjengine.serving.tool_parser import ToolParser
+from pjengine.serving.tool_parsers import TOOL_PARSERS
+from pjengine.serving.tool_schemas import calls_schema
+from pjengine.structured_outputs import StructuredOutputsParams
+
+_SPACES = " ?"  # between the tokens of forced JSON; small models that may add more never end
+
+
+class MessageReader:
+    """Reads one answer, in pieces or at once; calls are looked for in what follows the reasoning."""
+
+    def __init__(
+        self, reasoning: ReasoningParser | None, calls: ToolParser | None, *, is_parallel: bool = True
+    ) -> None:
+        self._reasoning = reasoning
+        self._calls = calls
+        self._is_parallel = is_parallel  # else the first call is the only one
+        self.has_called = False
+
+    def push(self, text: str, *, is_last: bool) -> Parts:
+        """What the next piece of the text settles."""
+        parts = _parse(self._reasoning, text, is_last)
+        found = _parse(self._calls, parts.content, is_last)
+        self.has_called |= bool(found.calls)
+        calls = [call for call in found.calls if self._is_parallel or call.index == 0]
+        return Parts(parts.reasoning, found.content, calls)
+
+
+def _parse(parser: ReasoningParser | ToolParser | None, text: str, is_last: bool) -> Parts:
+    if parser is None:
+        return Parts(content=text)
+    parts = parser.push(text)
+    return parts.add(parser.finish()) if is_last else parts
+
+
+class MessageForm:
+    """How answers to a request are to be read, and what that asks of the engine.
+
+    Raises:
+      ApiError: the server was not told how its model calls tools, or where its reasoning ends.
+    """
+
+    def __init__(self, body: ChatRequest, config: ServerConfig) -> None:
+        self._body = body
+        own = TOOL_PARSERS.get(config.tool_call_parser or "")
+        self._make_id = (own or ToolParser).new_id
+        forced = {"required": RequiredCallsParser, "named": NamedCallParser}.get(body.way)
+        self._calls: type[ToolParser] | None = forced or (own if body.way == "auto" else None)
+        # What is forced has no room for reasoning.
+        self._reasoning = None if forced else REASONING_PARSERS.get(config.reasoning_parser or "")
+        self.shows_reasoning = config.reasoning_parser is not None and body.include_reasoning
+        if body.way == "auto" and not config.enable_auto_tool_choice:
+            raise ApiError(
+                400,
+                'tool_choice="auto" needs a server that was started with --enable-auto-tool-choice and '
+                '--tool-call-parser; "required", or a function by its name, needs neither',
+                param="tool_choice",
+            )
+        if not body.include_reasoning and config.reasoning_parser is None:
+            raise ApiError(
+                400,
+                "include_reasoning=false needs a server that was started with --reasoning-parser",
+                param="include_reasoning",
+            )
+
+    def reader(self, prompt: str) -> MessageReader:
+        """For one answer to a prompt."""
+        body = self._body
+        begun = body.messages[-1].text if body.continue_final_message else ""
+        schemas = {own.name: own.schema_of_arguments for own in body.callable_functions}
+        return MessageReader(
+            None if self._reasoning is None else self._reasoning(prompt, begun),
+            None if self._calls is None else self._calls(schemas, self._make_id),
+            is_parallel=body.parallel_tool_calls,
+        )
+
+    def sampling_params(self, params: SamplingParams, prompts: PromptReader) -> SamplingParams:
+        """Those of the request: marks must be seen, and calls may have to hold to schemas."""
+        parsers = (self._reasoning, self._calls)
+        marks = [mark for parser in parsers if parser is not None for mark in parser.marks]
+        are_special = prompts.has_special(marks)
+        if are_special:
+            params = dataclasses.replace(params, skip_special_tokens=False)
+        if not self._body.are_calls_formed:
+            return params
+        if params.structured_outputs is not None:
+            raise ApiError(
+                400,
+                "calls that hold to the schemas of their tools leave no room for another form of the output",
+                param="tools",
+            )
+        form = self._form_of_calls(are_marks_text=not are_special)
+        return dataclasses.replace(params, structured_outputs=form)
+
+    def _form_of_calls(self, *, are_marks_text: bool) -> StructuredOutputsParams:
+        body, functions = self._body, self._body.callable_functions
+        is_one = not body.parallel_tool_calls
+        if body.way == "named":
+            schema = functions[0].schema_of_arguments
+            return StructuredOutputsParams(json=schema, whitespace_pattern=_SPACES)
+        if body.way == "required":
+            schema = calls_schema(functions, is_one=is_one)
+            return StructuredOutputsParams(json=schema, whitespace_pattern=_SPACES)
+        assert self._calls is not None
+        grammar = strict_grammar(self._calls, functions, is_one=is_one) if are_marks_text else None
+        if grammar is None:
+            raise ApiError(
+                400,
+                "strict=true is not held where this model decides to call: set tool_choice to 'required' or "
+                "to a function, or leave strict out",
+                param="tools",
+            )
+        return StructuredOutputsParams(grammar=grammar)
+
+
+def call_of(call: Call) -> dict[str, Any]:
+    """A call as OpenAI's API writes it."""
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def call_delta(call: Call) -> dict[str, Any]:
+    """What a call has grown by, as a stream writes it."""
+    if call.id is not None:
+        return {"index": call.index, **call_of(call)}
+    return {"index": call.index, "function": {"arguments": call.arguments}}
