@@ -8,18 +8,19 @@ from starlette.responses import Response
 
 from pjengine.outputs import CompletionOutput, RequestOutput
 from pjengine.serving.answer import Answer, Choice, Form
-from pjengine.serving.errors import RESPONSES
+from pjengine.serving.errors import ERRORS
 from pjengine.serving.logprobs import Spelling, chat_logprobs, prompt_logprobs
 from pjengine.serving.message_reader import MessageForm, MessageReader, call_delta, call_of
 from pjengine.serving.protocol import ChatRequest
+from pjengine.serving.replies import ChatReply, generated
 from pjengine.serving.request_id import request_id_of
 from pjengine.serving.service import Call, Service, service_of
 from pjengine.serving.text_parser import Parts
 
-router = APIRouter()
+router = APIRouter(responses=ERRORS)
 
 
-@router.post("/v1/chat/completions", responses=RESPONSES)
+@router.post("/v1/chat/completions", responses=generated(ChatReply, "text/event-stream"))
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answers a conversation."""
     service = service_of(request)

@@ -10,20 +10,21 @@ from starlette.responses import Response
 
 from pjengine.outputs import CompletionOutput, RequestOutput
 from pjengine.serving.answer import Answer, Choice, Form
-from pjengine.serving.errors import RESPONSES, ApiError
+from pjengine.serving.errors import ERRORS, ApiError
 from pjengine.serving.infill import Infill, find_infill
 from pjengine.serving.logprobs import CompletionLogprobs, Spelling, prompt_logprobs
 from pjengine.serving.prompt_reader import GivenPrompt
 from pjengine.serving.protocol import CompletionRequest
 from pjengine.serving.ranking import candidates, likeliest
+from pjengine.serving.replies import CompletionReply, generated
 from pjengine.serving.request_id import request_id_of
 from pjengine.serving.service import Call, Service, service_of
 from pjengine.token_logprobs import LogprobsList
 
-router = APIRouter()
+router = APIRouter(responses=ERRORS)
 
 
-@router.post("/v1/completions", responses=RESPONSES)
+@router.post("/v1/completions", responses=generated(CompletionReply, "text/event-stream"))
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continues each prompt."""
     service = service_of(request)

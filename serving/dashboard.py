@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, Response
 
 import pjengine
 from pjengine.page_pool import CACHED, HELD
@@ -23,7 +23,7 @@ router = APIRouter(responses=ERRORS)
 MAX_CELLS = 1280  # of the map
 
 
-@router.get("/dashboard", response_class=HTMLResponse)
+@router.get("/dashboard", response_class=Response, responses={200: {"content": {"text/html": {}}}})
 async def dashboard() -> HTMLResponse:
     """The live page. It holds no secret and loads nothing but its numbers."""
     page, headers = _page()

@@ -42,12 +42,8 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
-# For the OpenAPI document: of all routes, and of those that generate.
+# For the OpenAPI document: of all routes.
 ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorReply}}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {}, "text/event-stream": {}}},
-    **ERRORS,
-}
 
 
 class ApiError(Exception):

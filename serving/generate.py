@@ -10,17 +10,18 @@ from starlette.responses import Response
 
 from pjengine.outputs import RequestOutput
 from pjengine.sampling_params import RequestOutputKind
-from pjengine.serving.errors import RESPONSES
+from pjengine.serving.errors import ERRORS
 from pjengine.serving.protocol import GenerateRequest
 from pjengine.serving.ranking import candidates, likeliest
+from pjengine.serving.replies import GenerateReply, generated
 from pjengine.serving.request_id import request_id_of
 from pjengine.serving.service import Call, Service, service_of
 from pjengine.serving.stream import JsonAnswer, ObjectStream, dumps
 
-router = APIRouter()
+router = APIRouter(responses=ERRORS)
 
 
-@router.post("/generate", responses=RESPONSES)
+@router.post("/generate", responses=generated(GenerateReply, "application/octet-stream"))
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Continues a prompt: `{"text": [prompt + output, ...]}`; streamed, such an object for each new token."""
     service = service_of(request)

@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ STATS_INTERVAL_S = 10.0
 _WATCH_INTERVAL_S = 0.5
 _SAMPLE_INTERVAL_S = 1.0  # for the dashboard
 _LAST_WORDS_S = 10  # after the last request was ended, for the ends of its stream
+_CLOSE_S = 3.0  # after that, for the engine; a program that is being compiled may take longer
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -51,15 +53,19 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             )
         llm = AsyncLLM(**vars(engine_config))
         service = Service(llm, config)
+        server = _Server(_uvicorn_config(service), service)
         try:
             gc.collect()
             gc.freeze()  # what start-up has made stays, and need not be looked through again
-            server = _Server(_uvicorn_config(service), service)
             # uvicorn raises the signal again once all is done.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             server.run(sockets=[listener])
         finally:
-            service.close()
+            server.close()
+    return _exit_status(llm)
+
+
+def _exit_status(llm: AsyncLLM) -> int:
     return 1 if llm.errored else 0
 
 
@@ -118,6 +124,8 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._leaving = threading.Timer(_CLOSE_S, self._leave)
+        self._leaving.daemon = True
         self._tasks: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -157,6 +165,19 @@ class _Server(uvicorn.Server):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._leaving.start()
+
+    def close(self) -> None:
+        """Closes the service; the process ends here and now if that takes too long."""
+        self._service.close()
+        self._leaving.cancel()
+
+    def _leave(self) -> None:
+        """Nothing interrupts XLA. The compile cache writes whole files or none; the driver frees the memory."""
+        logger.warning("a program is still being compiled: it is given up")
+        if self._service.config.uds is not None:
+            Path(self._service.config.uds).unlink(missing_ok=True)
+        os._exit(_exit_status(self._service.llm))
 
     async def _drain(self) -> None:
         """Ends what is still running when the time is up: the streams then end with an error."""

@@ -18,7 +18,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from tests.serving.client import parse_events
-from tests.serving.process import RANDOM, SMALL, Server, start_server, wait_until
+from tests.serving.process import RANDOM, SMALL, Server, Socket, start_server, wait_until
 
 KEY = "sk-of-the-tests"
 MESSAGES: list[Any] = [{"role": "user", "content": "Write a class"}]
@@ -288,6 +288,41 @@ def test_an_engine_that_fails_ends_the_process_with_a_status(tmp_path: Path) -> 
         assert events and last["error"]["code"] == 503 and "off the bus" in last["error"]["message"]
         assert server.wait() == 1
         assert "the engine has failed: the server ends" in server.log
+
+
+ENDLESS = """
+import sys, threading
+from pjengine.edit_sizes import NO_SIZES
+from pjengine.serving.cli import main
+from pjengine.step_compiler import StepCompiler
+
+compile = StepCompiler.compile
+
+def compile_or_hang(self, layout, lowered):
+    if layout.edits != NO_SIZES:
+        print("compiles and compiles", flush=True)
+        threading.Event().wait()
+    return compile(self, layout, lowered)
+
+StepCompiler.load = lambda self, layout: None
+StepCompiler.compile = compile_or_hang
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_program_that_is_being_compiled_does_not_hold_up_the_exit(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    arguments = ("demo", f"--uds={path}", "--shutdown-timeout=0", *RANDOM)
+    with start_server(tmp_path, *arguments, code=ENDLESS) as server:
+        server.url  # noqa: B018 - waits
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(path))
+            request = Socket(connection, "POST", "/v1/completions", {**LONG, "logit_bias": {"5": 1}}, {})
+            wait_until(lambda: "compiles and compiles" in server.log, "the compilation")
+            server.terminate()
+            assert request.read_all().startswith(b"HTTP/1.1 503 ")
+            assert server.wait(10) == 0
+        assert "still being compiled: it is given up" in server.log and not path.exists()
 
 
 def test_a_unix_socket_is_this_users_alone_and_goes_with_the_server(tmp_path: Path) -> None:
