@@ -308,7 +308,12 @@ def test_compiled_grammars_are_kept_up_to_a_number(tokenizers: dict[str, Any], m
     grammars = module.Grammars(tokenizers["demo"], [0], 4096)
     asked: list[str] = []
     error = grammars._check.error
-    monkeypatch.setattr(grammars._check, "error", lambda grammar: (asked.append(grammar), error(grammar))[1])
+
+    def count(grammar: str) -> str:
+        asked.append(grammar)
+        return error(grammar)
+
+    monkeypatch.setattr(grammars._check, "error", count)
     for text in "abacab":
         grammars.matcher(make(choice=[text]))
     grammars.close()

@@ -106,6 +106,34 @@ def test_edits_in_a_mixed_batch_equal_their_definitions(
         np.testing.assert_allclose(got[i], wanted, rtol=1e-5, atol=1e-5, err_msg=str(edits))
 
 
+@pytest.mark.parametrize("vocab", [VOCAB, 64, 65])
+def test_a_mask_forbids_what_it_has_no_bit_for_in_its_own_sequence_alone(vocab: int) -> None:
+    from pjengine.edit_sizes import pack_masks, sizes_for
+    from pjengine.edits import Edits, join_needs
+    from pjengine.logits import apply_edits
+    from pjengine.models.state import Batch
+    from pjengine.schedule import Masks
+
+    rng = np.random.default_rng(vocab)
+    seqs = [4, 0, 2]
+    sizes = sizes_for(join_needs(np.array([Edits(has_mask=True).needs] * len(seqs))), vocab)
+    assert (sizes.num_masks, sizes.mask_words) == (4, -(-vocab // 32)) and sizes.can_forbid
+    words = rng.integers(-(2**31), 2**31, (len(seqs), sizes.mask_words)).astype(np.int32)
+    parts = {name: np.full(shape, 77, np.int32) for name, shape in sizes.parts(NUM_SEQS, 8).items()}
+    pack_masks(parts, Masks(seqs, words))
+    logits = rng.normal(0, 3, (NUM_SEQS, vocab)).astype(np.float32)
+    lens = jnp.zeros(NUM_SEQS, jnp.int32)
+    batch = Batch(lens, lens, lens, lens, lens[:, None], lens, None)
+    on_device = {name: jnp.asarray(part) for name, part in parts.items()}
+    penalties = [jnp.ones(NUM_SEQS, jnp.float32)] * 3
+    table = jnp.zeros((1, PAGE), jnp.int32)
+    got = apply_edits(jnp.asarray(logits), on_device, sizes, penalties, batch, table, lens)
+    wanted = logits.copy()
+    for seq, mask in zip(seqs, words, strict=True):
+        wanted[seq, [token for token in range(vocab) if not mask[token // 32] >> token % 32 & 1]] = -np.inf
+    np.testing.assert_array_equal(np.asarray(got), wanted)
+
+
 def test_a_program_without_edits_has_no_room_for_any() -> None:
     from pjengine.batching import Layout
     from pjengine.edit_sizes import NO_SIZES, sizes_for

@@ -172,7 +172,7 @@ def test_every_field_of_sampling_reaches_the_engine() -> None:
         "truncate_prompt_tokens": 5,
         "prompt_logprobs": 1,
     }
-    form = {"regex": "a+"}
+    form: Any = {"regex": "a+"}
     body = CompletionRequest(prompt="a", logit_bias={"3": 1.5}, structured_outputs=form, **values)
     params = body.sampling_params(SamplingParams(), max_tokens=9, logprobs=2)
     assert {name: getattr(params, name) for name in values} == values

@@ -1,5 +1,6 @@
 """response_format and structured_outputs: answers that have a form, and what is refused."""
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -94,6 +95,23 @@ def test_the_plain_route_takes_structured_outputs(client: Client) -> None:
     assert answer == {"text": ["xyes"]}
     status, error = client.error("/generate", prompt="x", response_format={"type": "json_object"})
     assert (status, error["param"]) == (400, "response_format")
+
+
+def test_a_grammar_that_takes_long_to_compile_holds_up_nobody_else(llm: Any) -> None:
+    from pjengine import SamplingParams, StructuredOutputsParams
+
+    async def last(params: Any) -> Any:
+        return [output async for output in llm.generate("x", params)][-1]
+
+    async def main() -> None:
+        plain, form = SamplingParams(max_tokens=4), StructuredOutputsParams(choice=["slow"])
+        with llm.engine._preparation.grammars._lock:  # as while one is compiled
+            waiting = asyncio.create_task(last(SamplingParams(structured_outputs=form)))
+            assert (await last(plain)).finished
+            assert not waiting.done()
+        assert (await waiting).outputs[0].text == "slow"
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [

@@ -73,10 +73,8 @@ def test_openai_parses_an_answer_that_has_the_form_of_a_class(client: openai.Ope
     plain = client.chat.completions.create(**fields, max_tokens=30, response_format={"type": "json_object"})
     assert (plain.choices[0].message.content or "").startswith("{")
     with pytest.raises(openai.BadRequestError, match="Invalid type") as refused:
-        schema = {"name": "x", "schema": {"type": "strin"}}
-        client.chat.completions.create(
-            **fields, response_format={"type": "json_schema", "json_schema": schema}
-        )
+        schema: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}
+        client.chat.completions.create(**fields, response_format=schema)
     assert refused.value.param == "response_format"
 
 
