@@ -75,6 +75,11 @@ def chosen_backends() -> dict[str, str]:
     return dict(_chosen)
 
 
+def recall_backends(chosen: Mapping[str, str]) -> None:
+    """Takes what `chosen_backends` returned when a program was made, which now is loaded and not traced."""
+    _chosen.update(chosen)
+
+
 def dispatch[Out](op: str, implementations: Mapping[str, Callable[[], Out]], backend: str | None) -> Out:
     """Runs `op` on `backend`, or on the first backend of this platform that can do it.
 

@@ -5,9 +5,11 @@ An entry holds XLA's executable, its choice of kernels included, as
 JAX wraps it in a pickle, so that no reader could make a stranger's entry safe. Therefore the folder and
 every entry must belong to this user and be writable by nobody else; others are refused. The digest in
 an entry finds damage, not malice. Argument and result trees are not stored: the caller knows them.
+Before the executable is a line with the backends that its kernels were traced with, to be reported.
 """
 
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -24,6 +26,7 @@ from jax.tree_util import PyTreeDef
 
 import pjengine
 from pjengine.config import xla_flags
+from pjengine.pallas_kernels.dispatch import chosen_backends, recall_backends
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +127,11 @@ class CompileCache:
         path, start = self.path(key), time.perf_counter()
         try:
             payload = self._read(path)
+            backends, _, executable = payload.partition(b"\n")
             program = deserialize_and_load(
-                payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
+                executable, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
             )
+            recall_backends(json.loads(backends))
             os.utime(path)
         except FileNotFoundError:
             return None
@@ -155,11 +160,12 @@ class CompileCache:
         """
         path = self.path(key)
         try:
-            payload, *trees = serialize(program)
+            executable, *trees = serialize(program)
             if trees != [in_tree, out_tree]:
                 raise RuntimeError(
                     f"wanted a program of {in_tree} -> {out_tree}, got {trees[0]} -> {trees[1]}"
                 )
+            payload = json.dumps(chosen_backends()).encode() + b"\n" + executable
             self._write(path, hashlib.sha256(payload).digest() + payload)
             self._evict()
         except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:

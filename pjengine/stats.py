@@ -23,7 +23,7 @@ class EngineStats:
     num_cache_queries: int
     num_cache_hits: int
     num_recompiles: int
-    kernel_backends: Mapping[str, str]  # of each op that was traced; programs from the cache are not
+    kernel_backends: Mapping[str, str]  # of each op of the programs
 
 
 def read_stats(engine: LLMEngine) -> EngineStats:

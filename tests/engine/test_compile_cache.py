@@ -152,6 +152,19 @@ def test_a_loaded_program_updates_the_cache_in_place(stored: Stored) -> None:
         assert before.is_deleted()
 
 
+def test_a_loaded_program_tells_what_its_kernels_run_on(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pjengine.pallas_kernels import dispatch
+
+    stored.store(stored.path.stem)
+    made = dispatch.chosen_backends()
+    assert made["paged_attention"] == "reference"
+    monkeypatch.setattr(dispatch, "_chosen", {})  # as in a process that has traced nothing
+    assert stored.load() is not None
+    assert dispatch.chosen_backends() == made
+
+
 CHANGES: list[dict[str, Any]] = [
     {"num_layers": 2}, {"num_pages": 65}, {"dtype": "bfloat16"}, {"rms_norm_eps": 1e-3},
 ]  # fmt: skip
