@@ -173,7 +173,7 @@ class _Server(uvicorn.Server):
         self._leaving.cancel()
 
     def _leave(self) -> None:
-        """Nothing interrupts XLA. The compile cache writes whole files or none; the driver frees the memory."""
+        """Nothing interrupts XLA. The compile cache writes whole files or none; the driver frees memory."""
         logger.warning("a program is still being compiled: it is given up")
         if self._service.config.uds is not None:
             Path(self._service.config.uds).unlink(missing_ok=True)

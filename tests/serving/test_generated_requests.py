@@ -60,7 +60,7 @@ LARGEST: dict[str, Any] = {
     "n": 3,
     "echo": True,
 }
-# Schemas say types. Within these ranges, which are those of the model and of its parameters, most requests run.
+# Schemas say types. Within these ranges, those of the model and of its parameters, most requests run.
 RANGES: dict[str, Any] = {
     "model": {"const": "demo"},
     "prompt": {"type": "string", "minLength": 1, "maxLength": 12},

@@ -19,7 +19,7 @@ NUM_DISTINCT = 40  # requests; each is first answered alone
 NUM_REQUESTS = 5000
 NUM_STREAMS = 500  # at once
 
-# 64 rows and 80 pages, which is too few for as many of the longer requests: some make room for others.
+# 64 rows and 64 pages, which is too few for as many of the longer requests: some wait for them.
 ARGUMENTS = (
     "--load-format=dummy",
     '--hf-overrides={"num_hidden_layers": 1}',
@@ -27,7 +27,7 @@ ARGUMENTS = (
     "--max-model-len=128",
     "--max-num-seqs=64",
     "--max-num-batched-tokens=256",
-    "--kv-cache-memory-bytes=1320000",
+    "--kv-cache-memory-bytes=1056000",
     "--decode-steps=1",
     "--disable-uvicorn-access-log",
 )
@@ -43,7 +43,7 @@ close = LLMEngine.close
 def check_and_close(engine):
     engine.scheduler.check_integrity()
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_usable
-    print(f"all pages are back; preemptions: {engine.scheduler.num_preemptions}", flush=True)
+    print("all pages are back", flush=True)
     close(engine)
 
 LLMEngine.close = check_and_close
@@ -178,11 +178,9 @@ def test_of_500_streams_nothing_is_lost_or_crossed_and_nothing_stays_behind(tmp_
         assert json.loads(asyncio.run(get(root, "/load"))) == {"server_load": 0}
         server.terminate()
         assert server.wait() == 0
-        found = re.search(r"all pages are back; preemptions: (\d+)", server.log)
-        assert found and int(found[1]) > 0, server.log[-2000:]
+        assert "all pages are back" in server.log
         assert "Traceback" not in server.log and "ERROR" not in server.log
     assert load.num_whole + load.num_left == NUM_REQUESTS
     assert NUM_REQUESTS / 4 < load.num_left < NUM_REQUESTS / 2.5, load.num_left
     middle, end = load.rss_bytes[NUM_REQUESTS // 2], load.rss_bytes[-1]
     assert end < 1.05 * middle, (middle, end)
-    print(load.num_whole, load.num_left, middle, end, found[1])

@@ -1,7 +1,8 @@
-"""How much later the first token comes over HTTP than from the Python API: `python -m tests.serving.ttft_overhead`.
+"""How much later the first token comes over HTTP than from the Python API.
 
-The same engine twice: in this process, under AsyncLLM, and in a server of its own. Clients are as many as rows, each
-sends its next request when the last was answered, and rounds over HTTP and without alternate.
+The same engine twice: in this process, under AsyncLLM, and in a server of its own. There are as many clients
+as rows, each sends its next request when the last was answered, and rounds with and without HTTP alternate.
+Run it on an idle machine: `python -m tests.serving.ttft_overhead`.
 """
 
 import argparse
