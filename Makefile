@@ -12,6 +12,8 @@ comma := ,
 # Tests compile for an H200. JAX's CUDA build can; elsewhere these two wheels of it are enough. They lie in a folder of
 # their own: among the other packages JAX would take them for a broken build, and say so at every start.
 CUDA_COMPILER := $(if $(CUDA_EXTRA),,$(if $(filter Linux,$(shell uname -s)),jax-cuda13-plugin jax-cuda13-pjrt))
+# Of two processes on one GPU, the first would take its memory.
+TWO_AT_ONCE := $(if $(CUDA_EXTRA),,-n 2 --dist loadfile --no-loadscope-reorder)
 
 .PHONY: demo test check clean
 demo: $(VENV)/installed-demo
@@ -19,7 +21,7 @@ demo: $(VENV)/installed-demo
 		--temperature 0.6 --top-p 0.95 --sampling-seed 115
 
 test: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler) check
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE)
 
 check: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -274,7 +274,7 @@ def gated_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -
             check_hopper()
     except NotImplementedError:
         return
-    k, n = PRODUCTS[name]["gate_up"]
+    k, n = (64, 256) if interpret else PRODUCTS[name]["gate_up"]
     weights = jax.random.normal(jax.random.key(0), (2 if interpret else 4, k, 2, n // 2), jnp.bfloat16)
     for num_rows in (64,) if interpret else (64, 256, 1024, 8192):
         x = jax.random.normal(jax.random.key(1), (num_rows, k), jnp.bfloat16)

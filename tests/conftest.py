@@ -26,6 +26,18 @@ def compile_cache() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_compile() -> Iterator[None]:
+    """XLA compiles for a CPU in half the time, subprocesses included; no effect where there is a GPU."""
+    if has_gpu():
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
 def has_gpu() -> bool:
     return any(device.platform == "gpu" for device in jax.devices())
 

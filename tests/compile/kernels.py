@@ -28,7 +28,8 @@ MAX_LEN = 8192
 # Float16 takes no other path than bfloat16.
 DTYPES = ("bfloat16", "float32")
 # Of an array of K or V. From 4 on Triton counts its elements in 64 bits: other registers, more or fewer.
-CACHE_GIB = (1, 8)
+# Float32 is for comparisons: the larger one stands for both.
+CACHE_GIB = {"bfloat16": (1, 8), "float32": (8,)}
 
 
 def pages(shape: HeadShape, dtype: str, cache_gib: int) -> Any:
@@ -181,7 +182,7 @@ def can_mosaic(shape: HeadShape) -> bool:
 def attention_programs(name: str, shape: HeadShape) -> Iterator[tuple[str, Callable[[], Compiled]]]:
     partial = functools.partial
     for dtype in DTYPES:
-        for gib in CACHE_GIB:
+        for gib in CACHE_GIB[dtype]:
             for batch in decode_batches(shape, dtype):
                 run = partial(compile_decode, shape, dtype, batch, cache_gib=gib)
                 yield f"paged_attention {name} {dtype} {batch} of {gib} GiB", run

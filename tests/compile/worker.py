@@ -18,6 +18,7 @@ MARK = "compiled: "  # begins a line that is a Report; what comes before it was 
 WARNINGS = ("-Werror", "-Wignore:The Pallas Triton:DeprecationWarning")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # which other tests do without
     "XLA_FLAGS": "--xla_gpu_fail_ptx_compilation_on_register_spilling=true",
     "MOSAIC_GPU_DUMP_PTXAS": "1",  # Mosaic has an assembler of its own
 }

@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jaxtyping
 import pytest
 
@@ -23,6 +24,15 @@ def demo() -> Iterator[Any]:
         yield llm
         assert not llm.engine.has_unfinished_requests()
         llm.engine.scheduler.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def full_compile(quick_compile: None) -> Iterator[None]:
+    """XLA's optimizations, for programs that run so often that they pay."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def mixed_requests() -> list[tuple[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[tuple[Any, list[Any]]]:
+def shared(full_compile: None) -> Iterator[tuple[Any, list[Any]]]:
     """The packaged model, and what `LLM.generate` gives for `mixed_requests` on the same engine."""
     from pjengine import LLM, AsyncLLM
 

@@ -97,7 +97,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(
-    gqa_folder: Path, unchecked_types: None, tmp_path_factory: pytest.TempPathFactory
+    gqa_folder: Path, unchecked_types: None, full_compile: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
     """Has the largest programs, of most rows and all that a request may ask for: others take minutes."""
     from pjengine import LLM, SamplingParams

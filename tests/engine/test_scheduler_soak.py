@@ -1,16 +1,14 @@
 """The scheduler over a hundred thousand requests, against a device that is a dictionary: no JAX."""
 
 import random
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 from pjengine.page_pool import PagePool
 from pjengine.request import Request, RequestStatus
 from pjengine.sampling_params import SamplingParams
 from pjengine.scheduler import Scheduler
 from tests.engine.stub_device import StubDevice, expected
+from tests.engine.unchecked import run_unchecked
 
 NUM_REQUESTS = 100_000
 NUM_PAGES = 420
@@ -80,13 +78,7 @@ class Load:
 
 
 def test_100_000_requests_with_random_aborts_leave_an_empty_pool() -> None:
-    """In a process without checks of annotations: even switched off they take most of the time."""
-    code = "from tests.engine.test_scheduler_soak import soak; soak()"
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
+    run_unchecked(soak)
 
 
 def soak() -> None:

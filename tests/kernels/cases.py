@@ -22,11 +22,13 @@ BACKENDS = [
     pytest.param("triton", marks=pytest.mark.gpu),
     pytest.param("jax_triton", marks=[pytest.mark.gpu, NEEDS_JAX_TRITON]),
 ]
-# Every shape in the two dtypes that models come in, and one of each width class in float16 (which takes no
-# other path than bfloat16).
+# Every shape in one dtype, and one of each width class in the others: interpreted, a dtype's path is the same
+# for all shapes. Compiled, the tiles of float32 are others for each.
+WIDTH_CLASSES = ("llama-8b", "open-llama-3b", "demo")
 SHAPES_AND_DTYPES = [
-    *((name, dtype) for name in SHAPES for dtype in ("float32", "bfloat16")),
-    *((name, "float16") for name in ("llama-8b", "open-llama-3b", "demo")),
+    *((name, "bfloat16") for name in SHAPES),
+    *((name, dtype) for name in WIDTH_CLASSES for dtype in ("float32", "float16")),
+    *(pytest.param(name, "float32", marks=pytest.mark.gpu) for name in SHAPES if name not in WIDTH_CLASSES),
 ]
 WINDOW = 20
 # What layers of real models do: Gemma 2, Mistral, BLOOM, gpt-oss; and all at once.
@@ -38,15 +40,6 @@ FEATURED_SHAPES = [
     HeadShape(num_heads=16, num_kv_heads=2, head_dim=128),
     HeadShape(num_heads=5, num_kv_heads=1, head_dim=64),
 ]
-
-
-@contextmanager
-def quick_compile() -> Iterator[None]:
-    """Halves the time XLA's CPU compiler takes for an interpreted kernel; no effect on a GPU."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pjengine.pallas_kernels.dispatch import chosen_backends
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_linear, gated_mosaic, reference
-from tests.kernels.cases import cuda_mesh, cuda_target, quick_compile
+from tests.kernels.cases import cuda_mesh, cuda_target
 
 LAYERS = 3
 SMALL = GatedTiles(num_stages=2, num_programs=2)
@@ -41,24 +41,25 @@ def assert_close(out: jax.Array, x: jax.Array, weights: jax.Array, layer: int) -
     )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("num_rows", "k", "n", "tiles"),
+    ("num_rows", "k", "n", "tiles", "dtype"),
     [
-        (128, 128, 128, SMALL),
-        (8, 192, 256, SMALL),  # rows of one warpgroup only
-        (264, 128, 256, SMALL),  # six blocks for two programs
-        (136, 128, 384, replace(SMALL, num_programs=4)),  # of six blocks two in halves, one without rows
-        (64, 64, 128, HALVED),  # fewer blocks than programs, a single step
-        (136, 256, 256, HALVED),
+        (128, 128, 128, SMALL, "bfloat16"),
+        (8, 192, 256, SMALL, "bfloat16"),  # rows of one warpgroup only
+        (264, 128, 256, SMALL, "bfloat16"),  # six blocks for two programs
+        # Of six blocks two in halves, one without rows.
+        (136, 128, 384, replace(SMALL, num_programs=4), "bfloat16"),
+        (136, 128, 384, replace(SMALL, num_programs=4), "float16"),
+        (64, 64, 128, HALVED, "bfloat16"),  # fewer blocks than programs, a single step
+        (136, 256, 256, HALVED, "bfloat16"),
+        (136, 256, 256, HALVED, "float16"),
     ],
 )
 def test_it_is_the_gated_product_of_the_layer_asked_for(
     num_rows: int, k: int, n: int, tiles: GatedTiles, dtype: str
 ) -> None:
     x, weights = draw(1, num_rows, k, dtype=dtype), weights_of(k, n, layer=1, dtype=dtype)
-    with quick_compile():
-        out = gated_mosaic(x, weights, jnp.int32(1), tiles=tiles, interpret=plgpu.InterpretGPUParams())
+    out = gated_mosaic(x, weights, jnp.int32(1), tiles=tiles, interpret=plgpu.InterpretGPUParams())
     assert out.dtype == dtype
     assert_close(out, x, weights, 1)
 
@@ -69,8 +70,7 @@ def test_warpgroups_do_not_race(tiles: GatedTiles) -> None:
 
     x, weights = draw(1, 136, 256), weights_of(256, 128, layer=2)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    with quick_compile():
-        out = gated_mosaic(x, weights, jnp.int32(2), tiles=tiles, interpret=interpret)
+    out = gated_mosaic(x, weights, jnp.int32(2), tiles=tiles, interpret=interpret)
     assert_close(out, x, weights, 2)
     assert not interpreter.get_races().races_found
 
@@ -86,8 +86,7 @@ def test_blocks_of_a_last_round_are_halved_where_that_gives_more_programs_a_part
 
 def test_the_public_op_takes_a_backend_and_chooses_tiles() -> None:
     x, weights = draw(1, 32, 64), weights_of(64, 4096, layer=1)
-    with quick_compile():
-        out = gated_linear(x, weights, 1, backend="mosaic_interpret")
+    out = gated_linear(x, weights, 1, backend="mosaic_interpret")
     assert_close(out, x, weights, 1)
     expected = gated_linear(x, weights, 1)
     assert chosen_backends()["gated_linear"] == "reference"

@@ -85,8 +85,7 @@ def test_features_equal_a_dense_softmax(features: tuple[str, ...], backend: str)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("num_heads", [1, 3, 8])
-@pytest.mark.parametrize("window", [1, 70, 200])
+@pytest.mark.parametrize(("window", "num_heads"), [(1, 1), (1, 8), (70, 3), (200, 1), (200, 8)])
 def test_windows_of_any_number_of_tiles(window: int, num_heads: int, backend: str) -> None:
     heads = HeadShape(num_heads=num_heads, num_kv_heads=1, head_dim=64, page_size=32)
     variant = make_variant(heads.num_heads, FEATURES[-1], window=window)

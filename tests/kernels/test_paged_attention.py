@@ -1,7 +1,6 @@
 """Decode attention: the reference against a dense softmax, the kernel against both."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
@@ -29,16 +28,9 @@ from tests.kernels.cases import (
     expected,
     make_case,
     make_variant,
-    quick_compile,
 )
 
 SMALL = HeadShape(num_heads=4, num_kv_heads=2, head_dim=32)
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    with quick_compile():
-        yield
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -25,15 +25,17 @@ def arguments(
     return qkv, cos, sin, k_pages, v_pages, slots, jnp.int32(NUM_PAGES)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "heads",
+    ("heads", "dtype"),
     [
-        {},
-        {"group": 1, "kv_heads": 5, "page_size": 32},
-        {"group": 3, "head_dim": 80},
-        {"group": 71, "kv_heads": 1, "head_dim": 64},
-        {"head_dim": 256},
+        ({}, "float32"),
+        ({}, "float16"),
+        ({}, "bfloat16"),
+        ({"group": 1, "kv_heads": 5, "page_size": 32}, "bfloat16"),
+        ({"group": 3, "head_dim": 80}, "bfloat16"),
+        ({"group": 3, "head_dim": 80}, "float32"),
+        ({"group": 71, "kv_heads": 1, "head_dim": 64}, "bfloat16"),
+        ({"head_dim": 256}, "bfloat16"),
     ],
 )
 def test_kernel_does_what_rotation_and_write_do(heads: dict[str, int], dtype: str) -> None:

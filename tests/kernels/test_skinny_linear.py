@@ -43,9 +43,10 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("num_rows", [1, 5, 16, 32])
+@pytest.mark.parametrize(
+    ("num_rows", "dtype"), [*((num_rows, "bfloat16") for num_rows in (1, 5, 16, 32)), (5, "float16")]
+)
 def test_product_is_that_of_the_layer_asked_for(num_rows: int, tiles: SkinnyTiles, dtype: str) -> None:
     x, weights = draw(1, num_rows, 128, dtype=dtype), weights_of(128, 192, layer=1, dtype=dtype)
     biases = draw(2, LAYERS, 192, dtype=dtype)

@@ -15,7 +15,6 @@ from pjengine.models.llama import Llama
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import Batch, KVCache, kv_shape
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
-from tests.kernels.cases import quick_compile
 
 PAGE_SIZE = 16
 CONFIG = dataclasses.replace(SHAPES["tiny"], hidden_size=128, intermediate_size=256)
@@ -76,8 +75,7 @@ def test_the_kernel_computes_each_layer_s_own_product(monkeypatch: pytest.Monkey
         return gated_mosaic(x, stack, jnp.int32(layer), tiles=tiles, interpret=interpret)
 
     monkeypatch.setattr(llama, "gated_linear", interpreted)
-    with quick_compile():
-        found = hidden(model, params, 64, None)
+    found = hidden(model, params, 64, None)
     sliced = hidden(model, params, 64, "reference")
     truth = hidden(exact, jax.tree.map(lambda x: x.astype(jnp.float32), params), 64, "reference")
     assert (found != sliced).any()
