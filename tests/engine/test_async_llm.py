@@ -296,7 +296,7 @@ def test_a_failed_step_raises_where_its_requests_wait_and_later_ones_run(
         runner = llm.engine.runner
         launch = runner.launch
 
-        def fail(schedule: Any) -> None:
+        def fail(*_: Any) -> None:
             monkeypatch.setattr(runner, "launch", launch)
             raise MemoryError("the device is full")
 

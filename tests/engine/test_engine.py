@@ -268,7 +268,7 @@ def test_a_failed_step_aborts_what_runs_and_the_engine_goes_on(
     generation = engine.add_request([1, 2, 3])
     engine.step()
 
-    def fail(schedule: Any) -> None:
+    def fail(*_: Any) -> None:
         engine.runner.cache.k.delete()  # as donation leaves it when the program then fails
         raise RuntimeError("the device is out of memory")
 

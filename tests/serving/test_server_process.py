@@ -268,8 +268,8 @@ launch = Runner.launch
 def fail(self, *rest):
     raise RuntimeError("the device has fallen off the bus")
 
-def launch_or_fail(self, schedule):
-    return fail(self) if Path(sys.argv[1]).exists() else launch(self, schedule)
+def launch_or_fail(self, *step):
+    return fail(self) if Path(sys.argv[1]).exists() else launch(self, *step)
 
 Runner.launch, Runner.reset = launch_or_fail, fail
 sys.exit(main(["serve", *sys.argv[2:]]))

@@ -145,12 +145,12 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, runner: Any, *, after: int) -> No
     """The step after so many others fails."""
     launch, left = runner.launch, [after]
 
-    def launch_or_fail(schedule: Any) -> Any:
+    def launch_or_fail(*step: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             monkeypatch.setattr(runner, "launch", launch)
             raise MemoryError("the device is full")
-        return launch(schedule)
+        return launch(*step)
 
     monkeypatch.setattr(runner, "launch", launch_or_fail)
 
