@@ -17,8 +17,10 @@ from typing import Any
 from fastapi import Request
 
 from pjengine.async_llm import AsyncLLM
+from pjengine.generation import NO_TOKEN
 from pjengine.outputs import RequestOutput
 from pjengine.sampling_params import MAX_N, SamplingParams
+from pjengine.schedule import BROKEN
 from pjengine.serving.errors import ApiError, bad_request
 from pjengine.serving.metrics import Metrics
 from pjengine.serving.prompt_reader import GivenPrompt, PromptReader
@@ -105,7 +107,10 @@ class Service:
                     watch.see(output)
                     for completion in output.outputs:
                         if completion.finish_reason == "error":
-                            raise ApiError(500, f"the request failed: {completion.stop_reason}")
+                            is_model = completion.stop_reason == NO_TOKEN[BROKEN]
+                            # Else it is what the request asks for: what nothing fulfils is found on the way.
+                            status = 500 if is_model else 400
+                            raise ApiError(status, f"the request failed: {completion.stop_reason}")
                         if completion.finish_reason == "abort":
                             raise ApiError(503, "the server is shutting down, and has ended this request")
                     yield output

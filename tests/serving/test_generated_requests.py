@@ -59,6 +59,7 @@ LARGEST: dict[str, Any] = {
     "frequency_penalty": 1,
     "n": 3,
     "echo": True,
+    "structured_outputs": {"regex": "(?s:.)*"},
 }
 # Schemas say types. Within these ranges, those of the model and of its parameters, most requests run.
 RANGES: dict[str, Any] = {
@@ -87,15 +88,26 @@ RANGES: dict[str, Any] = {
     "bad_words": {"const": LARGEST["bad_words"]},
     "truncate_prompt_tokens": COUNT,
     "prompt_logprobs": NONE,
-    **dict.fromkeys(("best_of", "suffix", "chat_template", "max_completion_tokens", "stream_options"), NONE),
+    **dict.fromkeys(
+        ("priority", "best_of", "suffix", "chat_template", "max_completion_tokens", "stream_options"), NONE
+    ),
 }
 OWN_RANGES: dict[str, Any] = {
     "CompletionRequest": {
         "prompt": {"anyOf": [RANGES["prompt"], lists(RANGES["prompt"], 3, 1), lists(TOKEN, 8, 1)]},
         "logprobs": {"const": LARGEST["logprobs"]},
+        "structured_outputs": {"enum": [{"regex": "(?s:.)*"}, {"choice": ["self", "import"]}]},
+        "response_format": NONE,
     },
-    "ChatRequest": {"top_logprobs": NONE},
-    "Message": {"content": {"type": "string", "maxLength": 8}},
+    "ChatRequest": {
+        "response_format": {"enum": [{"type": "text"}, {"type": "json_object"}]},
+        **dict.fromkeys(("top_logprobs", "structured_outputs", "tools", "tool_choice"), NONE),
+    },
+    "Message": {
+        "role": {"enum": ["system", "user", "assistant"]},
+        "content": {"type": "string", "maxLength": 8},
+        **dict.fromkeys(("tool_calls", "tool_call_id", "reasoning", "reasoning_content"), NONE),
+    },
 }
 
 
@@ -106,6 +118,7 @@ def narrowed(document: Any) -> Any:
         properties = document["components"]["schemas"][name]["properties"]
         ranges = RANGES | OWN_RANGES.get(name, {})
         properties |= {field: values for field, values in ranges.items() if field in properties}
+    document["components"]["schemas"]["Message"]["required"] = ["role", "content"]
     return document
 
 
@@ -155,7 +168,9 @@ def test_no_request_that_the_document_allows_or_forbids_breaks_the_server(server
         has_query = any(True for _ in operation.query)
         fuzz.send(operation, positive, 400 if has_body else 150)  # fewer, where there are no more
         if has_body or has_query:  # any path and header is good
-            fuzz.send(operation, negative, 400 if has_body else 100)
+            # Conversations are slow to make wrong.
+            is_nested = operation.path in ("/v1/chat/completions", "/tokenize")
+            fuzz.send(operation, negative, 100 if has_query else 200 if is_nested else 550)
     for operation in map(
         as_operation, schemathesis.openapi.from_dict(narrowed(document)).get_all_operations()
     ):

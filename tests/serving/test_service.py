@@ -186,6 +186,14 @@ def test_logits_that_are_no_number_end_the_request_with_an_error(
     assert client.events(PATH, **body)[-1]["error"]["code"] == 500
 
 
+def test_a_request_that_nothing_fulfils_is_the_callers_mistake(client: Client) -> None:
+    body = long(allowed_token_ids=[5], structured_outputs={"choice": ["self", "import"]})
+    status, error = client.error(PATH, **body)
+    assert status == 400 and "no token is left: allowed_token_ids" in error["message"]
+    status, error = client.error(PATH, **body, stream=True)
+    assert status == 400 and error["type"] == "BadRequestError"
+
+
 def test_what_nobody_foresaw_is_logged_and_kept_from_the_client(
     client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
