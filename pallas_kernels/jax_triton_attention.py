@@ -10,7 +10,6 @@ Importing this file needs the extra `triton`. The kernels stay clear of the test
 """
 
 import functools
-import math
 from typing import Any, no_type_check
 
 import jax
@@ -20,12 +19,13 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
+from pjengine.pallas_kernels.attention_variant import LOG2_E, LOWEST
 from pjengine.pallas_kernels.dispatch import platform
-from pjengine.pallas_kernels.paged_attention import LOWEST, DecodeTiles, check_kernel_can
+from pjengine.pallas_kernels.paged_attention import DecodeTiles, check_kernel_can
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, plan_blocks
 
 _LOWEST = tl.constexpr(LOWEST)
-_LOG2_E = tl.constexpr(math.log2(math.e))
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 def check_jax_triton_can(q: Array, k_pages: Array, v_pages: Array) -> None:
@@ -58,7 +58,7 @@ def _static(
         "head_dim": head_dim,
         "group": q.shape[1] // num_kv_heads,
         "block_d": max(16, triton.next_power_of_2(head_dim)),
-        "scale": scale * math.log2(math.e),  # exponentials are powers of 2
+        "scale": scale * LOG2_E,  # exponentials are powers of 2
         "window": window or 0,
         "softcap": softcap or 0.0,
     }
