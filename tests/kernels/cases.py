@@ -22,6 +22,11 @@ BACKENDS = [
     pytest.param("triton", marks=pytest.mark.gpu),
     pytest.param("jax_triton", marks=[pytest.mark.gpu, NEEDS_JAX_TRITON]),
 ]
+INTERPRET = pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+# Pallas's Triton kernels, where nothing else is to be run.
+TRITON = pytest.mark.parametrize(
+    "backend", ["triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 # Every shape in the two dtypes that models come in, and one of each width class in float16 (which takes no
 # other path than bfloat16).
 SHAPES_AND_DTYPES = [
