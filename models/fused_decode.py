@@ -1,7 +1,9 @@
-"""Llama's layers in a decode step of few tokens, as few kernels: five a layer.
+"""Llama's layers in a decode step of few tokens, as few kernels: five a layer with most shapes.
 
-Computes what `llama.Block` does, from the same parameters, and is no other model: `tests/models` holds the
-two together. The Block is the one to read, to train and to change first.
+There is one more where a kernel that follows merges the splits of attention, and where heads are no blocks
+of the columns of their product (`skinny_qkv`). Computes what `llama.Block` does, from the same parameters,
+and is no other model: `tests/models` holds the two together. The Block is the one to read, to train and to
+change first.
 """
 
 from typing import Any

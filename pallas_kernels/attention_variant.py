@@ -11,6 +11,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 LOG2_E = math.log2(math.e)
+# Stands for minus infinity in the attention kernels: its exponential is 0, and LOWEST - LOWEST and
+# LOWEST * scale stay finite.
+LOWEST = -1e30
 
 
 @functools.partial(

@@ -1,7 +1,9 @@
 """Times the kernels, each beside the limit of the card that was measured in the same run.
 
-`pjengine bench kernels` is the way in. A timed program is many calls in a row, one per layer, each fed the
-result of the one before; what the layers read is together larger than the L2 cache.
+`pjengine bench kernels` is the way in. A timed program is many calls in a row, as the layers of a model make
+them, and holds nothing but their kernels (`tests/compile` looks at it). The calls read COLD_BYTES or more
+before they read anything again, so that it comes from memory and not from the L2 cache; where that is not so,
+`is_cold` is false.
 """
 
 import dataclasses
@@ -15,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pjengine.pallas_kernels import skinny_qkv
 from pjengine.pallas_kernels.dispatch import check_hopper
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
 from pjengine.pallas_kernels.gated_linear import reference as gated_reference
@@ -27,10 +31,13 @@ from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
 from pjengine.pallas_kernels.shapes import PRODUCTS, SHAPES, HeadShape
-from pjengine.pallas_kernels.skinny_linear import SkinnyTiles, skinny_triton
+from pjengine.pallas_kernels.skinny_linear import Residual, SkinnyTiles, skinny_triton, start_norm
 from pjengine.pallas_kernels.triton_extra import import_jax_triton
 
 type Row = dict[str, object]
+type State = tuple[Any, ...]
+# Of the state, the number of the call and the arguments: the state of the next call, and what else it made.
+type Call = Callable[..., tuple[State, Any]]
 
 # (batch, context)
 DECODE_CASES: Sequence[tuple[int, int]] = (
@@ -49,38 +56,39 @@ PREFILL_CASES: Mapping[str, tuple[list[int], list[int]]] = {
     "chunk of 2048 after 6144": ([2048], [8192]),
     "mixed: 1920 after 0, 128 decodes at 1024": ([1920] + [1] * 128, [1920] + [1024] * 128),
 }
-CALLS = 32  # in one program, as in a model of 32 layers
-COLD_BYTES = 512 << 20  # several times an L2 cache
+CALLS = 32  # in one program, at least, as in a model of 32 layers
+COLD_BYTES = 128 << 20  # more than twice the L2 cache of an H200
+EPS = 1e-5
 
 
-def seconds(program: Callable[..., Array], *args: Array) -> float:
+def seconds(program: Callable[[], Any]) -> float:
     """Median time of one run of a compiled program, over 5 measurements of 3 runs queued together."""
-    program(*args).block_until_ready()
+    jax.block_until_ready(program())
     times = []
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(3):
-            out = program(*args)
-        out.block_until_ready()
+            out = program()
+        jax.block_until_ready(out)
         times.append((time.perf_counter() - start) / 3)
     return statistics.median(times)
 
 
 def copy_gb_per_s(num_bytes: int) -> float:
-    """Bytes read plus bytes written a second by adding 1 to an array."""
+    """Bytes read plus bytes written a second by adding 1 to an array. Reading alone can be faster."""
     x = jax.random.normal(jax.random.key(0), (num_bytes // 4,), jnp.float32)
-    return 2 * num_bytes / seconds(jax.jit(lambda x: x + 1), x) / 1e9
+    return 2 * num_bytes / seconds(functools.partial(jax.jit(lambda x: x + 1), x)) / 1e9
 
 
 def product_tflop_per_s(size: int) -> float:
     """Of one square bfloat16 product by the library that XLA calls."""
     left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
-    return 2 * size**3 / seconds(jax.jit(jnp.dot), left, right) / 1e12
+    return 2 * size**3 / seconds(functools.partial(jax.jit(jnp.dot), left, right)) / 1e12
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the card can do at most, and how a kernel's figure reads beside it."""
+    """What the card was measured to do, and how a kernel's figure reads beside it."""
 
     copy_gb_per_s: float
     product_tflop_per_s: float
@@ -102,6 +110,57 @@ class Limits:
         return {**case, "us": took_s * 1e6, unit: rate, f"limit_{unit}": limit, "share": rate / limit}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kernel at one size, to be called again and again."""
+
+    row: Row  # what it is
+    call: Call
+    state: State
+    args: tuple[Any, ...] = ()
+    num_calls: int
+    gb: float = 0.0  # of one call
+    tflop: float = 0.0
+    is_cold: bool = True
+
+    def program(self, state: State, *args: Any) -> tuple[State, list[Any]]:
+        """Every call. To be jitted, with the state donated: it passes through without a copy."""
+        outs = []
+        for index in range(self.num_calls):
+            # The barrier takes no kernel. Without it, XLA would make one product of those that share their x;
+            # and what nobody takes it would leave out, so that the program gives it.
+            state, out = lax.optimization_barrier(self.call(state, index, *args))
+            outs.append(out)
+        return state, outs
+
+    def seconds(self) -> float:
+        """Of one call."""
+        program = jax.jit(self.program, donate_argnums=0, compiler_options=library_only())
+        state = jax.tree.map(jnp.copy, self.state)  # other cases may have the same
+
+        def run() -> Any:
+            nonlocal state
+            state, outs = program(state, *self.args)
+            return state, outs
+
+        return seconds(run) / self.num_calls
+
+
+def library_only() -> dict[str, bool]:
+    """Compiler options under which XLA's products are those of the library, as in the engine."""
+    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else {}
+
+
+def layers_for(num_bytes: int, *, is_tiny: bool) -> int:
+    """How many layers, of `num_bytes` each, are more than stays in a cache."""
+    return 2 if is_tiny else -(-COLD_BYTES // num_bytes)
+
+
+def calls_for(num_layers: int, *, is_tiny: bool) -> int:
+    """How many calls go through all of the layers."""
+    return 2 if is_tiny else max(CALLS, num_layers)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Random K and V of some layers, and the page table of equally filled sequences."""
@@ -110,37 +169,53 @@ class Cache:
     v_pages: Array
     page_table: Array
     kv_lens: Array
-    offsets: tuple[int, ...]  # first page of the layer that each call reads
+    num_layers: int
 
     @classmethod
-    def make(cls, heads: HeadShape, kv_lens: Sequence[int], *, num_calls: int) -> "Cache":
+    def make(cls, heads: HeadShape, kv_lens: Sequence[int], *, num_layers: int | None = None) -> "Cache":
+        """With as many layers as are more than stays in a cache, or `num_layers`."""
         rng = np.random.default_rng(0)
         width = -(-max(kv_lens) // heads.page_size)
         num_pages = len(kv_lens) * width
         shape = (heads.num_kv_heads, heads.page_size, heads.head_dim)
-        layer_bytes = 4 * num_pages * int(np.prod(shape))
-        num_layers = min(num_calls, max(1, COLD_BYTES // layer_bytes))
+        if num_layers is None:
+            num_layers = layers_for(4 * num_pages * int(np.prod(shape)), is_tiny=False)
         k_key, v_key = jax.random.split(jax.random.key(0))
         return cls(
             k_pages=jax.random.normal(k_key, (num_layers * num_pages, *shape), jnp.bfloat16),
             v_pages=jax.random.normal(v_key, (num_layers * num_pages, *shape), jnp.bfloat16),
             page_table=jnp.asarray(rng.permutation(num_pages).reshape(-1, width), jnp.int32),
             kv_lens=jnp.asarray(kv_lens, jnp.int32),
-            offsets=tuple(i % num_layers * num_pages for i in range(num_calls)),
+            num_layers=num_layers,
         )
 
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return self.k_pages, self.v_pages, self.page_table, self.kv_lens
 
-def time_calls(attend: Callable[..., Array], cache: Cache, q: Array, *args: Array) -> float:
-    """Seconds of one call of `attend(q, k_pages, v_pages, page_table, kv_lens, *args, page_offset)`."""
+    def offset(self, call: int) -> Array:
+        """First page of the layer that a call reads."""
+        return jnp.int32(call % self.num_layers * self.page_table.size)
 
-    @jax.jit
-    def program(q: Array, *args: Array) -> Array:
-        for offset in cache.offsets:
-            q = attend(q, *args, jnp.int32(offset))
-        return q
 
-    args = (cache.k_pages, cache.v_pages, cache.page_table, cache.kv_lens, *args)
-    return seconds(program, q, *args) / len(cache.offsets)
+def attention_call(kernel: Callable[..., Any], cache: Cache, **options: Any) -> Call:
+    """Each call's queries are what the one before made. The state: queries and counters."""
+
+    def call(state: State, index: int, *args: Array) -> tuple[State, None]:
+        q, counters = state
+        return (kernel(q, *args, cache.offset(index), scale=0.1, **options), counters), None
+
+    return call
+
+
+def decode_call(cache: Cache, **options: Any) -> Call:
+    """The same for the decode kernel, which is lent the counters, as in a step."""
+
+    def call(state: State, index: int, *args: Array) -> tuple[State, None]:
+        q, counters = state
+        return decode_triton(q, *args, cache.offset(index), counters, scale=0.1, **options), None
+
+    return call
 
 
 def decode_tiles(chosen: DecodeTiles, *, is_tuning: bool) -> Iterator[DecodeTiles]:
@@ -173,54 +248,46 @@ def mosaic_tiles(q: Array, cache: Cache, *, is_tuning: bool) -> Iterator[MosaicT
             yield MosaicTiles(block_kv=block_kv, num_stages=stages)
 
 
-def jax_triton_kernel(name: str, *, interpret: bool) -> dict[str, Callable[..., Array]]:
-    """Empty where the extra is not installed, and where kernels are to be interpreted."""
+def jax_triton_module(*, is_tiny: bool) -> Any:
+    """None where the extra is not installed, and where kernels are to be interpreted."""
     try:
-        return {} if interpret else {"jax_triton": getattr(import_jax_triton(), name)}
+        return None if is_tiny else import_jax_triton()
     except NotImplementedError:
-        return {}
+        return None
 
 
-def decode_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
+def decode_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
     """Decode attention; its bytes are those of K and V."""
     heads = SHAPES[name]
-    for batch, context in ((1, 40),) if interpret else DECODE_CASES:
-        cache = Cache.make(heads, [context] * batch, num_calls=2 if interpret else CALLS)
+    for batch, context in ((1, 40),) if is_tiny else DECODE_CASES:
+        cache = Cache.make(heads, [context] * batch, num_layers=2 if is_tiny else None)
         q = jax.random.normal(jax.random.key(1), (batch, heads.num_heads, heads.head_dim), jnp.bfloat16)
-        chosen = DecodeTiles.choose(
-            batch=batch,
-            num_kv_heads=heads.num_kv_heads,
-            group=heads.num_heads // heads.num_kv_heads,
-            head_dim=heads.head_dim,
-            max_slots=cache.page_table.shape[1] * heads.page_size,
-            itemsize=2,
-        )
-        gb = 4 * batch * context * heads.num_kv_heads * heads.head_dim / 1e9
-        kernels: dict[str, Callable[..., Array]] = {
-            "triton": functools.partial(decode, interpret=interpret),
-            **jax_triton_kernel("decode_jax_triton", interpret=interpret),
-        }
-        tried = decode_tiles(chosen, is_tuning=is_tuning)
-        for tiles, (backend, kernel) in itertools.product(tried, kernels.items()):
-            attend = functools.partial(kernel, scale=0.1, tiles=tiles)
-            case = {"op": "decode", "batch": batch, "context": context, **described(backend, tiles)}
-            yield limits.row(case, functools.partial(time_calls, attend, cache, q), gb=gb)
+        max_slots = cache.page_table.shape[1] * heads.page_size
+        kinds = [("triton", DecodeTiles.choose_for(q, cache.k_pages, max_slots))]
+        if (module := jax_triton_module(is_tiny=is_tiny)) is not None:
+            kinds.append(("jax_triton", module.choose_decode_tiles(q, cache.k_pages, max_slots)))
+        for backend, chosen in kinds:
+            for tiles in decode_tiles(chosen, is_tuning=is_tuning):
+                yield Case(
+                    row={"op": "decode", "batch": batch, "context": context, **described(backend, tiles)},
+                    call=decode_call(cache, tiles=tiles, interpret=interpret)
+                    if backend == "triton"
+                    else attention_call(module.decode_jax_triton, cache, tiles=tiles),
+                    state=(q, jnp.zeros((batch * heads.num_kv_heads,), jnp.int32)),
+                    args=cache.arrays,
+                    num_calls=calls_for(cache.num_layers, is_tiny=is_tiny),
+                    gb=4 * batch * context * heads.num_kv_heads * heads.head_dim / 1e9,
+                )
 
 
-def decode(*args: Array, **options: Any) -> Array:
-    out, _ = decode_triton(*args, **options)
-    return out
-
-
-def prefill_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
+def prefill_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
     """Prefill attention; of its products, those under the causal mask count."""
     heads = SHAPES[name]
     tiny: Mapping[str, tuple[list[int], list[int]]] = {"tiny": ([20, 1], [20, 30])}
-    for case, (q_lens, kv_lens) in (tiny if interpret else PREFILL_CASES).items():
-        cache = Cache.make(heads, kv_lens, num_calls=2 if interpret else CALLS)
+    for case, (q_lens, kv_lens) in (tiny if is_tiny else PREFILL_CASES).items():
+        cache = Cache.make(heads, kv_lens, num_layers=2 if is_tiny else None)
         q_shape = (sum(q_lens), heads.num_heads, heads.head_dim)
         q = jax.random.normal(jax.random.key(1), q_shape, jnp.bfloat16)
-        cu_q_lens = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
         chosen = PrefillTiles.choose(
             num_tokens=sum(q_lens),
             group=heads.num_heads // heads.num_kv_heads,
@@ -228,44 +295,125 @@ def prefill_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool)
             itemsize=2,
         )
         pairs = sum(q * kv - q * (q - 1) // 2 for q, kv in zip(q_lens, kv_lens, strict=True))
-        tflop = 4 * pairs * heads.num_heads * heads.head_dim / 1e12
-        attends: list[tuple[Row, Callable[..., Array]]] = []
-        for tiles in mosaic_tiles(q, cache, is_tuning=is_tuning):
-            mosaic = functools.partial(ragged_mosaic, scale=0.1, tiles=tiles)
-            attends.append((described("mosaic", tiles), mosaic))
-        kernels: dict[str, Callable[..., Array]] = {
-            "triton": functools.partial(ragged_triton, interpret=interpret),
-            **jax_triton_kernel("ragged_jax_triton", interpret=interpret),
-        }
-        tried = prefill_tiles(chosen, is_tuning=is_tuning)
-        for narrow, (backend, kernel) in itertools.product(tried, kernels.items()):
-            attends.append((described(backend, narrow), functools.partial(kernel, scale=0.1, tiles=narrow)))
-        for choice, attend in attends:
-            took = functools.partial(time_calls, attend, cache, q, cu_q_lens)
-            yield limits.row({"op": "prefill", "case": case, **choice}, took, tflop=tflop)
+        kinds: list[tuple[Row, Call]] = []
+        for tiles in () if is_tiny else mosaic_tiles(q, cache, is_tuning=is_tuning):
+            kinds.append((described("mosaic", tiles), attention_call(ragged_mosaic, cache, tiles=tiles)))
+        module = jax_triton_module(is_tiny=is_tiny)
+        for narrow in prefill_tiles(chosen, is_tuning=is_tuning):
+            triton = functools.partial(ragged_triton, tiles=narrow, interpret=interpret)
+            kinds.append((described("triton", narrow), attention_call(triton, cache)))
+            if module is not None:
+                call = attention_call(module.ragged_jax_triton, cache, tiles=narrow)
+                kinds.append((described("jax_triton", narrow), call))
+        for choice, call in kinds:
+            yield Case(
+                row={"op": "prefill", "case": case, **choice},
+                call=call,
+                state=(q, None),
+                args=(*cache.arrays, jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)),
+                num_calls=calls_for(cache.num_layers, is_tiny=is_tiny),
+                tflop=4 * pairs * heads.num_heads * heads.head_dim / 1e12,
+            )
 
 
-def product_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
-    """Products of a few rows, by `skinny_linear` and by the library; their bytes are those of the weights."""
-    num_layers, counts = (2, (1,)) if interpret else (4, (1, 8, 32))
+def product_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
+    """Products of a few rows; their bytes are those of the weights.
+
+    Each by the kernels as a step calls them (`form` says what belongs to the product then), by
+    `skinny_linear` without that, and by the library.
+    """
+    counts = (1,) if is_tiny else (1, 8, 32)
     for (product, (k, n)), num_rows in itertools.product(PRODUCTS.get(name, {}).items(), counts):
-        is_gated = product == "gate_up"
+        num_layers = layers_for(2 * k * n, is_tiny=is_tiny)
         weights = jax.random.normal(jax.random.key(0), (num_layers, k, n), jnp.bfloat16)
         x = jax.random.normal(jax.random.key(1), (num_rows, k), jnp.bfloat16)
-        tiles = SkinnyTiles.choose(num_rows=num_rows, k=k, n=n // (1 + is_gated), is_gated=is_gated)
-        skinny = functools.partial(
-            skinny_triton, biases=None, residual=None, eps=0.0, is_gated=is_gated, interpret=interpret
+        tiles = SkinnyTiles.choose(
+            num_rows=num_rows, k=k, n=n // (1 + (product == "gate_up")), is_gated=product == "gate_up"
         )
-        case: Row = {"op": "product", "product": product, "rows": num_rows}
-        for choice, multiply in (
-            (described("triton", tiles), skinny),
-            (described("library"), lambda x, weights, layer: (x @ weights[layer],)),
-        ):
-            took = functools.partial(time_products, multiply, x, weights, num_calls=2 if interpret else CALLS)
-            yield limits.row({**case, **choice}, took, gb=2 * k * n / 1e9)
+        base = Case(
+            row={"op": "product", "product": product, "rows": num_rows, "form": "product alone"},
+            call=lambda state, index, weights: (state, state[0] @ weights[index % len(weights)]),
+            state=(x, jnp.zeros((n,), jnp.int32)),
+            args=(weights,),
+            num_calls=calls_for(num_layers, is_tiny=is_tiny),
+            gb=2 * k * n / 1e9,
+        )
+        if product == "qkv":
+            yield qkv_case(base, SHAPES[name], interpret=interpret)
+        else:
+            yield step_case(base, product, tiles, interpret=interpret)
+        plain = product_call(is_gated=product == "gate_up", tiles=tiles, interpret=interpret)
+        form = "gates alone" if product == "gate_up" else "product alone"
+        row = {**base.row, "form": form, **described("triton", tiles)}
+        yield dataclasses.replace(base, call=plain, row=row)
+        yield dataclasses.replace(base, row={**base.row, **described("library")})
 
 
-def gated_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
+def product_call(**options: Any) -> Call:
+    """The state: the rows, normed or not, and the counters."""
+
+    def call(state: State, index: int, weights: Array) -> tuple[State, Array]:
+        x, counters = state
+        layer = jnp.int32(index % len(weights))
+        out, counters = skinny_triton(x, weights, layer, None, None, counters, eps=EPS, **options)
+        return (x, counters), out
+
+    return call
+
+
+def step_case(base: Case, product: str, tiles: SkinnyTiles, *, interpret: bool) -> Case:
+    """`base` with all that belongs to the product in a step: norm and gates, or residual and norm."""
+    x, counters = base.state
+    options: dict[str, Any] = {"tiles": tiles, "interpret": interpret}
+    state: State
+    if product == "gate_up":
+        form, state = "norm and gates", (start_norm(x, jnp.ones(x.shape[1], x.dtype)), counters)
+        call = product_call(is_gated=True, **options)
+    else:
+        form, n = "residual and norm", base.args[0].shape[2]
+        state = (jnp.zeros((len(x), n), x.dtype), counters)
+        norms = jnp.ones((1, n), x.dtype)
+
+        def call(state: State, index: int, weights: Array, x: Array, norms: Array) -> tuple[State, None]:
+            rows, counters = state
+            layer, residual = jnp.int32(index % len(weights)), Residual(rows, norms, 0)
+            rows, _, _, counters = skinny_triton(
+                x, weights, layer, None, residual, counters, eps=0.0, is_gated=False, **options
+            )
+            return (rows, counters), None
+
+        base = dataclasses.replace(base, args=(*base.args, x, norms))
+    row = {**base.row, "form": form, **described("triton", tiles)}
+    return dataclasses.replace(base, row=row, call=call, state=state)
+
+
+def qkv_case(base: Case, heads: HeadShape, *, interpret: bool) -> Case:
+    """The product for queries, keys and values in a step. The state: KV pages and counters."""
+    (x, counters), [weights] = base.state, base.args
+    tiles = skinny_qkv.choose_tiles(len(x), weights.shape[1], weights.shape[2], heads.head_dim)
+    cache = Cache.make(heads, [heads.page_size] * len(x), num_layers=1)
+    angle = jax.random.uniform(jax.random.key(2), (len(x), heads.head_dim // 2), jnp.float32)
+    slots = cache.page_table[:, 0] * heads.page_size
+
+    def call(state: State, index: int, weights: Array, x: Any, *where: Array) -> tuple[State, None]:
+        k_pages, v_pages, counters = state
+        layer, (cos, sin, slots) = jnp.int32(index % len(weights)), where
+        to = skinny_qkv.Destination(cos, sin, k_pages, v_pages, slots, jnp.int32(0))
+        _, *state = skinny_qkv.skinny_qkv_triton(
+            x, weights, layer, to, None, counters, eps=EPS, tiles=tiles, interpret=interpret
+        )
+        return tuple(state), None
+
+    return dataclasses.replace(
+        base,
+        row={**base.row, "form": "norm, RoPE and KV write", **described("triton", tiles)},
+        call=call,
+        state=(cache.k_pages, cache.v_pages, counters),
+        args=(weights, start_norm(x, jnp.ones(x.shape[1], x.dtype)), jnp.cos(angle), jnp.sin(angle), slots),
+    )
+
+
+def gated_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
     """Gated products of many rows, by `gated_linear` and by the library, with XLA's kernel for the gates."""
     if "gate_up" not in PRODUCTS.get(name, {}):
         return
@@ -274,98 +422,96 @@ def gated_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -
             check_hopper()
     except NotImplementedError:
         return
-    k, n = (64, 256) if interpret else PRODUCTS[name]["gate_up"]
-    weights = jax.random.normal(jax.random.key(0), (2 if interpret else 4, k, 2, n // 2), jnp.bfloat16)
-    for num_rows in (64,) if interpret else (64, 256, 1024, 8192):
+    k, n = PRODUCTS[name]["gate_up"]
+    num_layers = layers_for(2 * k * n, is_tiny=is_tiny)
+    weights = jax.random.normal(jax.random.key(0), (num_layers, k, 2, n // 2), jnp.bfloat16)
+    for num_rows in (64,) if is_tiny else (64, 256, 1024, 8192):
         x = jax.random.normal(jax.random.key(1), (num_rows, k), jnp.bfloat16)
-        tiles = GatedTiles() if interpret else GatedTiles.choose(num_rows=num_rows, n=n // 2)
+        tiles = GatedTiles() if is_tiny else GatedTiles.choose(num_rows=num_rows, n=n // 2)
         interpreter = plgpu.InterpretGPUParams() if interpret else None
         mosaic = functools.partial(gated_mosaic, tiles=tiles, interpret=interpreter)
-        for choice, multiply in (
+        kinds: tuple[tuple[Row, Callable[..., Array]], ...] = (
             (described("mosaic", tiles), mosaic),
             (described("library"), gated_reference),
-        ):
-            took = functools.partial(time_products, multiply, x, weights, num_calls=2 if interpret else CALLS)
-            yield limits.row(
-                {"op": "gated", "rows": num_rows, **choice}, took, tflop=2 * num_rows * k * n / 1e12
+        )
+        for choice, multiply in kinds:
+            yield Case(
+                row={"op": "gated", "rows": num_rows, **choice},
+                call=gated_call(multiply),
+                state=(x,),
+                args=(weights,),
+                # The results of a program are all there at once.
+                num_calls=2 if is_tiny else min(CALLS, (1 << 31) // (num_rows * n)),
+                tflop=2 * num_rows * k * n / 1e12,
             )
 
 
-def time_products(multiply: Callable[..., Any], x: Array, weights: Array, *, num_calls: int) -> float:
-    """Seconds of one call of `multiply(x, weights, layer)`."""
-
-    @functools.partial(jax.jit, compiler_options=library_only())
-    def program(x: Array, weights: Array) -> Array:
-        for call in range(num_calls):
-            out = jax.tree.leaves(multiply(x, weights, jnp.int32(call % len(weights))))[0]
-            x = x + 0 * out[:1, :1]  # so that one follows the other
-        return x
-
-    return seconds(program, x, weights) / num_calls
+def gated_call(multiply: Callable[..., Array]) -> Call:
+    return lambda state, index, weights: (
+        state,
+        multiply(*state, weights, jnp.int32(index % len(weights))),
+    )
 
 
-def small_rows(name: str, limits: Limits, *, is_tuning: bool, interpret: bool) -> Iterator[Row]:
+def small_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
     """RoPE with the KV write, by its bytes, and the filters of the sampler, by one reading of the logits."""
     heads = SHAPES[name]
     half, group = heads.head_dim // 2, heads.num_heads // heads.num_kv_heads
-    for num_tokens in (2,) if interpret else (1, 32, 256, 2048, 8192):
-        cache = Cache.make(heads, [heads.page_size] * num_tokens, num_calls=2 if interpret else CALLS)
+    for num_tokens in (2,) if is_tiny else (1, 32, 256, 2048, 8192):
+        cache = Cache.make(heads, [heads.page_size] * num_tokens, num_layers=1)
         qkv_shape = (num_tokens, heads.num_kv_heads, group + 2, heads.head_dim)
         qkv = jax.random.normal(jax.random.key(1), qkv_shape, jnp.bfloat16)
         angle = jax.random.uniform(jax.random.key(2), (num_tokens, half), jnp.float32)
         slots = cache.page_table[:, 0] * heads.page_size
-        took = functools.partial(time_writes, cache, qkv, angle, slots, interpret=interpret)
-        gb = (2 * qkv.nbytes + 2 * angle.nbytes) / 1e9
-        yield limits.row({"op": "rope_kv_write", "tokens": num_tokens, **described("triton")}, took, gb=gb)
-    vocab_size = 300 if interpret else 128256
-    for num_rows in (2,) if interpret else (32, 256, 1024):
-        logits = jax.random.normal(jax.random.key(3), (num_rows, vocab_size), jnp.float32)
-        full = functools.partial(jnp.full, num_rows)
+
+        def write(state: State, index: int, qkv: Array, cos: Array, sin: Array, slots: Array) -> Any:
+            _, *state = rope_kv_write_triton(qkv, cos, sin, *state, slots, jnp.int32(0), interpret=interpret)
+            return tuple(state), None
+
+        yield Case(
+            row={"op": "rope_kv_write", "tokens": num_tokens, **described("triton")},
+            call=write,
+            state=(cache.k_pages, cache.v_pages),
+            args=(qkv, jnp.cos(angle), jnp.sin(angle), slots),
+            num_calls=2 if is_tiny else CALLS,
+            gb=(2 * qkv.nbytes + 2 * angle.nbytes) / 1e9,
+            is_cold=False,  # as in a step, in which the kernel before made what it reads
+        )
+    vocab_size = 300 if is_tiny else 128256
+    for num_rows in (2,) if is_tiny else (32, 256, 1024):
+        num_arrays = layers_for(4 * num_rows * vocab_size, is_tiny=is_tiny)
+        keys = jax.random.split(jax.random.key(3), num_arrays)
+        logits = [jax.random.normal(key, (num_rows, vocab_size), jnp.float32) for key in keys]
         filters = {"top_k": (50, 1.0), "top_p": (vocab_size, 0.9)}
         for kind, (top_k, top_p) in filters.items():
-            keep = jax.jit(functools.partial(threshold_triton, interpret=interpret))
-            arguments = (logits, full(1.0), full(top_k), full(top_p), full(0.0))
-            case = {"op": "keep_threshold", "rows": num_rows, "filter": kind, **described("triton")}
-            yield limits.row(case, functools.partial(seconds, keep, *arguments), gb=logits.nbytes / 1e9)
-
-
-def time_writes(cache: Cache, qkv: Array, angle: Array, slots: Array, *, interpret: bool) -> float:
-    """Seconds of one `rope_kv_write`."""
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def program(k_pages: Array, v_pages: Array, qkv: Array) -> tuple[Array, Array, Array]:
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        for offset in cache.offsets:
-            q, k_pages, v_pages = rope_kv_write_triton(
-                qkv, cos, sin, k_pages, v_pages, slots, jnp.int32(offset), interpret=interpret
+            yield Case(
+                row={"op": "keep_threshold", "rows": num_rows, "filter": kind, **described("triton")},
+                call=threshold_call(interpret=interpret),
+                state=tuple(jnp.full(num_rows, value) for value in (1.0, top_k, top_p, 0.0)),
+                args=tuple(logits),
+                num_calls=calls_for(num_arrays, is_tiny=is_tiny),
+                gb=logits[0].nbytes / 1e9,
             )
-            qkv = qkv + 0 * q[:1, :1, None]
-        return k_pages, v_pages, qkv
-
-    pages = [cache.k_pages, cache.v_pages]
-
-    def again(qkv: Array) -> Array:
-        pages[0], pages[1], out = program(*pages, qkv)
-        return out
-
-    return seconds(again, qkv) / len(cache.offsets)
 
 
-def library_only() -> dict[str, bool]:
-    """Compiler options under which XLA's products are those of the library, as in the engine."""
-    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else {}
+def threshold_call(*, interpret: bool) -> Call:
+    """The state: what the rows ask for."""
+    return lambda state, index, *logits: (
+        state,
+        threshold_triton(logits[index % len(logits)], *state, interpret=interpret),
+    )
 
 
 def described(backend: str, tiles: Any = None) -> Row:
     return {"backend": backend, "tiles": None if tiles is None else dataclasses.asdict(tiles)}
 
 
-OPS: Mapping[str, Callable[..., Iterator[Row]]] = {
-    "decode": decode_rows,
-    "prefill": prefill_rows,
-    "product": product_rows,
-    "gated": gated_rows,
-    "small": small_rows,
+OPS: Mapping[str, Callable[..., Iterator[Case]]] = {
+    "decode": decode_cases,
+    "prefill": prefill_cases,
+    "product": product_cases,
+    "gated": gated_cases,
+    "small": small_cases,
 }
 
 
@@ -388,5 +534,6 @@ def kernel_rows(
         )
     limits = Limits.measure(is_tiny=interpret)
     for op in ops:
-        for row in OPS[op](name, limits, is_tuning=is_tuning, interpret=interpret):
-            yield {"shape": name, **row}
+        for case in OPS[op](name, is_tiny=interpret, is_tuning=is_tuning, interpret=interpret):
+            row = {"shape": name, **case.row, "is_cold": case.is_cold and not interpret}
+            yield limits.row(row, case.seconds, gb=case.gb, tflop=case.tflop)

@@ -10,11 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int
 
+from pjengine.pallas_kernels.attention_variant import LOG2_E
 from pjengine.pallas_kernels.dispatch import dispatch
 
-LOWEST = -3.4028235e38  # float32's own; below every finite logit, and above -inf
+LOWEST_FINITE = -3.4028235e38  # of float32
 SIGN = 0x7FFFFFFF
-LOG2_E = 1.4426950408889634
 BLOCK = (4, 1024)  # logits that a program holds at a time; the first axis is summed within a thread
 
 
@@ -72,8 +72,8 @@ def reference(
             mass = jnp.exp((logits - best[:, None]) / heat[:, None])
             return jnp.sum(kept, axis=-1, dtype=jnp.float32), jnp.sum(jnp.where(kept, mass, 0.0), axis=-1)
 
-        keep = jnp.maximum(best + heat * jnp.log(min_p), LOWEST)
-        low = jnp.full_like(best, LOWEST)
+        keep = jnp.maximum(best + heat * jnp.log(min_p), LOWEST_FINITE)
+        low = jnp.full_like(best, LOWEST_FINITE)
         keep = jnp.maximum(keep, bisect(low, best, lambda t: sums(t)[0] >= top_k.astype(jnp.float32)))
         target = top_p * sums(keep)[1]
         mass = bisect(keep, best, lambda t: sums(t)[1] >= target)
@@ -160,7 +160,11 @@ def _threshold_kernel(
     def _() -> None:
         scale = LOG2_E / heat
         bests, leasts, sums = _scan(
-            logits_ref, row, vocab_size, functools.partial(_summary, scale=scale), (LOWEST, jnp.inf, 0.0)
+            logits_ref,
+            row,
+            vocab_size,
+            functools.partial(_summary, scale=scale),
+            (LOWEST_FINITE, jnp.inf, 0.0),
         )
         best, least = jnp.max(bests), jnp.min(leasts)
         everything = jnp.sum(sums * jnp.exp2((bests - best) * scale))
@@ -186,8 +190,8 @@ def _threshold_kernel(
             num_kept = totals(counts, probes)
             return [count >= top_k.astype(jnp.float32) for count in num_kept], num_kept
 
-        keep = jnp.maximum(best + heat * jnp.log(min_p), LOWEST)
-        start = jnp.where(top_k < vocab_size, jnp.maximum(least, LOWEST), best)
+        keep = jnp.maximum(best + heat * jnp.log(min_p), LOWEST_FINITE)
+        start = jnp.where(top_k < vocab_size, jnp.maximum(least, LOWEST_FINITE), best)
         keep = jnp.maximum(keep, jnp.where(top_k < vocab_size, _narrow(start, best, reach_k), keep))
 
         @pl.when(top_p >= 1)
@@ -229,7 +233,7 @@ def _summary(x: Any, carry: tuple[Any, Any, Any], *, scale: Any) -> tuple[Any, A
     """The largest logit, the smallest that is not masked, and the mass relative to the largest."""
     old_best, least, mass = carry
     best = jnp.maximum(old_best, jnp.max(x, axis=0))
-    least = jnp.minimum(least, jnp.min(jnp.where(x >= LOWEST, x, jnp.inf), axis=0))
+    least = jnp.minimum(least, jnp.min(jnp.where(x >= LOWEST_FINITE, x, jnp.inf), axis=0))
     added = jnp.sum(jnp.exp2((x - best[None, :]) * scale), axis=0)
     return best, least, mass * jnp.exp2((old_best - best) * scale) + added
 

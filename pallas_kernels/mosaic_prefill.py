@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.attention_variant import (
     LOG2_E,
+    LOWEST,
     PLAIN,
     AttentionVariant,
     TileBounds,
@@ -32,8 +33,6 @@ _ROWS = 128  # of a block
 _WG_ROWS = 64  # of a warpgroup: what one wgmma has
 _NUM_Q = 2  # blocks of Q in shared memory: one warpgroup may be a block ahead of the other
 _WGS = _ROWS // _WG_ROWS  # that compute; the one after them loads
-# Stands for minus infinity where a difference is taken: _LOWEST - _LOWEST is 0, not NaN.
-_LOWEST = -1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,7 +447,7 @@ def _attend_item(refs: _Refs, geometry: _Geometry, item: _Item, wg: Any, nth: An
 
     row = plgpu.Layout.WGMMA.reduce(1)
     total = plgpu.layout_cast(jnp.zeros((_WG_ROWS,), jnp.float32), row)
-    top = plgpu.layout_cast(jnp.full((_WG_ROWS,), _LOWEST, jnp.float32), row)
+    top = plgpu.layout_cast(jnp.full((_WG_ROWS,), LOWEST, jnp.float32), row)
     if refs.sinks is not None:  # as if a slot without a value had been seen
         top, total = _load_rows(refs.sinks, item, wg) * LOG2_E, total + 1.0
     slopes = None if refs.slopes is None else _load_rows(refs.slopes, item, wg) * (LOG2_E / geometry.scale)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.attention_variant import (
     LOG2_E,
+    LOWEST,
     PLAIN,
     AttentionVariant,
     bend_tile,
@@ -23,9 +24,6 @@ from pjengine.pallas_kernels.dispatch import dispatch
 from pjengine.pallas_kernels.last_split import Counters, counters_for, finish_last
 from pjengine.pallas_kernels.triton_extra import run_jax_triton
 
-# Stands for minus infinity in the kernels: its exponential is 0, and LOWEST - LOWEST and LOWEST * scale stay
-# finite.
-LOWEST = -1e30
 # Up to so many query heads per KV head, the last program of a sequence merges its splits. For more, it takes
 # longer than a kernel that follows, with a program for each head.
 MERGED_GROUP = 8
@@ -308,13 +306,9 @@ def _merge_after(
     partial: Float[Array, "s b h d"], lse: Float[Array, "s b h"], *, dtype: Any, interpret: bool
 ) -> Float[Array, "b h d"]:
     """Averages splits, each weighted with 2 ** lse: a program for each head."""
-    num_splits, batch, num_heads, head_dim = partial.shape
+    _, batch, num_heads, head_dim = partial.shape
     return pl.pallas_call(
-        functools.partial(
-            _merge_kernel,
-            block_splits=pl.next_power_of_2(num_splits),
-            block_d=max(16, pl.next_power_of_2(head_dim)),
-        ),
+        functools.partial(_merge_kernel, block_d=max(16, pl.next_power_of_2(head_dim))),
         grid=(num_heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, num_heads, head_dim), dtype),
         compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
@@ -323,23 +317,9 @@ def _merge_after(
     )(partial, lse)
 
 
-def _merge_kernel(
-    partial_ref: Any,  # [splits, b, h, d]
-    lse_ref: Any,  # [splits, b, h], log2 of the sums of exponentials
-    out_ref: Any,  # [b, h, d]
-    *,
-    block_splits: int,
-    block_d: int,
-) -> None:
-    head, b = pl.program_id(0), pl.program_id(1)
-    num_splits, _, _, head_dim = partial_ref.shape
-    split, d = jnp.arange(block_splits), jnp.arange(block_d)
-    lse = plt.load(lse_ref.at[split, b, head], mask=split < num_splits, other=LOWEST)
-    weight = jnp.exp2(lse - lse.max())
-    mask = (split < num_splits)[:, None] & (d < head_dim)[None, :]
-    out = plt.load(partial_ref.at[split[:, None], b, head, d[None, :]], mask=mask, other=0.0)
-    merged = (out * weight[:, None]).sum(axis=0) / weight.sum()
-    plt.store(out_ref.at[b, head, d], merged.astype(out_ref.dtype), mask=d < head_dim)
+def _merge_kernel(partial_ref: Any, lse_ref: Any, out_ref: Any, *, block_d: int) -> None:  # as in `_merge`
+    head = pl.program_id(0) + jnp.arange(1)
+    _merge(partial_ref, lse_ref, out_ref, pl.program_id(1), head, head >= 0, partial_ref.shape[0], block_d)
 
 
 def _decode_kernel(
@@ -457,32 +437,45 @@ def full_precision_dot(a: Any, b: Any) -> Any:
 
 
 def _merge_splits(
-    partial_ref: Any,  # [splits, b, h, d]
-    lse_ref: Any,  # [splits, b, h], log2 of the sums of exponentials
-    out_ref: Any,  # [b, h, d]
+    partial_ref: Any,  # these three as in `_merge`
+    lse_ref: Any,
+    out_ref: Any,
     b: Any,
     first_head: Any,
     num_active: Any,
     group: int,
     block_d: int,
 ) -> None:
-    """Averages the splits of a KV head's queries, each weighted with its sum of exponentials."""
-    num_splits, _, _, head_dim = partial_ref.shape
+    """Merges the splits of a KV head's queries, some heads at a time."""
     heads_at_once = min(4, pl.next_power_of_2(group))
-    split, d = jnp.arange(pl.next_power_of_2(num_splits)), jnp.arange(block_d)
 
     def merge(i: Any, carry: None) -> None:
         head = first_head + i * heads_at_once + jnp.arange(heads_at_once)
         is_head = head < first_head + group
-        mask = (split < num_active)[:, None] & is_head[None, :]
-        lse = plt.load(lse_ref.at[split[:, None], b, head[None, :]], mask=mask, other=LOWEST)
-        at = (split[:, None, None], b, head[None, :, None], d[None, None, :])
-        is_d = (d < head_dim)[None, None, :]
-        out = plt.load(partial_ref.at[at], mask=mask[:, :, None] & is_d, other=0.0)
-        weight = jnp.exp2(lse - lse.max(axis=0)[None, :])
-        weight = weight / weight.sum(axis=0)[None, :]
-        merged = (out * weight[:, :, None]).sum(axis=0).astype(out_ref.dtype)
-        mask = is_head[:, None] & (d < head_dim)[None, :]
-        plt.store(out_ref.at[b, head[:, None], d[None, :]], merged, mask=mask)
+        _merge(partial_ref, lse_ref, out_ref, b, head, is_head, num_active, block_d)
 
     lax.fori_loop(0, pl.cdiv(group, heads_at_once), merge, None)
+
+
+def _merge(
+    partial_ref: Any,  # [splits, b, h, d]
+    lse_ref: Any,  # [splits, b, h], log2 of the sums of exponentials
+    out_ref: Any,  # [b, h, d]
+    b: Any,
+    head: Any,  # an array, as is the next
+    is_head: Any,
+    num_active: Any,
+    block_d: int,
+) -> None:
+    """Averages the first splits of some heads, each weighted with its sum of exponentials."""
+    num_splits, _, _, head_dim = partial_ref.shape
+    split, d = jnp.arange(pl.next_power_of_2(num_splits)), jnp.arange(block_d)
+    mask = (split < num_active)[:, None] & is_head[None, :]
+    lse = plt.load(lse_ref.at[split[:, None], b, head[None, :]], mask=mask, other=LOWEST)
+    weight = jnp.exp2(lse - lse.max(axis=0)[None, :])
+    at = (split[:, None, None], b, head[None, :, None], d[None, None, :])
+    is_d = (d < head_dim)[None, None, :]
+    out = plt.load(partial_ref.at[at], mask=mask[:, :, None] & is_d, other=0.0)
+    merged = (out * weight[:, :, None]).sum(axis=0) / weight.sum(axis=0)[:, None]
+    to = (b, head[:, None], d[None, :])
+    plt.store(out_ref.at[to], merged.astype(out_ref.dtype), mask=is_head[:, None] & (d < head_dim)[None, :])

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.attention_variant import (
     LOG2_E,
+    LOWEST,
     PLAIN,
     AttentionVariant,
     bend_tile,
@@ -23,7 +24,6 @@ from pjengine.pallas_kernels.attention_variant import (
 from pjengine.pallas_kernels.dispatch import dispatch
 from pjengine.pallas_kernels.mosaic_prefill import ragged_mosaic
 from pjengine.pallas_kernels.paged_attention import (
-    LOWEST,
     attend_blocks,
     check_attention_arguments,
     check_kernel_can,

@@ -54,7 +54,8 @@ def skinny_linear(
     Args:
       x: rows, or rows whose norm the product finishes with `eps`.
       is_gated: the first half of the n columns are gates: gives `silu(gates) * others`, n / 2 columns.
-      counters: at least n, those of the step; None for zeros of its own, which take a kernel.
+      counters: of the step, at least one for each block of columns; None for zeros of its own, which take a
+        kernel.
 
     Raises:
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.

@@ -117,6 +117,16 @@ def check_kernel_can(x: Normed, weights: Array, destination: Destination, tiles:
         )
 
 
+def choose_tiles(num_rows: int, k: int, n: int, head_dim: int) -> SkinnyTiles:
+    """`SkinnyTiles.choose`, with blocks that are no wider than a head.
+
+    Raises:
+      NotImplementedError: k or n is no multiple of a block.
+    """
+    tiles = SkinnyTiles.choose(num_rows=num_rows, k=k, n=n, is_gated=False)
+    return replace(tiles, block_n=min(tiles.block_n, head_dim))
+
+
 @functools.partial(jax.jit, static_argnames=("eps", "tiles", "interpret"))
 def skinny_qkv_triton(
     x: Normed,
@@ -141,9 +151,7 @@ def skinny_qkv_triton(
     num_rows, k, n = len(x.scaled), weights.shape[1], weights.shape[2]
     cos, sin, k_pages, v_pages, slots, page_offset = destination
     _, num_kv_heads, _, head_dim = k_pages.shape
-    if tiles is None:
-        tiles = SkinnyTiles.choose(num_rows=num_rows, k=k, n=n, is_gated=False)
-        tiles = replace(tiles, block_n=min(tiles.block_n, head_dim))
+    tiles = tiles or choose_tiles(num_rows, k, n, head_dim)
     check_kernel_can(x, weights, destination, tiles)
     counters = counters_for(n // head_dim, counters)
     operands = [layer[None], x.scaled, weights, x.squares, cos, sin, slots, page_offset[None]]

@@ -224,8 +224,8 @@ def _kernels(args: argparse.Namespace) -> None:
         else:
             unit = "gb_per_s" if "gb_per_s" in row else "tflop_per_s"
             summary = f"{row['us']:.1f} us, {row[unit]:,.0f} {unit}, {row['share']:.0%} of the limit"
-        case = {key: value for key, value in row.items() if isinstance(value, str | int)}
-        report(args, {"bench": "kernels", **row}, f"{', '.join(map(str, case.values()))}: {summary}")
+        case = [str(value) for value in row.values() if type(value) in (str, int)]
+        report(args, {"bench": "kernels", **row}, f"{', '.join(case)}: {summary}")
 
 
 def _startup(args: argparse.Namespace) -> None:

@@ -37,6 +37,14 @@ def copies(hlo: str, sizes: Collection[tuple[str, int]]) -> list[str]:
     return found
 
 
+def kernels(hlo: str) -> list[str]:
+    """The opcodes of what the program runs, one after the other; a loop or a branch is one."""
+    entry = hlo[hlo.index("\nENTRY ") :].splitlines()
+    opcodes = [match["opcode"] for line in entry if (match := _INSTRUCTION.match(line)) is not None]
+    passed_on = IN_PLACE - {"while", "conditional", "scatter", "dynamic-update-slice"}
+    return [opcode for opcode in opcodes if opcode not in passed_on and opcode != "constant"]
+
+
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
     """Name and lines of each."""
     lines: list[str] = []

@@ -64,10 +64,10 @@ def compile_apart(names: Sequence[str]) -> dict[str, Report]:
 
 def report(name: str) -> Report:
     """Compiles here."""
-    from tests.compile import kernels, steps
+    from tests.compile import kernels, steps, timed
 
     programs = {**kernels.PROGRAMS, **kernels.FEATURED_MOSAIC, **kernels.WRONG}
-    compile_it = {**programs, **steps.PROGRAMS, **steps.WRONG}[name]
+    compile_it = {**programs, **steps.PROGRAMS, **steps.WRONG, **timed.PROGRAMS}[name]
     try:
         program = compile_it()
     except Exception as error:  # which is the result

@@ -22,6 +22,11 @@ BACKENDS = [
     pytest.param("triton", marks=pytest.mark.gpu),
     pytest.param("jax_triton", marks=[pytest.mark.gpu, NEEDS_JAX_TRITON]),
 ]
+INTERPRET = pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+# Pallas's Triton kernels, where nothing else is to be run.
+TRITON = pytest.mark.parametrize(
+    "backend", ["triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 # Every shape in one dtype, and one of each width class in the others: interpreted, a dtype's path is the same
 # for all shapes. Compiled, the tiles of float32 are others for each.
 WIDTH_CLASSES = ("llama-8b", "open-llama-3b", "demo")

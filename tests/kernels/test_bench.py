@@ -24,9 +24,25 @@ def test_every_kernel_has_a_rate_beside_its_limit(rows: list[dict[str, Any]]) ->
 
 
 def test_products_are_timed_beside_the_library(rows: list[dict[str, Any]]) -> None:
-    backends = [row["backend"] for row in rows if row["op"] == "product" and row["product"] == "gate_up"]
-    assert backends == ["triton", "library"]
+    forms = [(row["product"], row["backend"], row["form"]) for row in rows if row["op"] == "product"]
+    assert forms == [
+        ("qkv", "triton", "norm, RoPE and KV write"),
+        ("qkv", "triton", "product alone"),
+        ("qkv", "library", "product alone"),
+        ("gate_up", "triton", "norm and gates"),
+        ("gate_up", "triton", "gates alone"),
+        ("gate_up", "library", "product alone"),
+    ]
     assert [row["backend"] for row in rows if row["op"] == "gated"] == ["mosaic", "library"]
+
+
+def test_calls_go_through_more_than_a_cache_holds() -> None:
+    from pjengine.pallas_kernels.bench import CALLS, COLD_BYTES, calls_for, layers_for
+
+    for num_bytes in (300_000, 2 << 20, COLD_BYTES - 1, COLD_BYTES, 5 << 30):
+        num_layers = layers_for(num_bytes, is_tiny=False)
+        assert num_layers * num_bytes >= COLD_BYTES
+        assert calls_for(num_layers, is_tiny=False) >= max(num_layers, CALLS)
 
 
 def test_only_the_ops_that_are_asked_for_are_timed() -> None:

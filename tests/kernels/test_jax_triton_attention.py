@@ -134,6 +134,17 @@ def test_one_kv_head_of_every_named_shape_equals_a_dense_softmax(kernels: Any, n
     check(kernels.ragged_jax_triton, prefill.ragged_args(), prefill, None, {})
 
 
+def test_a_sequence_has_no_more_splits_than_were_measured_to_pay() -> None:
+    from pjengine.pallas_kernels import jax_triton_attention as module
+
+    heads = SHAPES["starcoder"]
+    q = jnp.zeros((8, heads.num_heads, heads.head_dim), jnp.bfloat16)
+    pages = jnp.zeros((1, heads.num_kv_heads, heads.page_size, heads.head_dim), jnp.bfloat16)
+    assert DecodeTiles.choose_for(q, pages, 16384).num_splits == 32
+    assert module.choose_decode_tiles(q, pages, 16384).num_splits == module.MAX_SPLITS == 16
+    assert module.choose_decode_tiles(q, pages, 64) == DecodeTiles.choose_for(q, pages, 64)
+
+
 @pytest.mark.parametrize("option", [{"window": 0}, {"softcap": 0.0}, {"softcap": -1.0}])
 def test_options_that_are_not_positive_raise(kernels: Any, option: dict[str, Any]) -> None:
     case = make_case(SMALL, kv_lens=[1])

@@ -1,4 +1,4 @@
-"""Rotation and KV write in one kernel, against the two apart, interpreted."""
+"""Rotation and KV write in one kernel, against the two apart."""
 
 import functools
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pjengine.pallas_kernels.rope_kv_write import reference, rope_kv_write, rope_kv_write_triton
+from tests.kernels.cases import INTERPRET, TRITON
 
 NUM_PAGES = 5
 
@@ -25,6 +26,7 @@ def arguments(
     return qkv, cos, sin, k_pages, v_pages, slots, jnp.int32(NUM_PAGES)
 
 
+@INTERPRET
 @pytest.mark.parametrize(
     ("heads", "dtype"),
     [
@@ -38,33 +40,37 @@ def arguments(
         ({"head_dim": 256}, "bfloat16"),
     ],
 )
-def test_kernel_does_what_rotation_and_write_do(heads: dict[str, int], dtype: str) -> None:
+def test_kernel_does_what_rotation_and_write_do(heads: dict[str, int], dtype: str, interpret: bool) -> None:
     args = arguments(dtype, **heads)
-    expected, found = reference(*args), rope_kv_write_triton(*args, interpret=True)
+    expected, found = reference(*args), rope_kv_write_triton(*args, interpret=interpret)
     tolerance = 1e-5 if dtype == "float32" else 1e-2
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), tolerance, tolerance)
 
 
-def test_all_but_the_slots_stay_as_they_are() -> None:
+@TRITON
+def test_all_but_the_slots_stay_as_they_are(backend: str) -> None:
     qkv, cos, sin, k_pages, v_pages, slots, offset = arguments("bfloat16")
     k_pages, v_pages = jnp.full_like(k_pages, jnp.nan), jnp.full_like(v_pages, jnp.nan)
     args = (qkv, cos, sin, k_pages, v_pages, slots)
-    q, *written = rope_kv_write(*args, page_offset=offset, backend="triton_interpret")
+    q, *written = rope_kv_write(*args, page_offset=offset, backend=backend)
     assert not jnp.isnan(q.astype(jnp.float32)).any()
     for pages in written:
         rows = ~jnp.isnan(pages.astype(jnp.float32)).any(axis=(1, 3))
         assert {tuple(at) for at in np.argwhere(rows).tolist()} == {(8, 7), (6, 15), (6, 0)}
 
 
-def test_values_are_copied_whatever_they_are() -> None:
+@INTERPRET
+def test_values_are_copied_whatever_they_are(interpret: bool) -> None:
     qkv, *rest = arguments("bfloat16")
     qkv = qkv.at[0, :, -1].set(jnp.inf)
-    _, _, v_pages = rope_kv_write_triton(qkv, *rest, interpret=True)
+    _, _, v_pages = rope_kv_write_triton(qkv, *rest, interpret=interpret)
     assert jnp.isinf(v_pages[NUM_PAGES + 3, :, 7].astype(jnp.float32)).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton_interpret"])
+@pytest.mark.parametrize(
+    "backend", ["reference", "triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 def test_donated_caches_are_not_copied(backend: str) -> None:
     args = arguments("float32")
 

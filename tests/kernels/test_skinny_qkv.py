@@ -1,4 +1,4 @@
-"""The QKV product that rotates and writes, against product, rotation and write apart, interpreted."""
+"""The QKV product that rotates and writes, against product, rotation and write apart."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from pjengine.pallas_kernels.last_split import Counters
 from pjengine.pallas_kernels.skinny_linear import SkinnyTiles, start_norm
 from pjengine.pallas_kernels.skinny_qkv import Destination, reference, skinny_qkv, skinny_qkv_triton
+from tests.kernels.cases import INTERPRET, TRITON
 
 EPS, NUM_PAGES, PAGE_SIZE, SLOTS = 1e-5, 5, 16, [3 * 16 + 7, -1, 31, 16]
 
@@ -33,6 +34,7 @@ def assert_equal(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=2e-2, atol=3e-2)
 
 
+@INTERPRET
 @pytest.mark.parametrize("has_biases", [False, True])
 @pytest.mark.parametrize(
     ("heads", "tiles"),
@@ -44,36 +46,40 @@ def assert_equal(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
     ],
 )
 def test_kernel_does_what_product_rotation_and_write_do(
-    heads: dict[str, int], tiles: SkinnyTiles, has_biases: bool
+    heads: dict[str, int], tiles: SkinnyTiles, has_biases: bool, interpret: bool
 ) -> None:
     *args, biases = arguments(**heads)
     args.append(biases if has_biases else None)
     expected = reference(*args, eps=EPS)
-    *found, counters = skinny_qkv_triton(*args, eps=EPS, tiles=tiles, interpret=True)
+    *found, counters = skinny_qkv_triton(*args, eps=EPS, tiles=tiles, interpret=interpret)
     assert_equal(tuple(found), expected)
     assert not counters.any()
 
 
-def test_all_but_the_slots_stay_as_they_are() -> None:
+@TRITON
+def test_all_but_the_slots_stay_as_they_are(backend: str) -> None:
     *args, _ = arguments()
-    _, *written = skinny_qkv(*args, eps=EPS, backend="triton_interpret")
+    _, *written = skinny_qkv(*args, eps=EPS, backend=backend)
     for pages in written:
         rows = ~jnp.isnan(pages.astype(jnp.float32)).any(axis=(1, 3))
         assert {tuple(at) for at in np.argwhere(rows).tolist()} == {(8, 7), (6, 15), (6, 0)}
 
 
-def test_values_are_copied_whatever_they_are() -> None:
+@INTERPRET
+def test_values_are_copied_whatever_they_are(interpret: bool) -> None:
     *args, biases = arguments()
     is_value = jnp.arange(biases.shape[1]) // 32 % 4 == 3
     args = [*args, jnp.where(is_value[None], jnp.bfloat16(jnp.inf), biases)]
-    q, k_pages, v_pages, _ = skinny_qkv_triton(*args, eps=EPS, interpret=True)
+    q, k_pages, v_pages, _ = skinny_qkv_triton(*args, eps=EPS, interpret=interpret)
     assert jnp.isinf(v_pages[NUM_PAGES + 3, :, 7].astype(jnp.float32)).all()
     assert jnp.isfinite(k_pages[NUM_PAGES + 3, :, 7].astype(jnp.float32)).all()
     assert jnp.isfinite(q.astype(jnp.float32)).all()
 
 
 @pytest.mark.parametrize("heads", [{"head_dim": 96}, {"group": 6}])
-@pytest.mark.parametrize("backend", ["reference", "triton_interpret"])
+@pytest.mark.parametrize(
+    "backend", ["reference", "triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 def test_any_heads_will_do(heads: dict[str, int], backend: str) -> None:
     x, weights, layer, where, biases = arguments(**heads)
     lent = Counters(weights.shape[2])

@@ -1,7 +1,8 @@
-"""The few kernels of a decode step, interpreted, against the Block they stand for."""
+"""The few kernels of a decode step, against the Block they stand for."""
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,24 +16,20 @@ from pjengine.models.llama import Llama
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import Batch, KVCache, kv_shape
 from tests.kernels.cases import cuda_target
+from tests.models.forward import error, random_params, widened
 
-NUM_PAGES = 6
+NUM_PAGES = 34
 CONFIG = dataclasses.replace(
     SHAPES["tiny"], hidden_size=256, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=32,
     rope=dataclasses.replace(SHAPES["tiny"].rope, rotary_dim=32), dtype="bfloat16",
 )  # fmt: skip
 
 
-def random_params(model: Llama) -> Any:
-    """Norms and biases that are not all ones and zeros."""
-    params = model.init(jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype), params)
-
-
-def run(model: Llama, params: Any, cache: KVCache, num_seqs: int, backend: str | None) -> tuple[Any, KVCache]:
-    """One decode step of sequences of 5, 6, … tokens, the last of them padding."""
-    positions = 5 + jnp.arange(num_seqs, dtype=jnp.int32)
+def run(
+    model: Llama, params: Any, cache: KVCache, num_seqs: int, backend: str | None, start: Any = 5
+) -> tuple[Any, KVCache]:
+    """One decode step of sequences of `start` tokens, and one more, and so on, the last of them padding."""
+    positions = start + jnp.arange(num_seqs, dtype=jnp.int32)
     table = 1 + jnp.arange(num_seqs, dtype=jnp.int32)[:, None]
     is_padding = jnp.arange(num_seqs) == num_seqs - 1 if num_seqs > 1 else jnp.zeros(1, bool)
     batch = Batch(
@@ -56,33 +53,42 @@ def random_cache(model: Llama, dtype: str) -> KVCache:
     return KVCache(k, v, jnp.zeros((NUM_PAGES, 16), jnp.int32))
 
 
+def run_from(
+    starts: Sequence[int], model: Llama, params: Any, cache: KVCache, num_seqs: int, backend: str | None
+) -> tuple[Any, ...]:
+    """Hidden states, keys and values of a step from each of `starts`."""
+    step = jax.jit(lambda params, cache, start: run(model, params, cache, num_seqs, backend, start))
+    hidden, caches = zip(*(step(params, cache, jnp.int32(start)) for start in starts), strict=True)
+    return tuple(jnp.stack(arrays) for arrays in (hidden, *zip(*((c.k, c.v) for c in caches), strict=True)))
+
+
 @pytest.mark.parametrize("has_biases", [False, True])
-@pytest.mark.parametrize("num_seqs", [1, 5])
-def test_fused_layers_compute_what_the_block_computes(num_seqs: int, has_biases: bool) -> None:
+@pytest.mark.parametrize(
+    ("num_seqs", "backend"),
+    [
+        (1, "triton_interpret"),
+        (5, "triton_interpret"),
+        *(pytest.param(n, None, marks=pytest.mark.gpu) for n in (1, 5, 32)),  # the dispatch chooses
+    ],
+)
+def test_fused_layers_are_no_less_exact_than_the_block(
+    num_seqs: int, has_biases: bool, backend: str | None
+) -> None:
     config = dataclasses.replace(CONFIG, attention_bias=has_biases, mlp_bias=has_biases)
-    model = Llama(config, jnp.dtype("bfloat16"))
-    exact = Llama(config, jnp.dtype("float32"))
-    params = random_params(model)
-    cache = random_cache(model, "bfloat16")
+    model, exact = Llama(config, jnp.dtype("bfloat16")), Llama(config, jnp.dtype("float32"))
+    params, cache = random_params(model), random_cache(model, "bfloat16")
     assert fused_decode.is_fused(
-        config, params["embed"][:num_seqs], PagedAttend(_no_batch(), NUM_PAGES, 1.0, "triton_interpret")
+        config, params["embed"][:num_seqs], PagedAttend(_no_batch(), NUM_PAGES, 1.0, backend)
     )
-    fused = run(model, params, cache, num_seqs, "triton_interpret")
-    block = run(model, params, cache, num_seqs, "reference")
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    truth = run(exact, wide, random_cache(model, "float32"), num_seqs, "reference")
-
-    def error(found: Any, wanted: Any) -> float:
-        found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
-        return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-
-    for name, ours, theirs, right in (
-        ("hidden", fused[0], block[0], truth[0]),
-        ("k", fused[1].k, block[1].k, truth[1].k),
-        ("v", fused[1].v, block[1].v, truth[1].v),
-    ):
-        assert error(ours, right) < 1.5 * error(theirs, right) + 1e-4, name
-    untouched = np.asarray(cache.k.astype(jnp.float32)) == np.asarray(fused[1].k.astype(jnp.float32))
+    starts = range(3, 13) if num_seqs == 1 else [5]  # of a single row, either may be right by chance
+    fused = run_from(starts, model, params, cache, num_seqs, backend)
+    block = run_from(starts, model, params, cache, num_seqs, "reference")
+    with jax.default_matmul_precision("highest"):
+        wide = random_cache(model, "float32")
+        truth = run_from(starts, exact, widened(params), wide, num_seqs, "reference")
+    for name, ours, theirs, right in zip(("hidden", "k", "v"), fused, block, truth, strict=True):
+        assert error(ours, right) <= 1.1 * error(theirs, right), name
+    untouched = np.asarray(cache.k.astype(jnp.float32)) == np.asarray(fused[1][0].astype(jnp.float32))
     assert untouched.mean() > 0.9
 
 

@@ -15,6 +15,7 @@ from pjengine.models.llama import Llama
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import Batch, KVCache, kv_shape
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
+from tests.models.forward import error
 
 PAGE_SIZE = 16
 CONFIG = dataclasses.replace(SHAPES["tiny"], hidden_size=128, intermediate_size=256)
@@ -47,11 +48,6 @@ def hidden(model: Llama, params: Any, num_tokens: int, backend: str | None) -> j
         return model.forward(params, batch.tokens, positions, batch.rope_lens, cache, attend)[0]
 
     return jax.jit(forward)(params, cache)
-
-
-def error(found: jax.Array, wanted: jax.Array) -> float:
-    found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
-    return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
