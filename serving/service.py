@@ -20,7 +20,7 @@ from pjengine.async_llm import AsyncLLM
 from pjengine.generation import NO_TOKEN
 from pjengine.outputs import RequestOutput
 from pjengine.sampling_params import MAX_N, SamplingParams
-from pjengine.schedule import BROKEN
+from pjengine.schedule import FORBIDDEN
 from pjengine.serving.errors import ApiError, bad_request
 from pjengine.serving.metrics import Metrics
 from pjengine.serving.prompt_reader import GivenPrompt, PromptReader
@@ -107,9 +107,8 @@ class Service:
                     watch.see(output)
                     for completion in output.outputs:
                         if completion.finish_reason == "error":
-                            is_model = completion.stop_reason == NO_TOKEN[BROKEN]
-                            # Else it is what the request asks for: what nothing fulfils is found on the way.
-                            status = 500 if is_model else 400
+                            # What nothing fulfils is the caller's mistake, though it is found on the way.
+                            status = 400 if completion.stop_reason == NO_TOKEN[FORBIDDEN] else 500
                             raise ApiError(status, f"the request failed: {completion.stop_reason}")
                         if completion.finish_reason == "abort":
                             raise ApiError(503, "the server is shutting down, and has ended this request")
