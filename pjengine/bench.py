@@ -92,7 +92,7 @@ def throughput(
     for prompt, output_len in zip(workload.prompts, workload.output_lens, strict=True):
         _check_length(llm, len(prompt), output_len)
     _warm_up(llm)
-    params = [_fixed_length(length, temperature) for length in workload.output_lens]
+    params = [fixed_length(length, temperature) for length in workload.output_lens]
     elapsed: list[float] = []
     num_preemptions = 0
     for _ in range(repeats):
@@ -139,7 +139,7 @@ def latency(
 
     def run(length: int) -> float:
         start = time.perf_counter()
-        llm.generate(prompts, _fixed_length(length, **(sampling or {})), use_tqdm=False)
+        llm.generate(prompts, fixed_length(length, **(sampling or {})), use_tqdm=False)
         return time.perf_counter() - start
 
     run(output_len)  # the first pass touches fresh pages and programs
@@ -219,7 +219,7 @@ def start_once(begun: float, settings: Mapping[str, Any], cache_dir: str) -> dic
     with LLM(**{**settings, "compile_cache_dir": cache_dir}) as llm:
         runner = llm.engine.runner
         ready, compile_s = time.time(), runner.compile_s
-        llm.generate([[FIRST_TOKEN_ID]], _fixed_length(1, 0.0), use_tqdm=False)
+        llm.generate([[FIRST_TOKEN_ID]], fixed_length(1, 0.0), use_tqdm=False)
         end = time.time()
         return {
             "import_s": imported - begun,
@@ -263,7 +263,7 @@ def host_share(
         raise ValueError(f"num_stop_ids must be at least 0, got {num_stop_ids}")
     stops = [FIRST_TOKEN_ID + 1 + i for i in range(num_stop_ids)]
     for prompt in random_tokens(engine.model_config.vocab_size, lens, seed=0):
-        engine.add_request(prompt, _fixed_length(output_len, stop_token_ids=stops))
+        engine.add_request(prompt, fixed_length(output_len, stop_token_ids=stops))
     while engine.scheduler.waiting or engine.scheduler.rows.prefilling():
         engine.advance()
     engine.advance()  # reads the last of the prompts
@@ -304,7 +304,8 @@ def kernels(
     yield from kernel_rows(shape, ops or tuple(OPS), is_tuning=is_tuning, interpret=interpret)
 
 
-def _fixed_length(length: int, temperature: float = 0.0, **sampling: Any) -> SamplingParams:
+def fixed_length(length: int, temperature: float = 0.0, **sampling: Any) -> SamplingParams:
+    """Of a request that ends after `length` tokens, whatever they are."""
     return SamplingParams(
         max_tokens=length, temperature=temperature, ignore_eos=True, detokenize=False, **sampling
     )

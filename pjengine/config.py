@@ -253,6 +253,11 @@ def xla_flags() -> str:
     return os.environ.get("XLA_FLAGS", "")
 
 
+def add_xla_flag(flag: str) -> None:
+    """Sets a flag of this process, before JAX starts its backend: XLA reads them once, then."""
+    os.environ["XLA_FLAGS"] = f"{xla_flags()} {flag}".strip()
+
+
 def reserve_device_memory(fraction: float) -> float:
     """Lets JAX take `fraction` of a GPU's memory, and returns the fraction that is in force.
 

@@ -1,6 +1,7 @@
 """`pjengine bench`: what each kind of benchmark takes, runs and reports."""
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -8,7 +9,7 @@ from typing import Any
 
 import pjengine
 from pjengine.bench import DEFAULT_NUM_REQUESTS, WORKLOADS
-from pjengine.config import EngineConfig
+from pjengine.config import EngineConfig, add_xla_flag
 from pjengine.sampling_params import SamplingParams
 from pjengine.serving.options import (
     ENGINE_OPTIONS,
@@ -34,6 +35,7 @@ def add_bench(commands: Any) -> Any:
     _add_startup(kinds)
     _add_host(kinds)
     _add_kernels(kinds)
+    _add_profile(kinds)
     return kinds
 
 
@@ -157,6 +159,32 @@ def _add_kernels(kinds: Any) -> None:
     command.add_argument("--verbose", action="store_true", help="log what happens, to standard error")
 
 
+def _add_profile(kinds: Any) -> None:
+    command = _add_bench(
+        kinds,
+        "profile",
+        _profile,
+        help="the kernels of a step, and whether it ran as CUDA graphs",
+        description="Times steps, then sums the kernels of others by name, in JAX's profile, which has "
+        "kernels of GPUs only.",
+    )
+    command.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive,
+        nargs="*",
+        default=[1, 32, 256],
+        help="steps of so many decodes, one result for each (default: 1 32 256)",
+    )
+    command.add_argument(
+        "--mixed", metavar="N", type=positive, nargs="*", default=[], help="steps that read so many tokens"
+    )
+    command.add_argument(
+        "--prompt-len", metavar="N", type=positive, default=512, help="tokens of each prompt"
+    )
+    command.add_argument("--num-steps", metavar="N", type=positive, default=12, help="steps of a profile")
+
+
 def _throughput(args: argparse.Namespace) -> None:
     from pjengine.bench import throughput
 
@@ -226,6 +254,29 @@ def _kernels(args: argparse.Namespace) -> None:
             summary = f"{row['us']:.1f} us, {row[unit]:,.0f} {unit}, {row['share']:.0%} of the limit"
         case = [str(value) for value in row.values() if type(value) in (str, int)]
         report(args, {"bench": "kernels", **row}, f"{', '.join(case)}: {summary}")
+
+
+def _profile(args: argparse.Namespace) -> None:
+    settings = _bench_settings(args)
+    from pjengine.step_profile import KEEP_GRAPHS, profile_decode, profile_mixed
+
+    add_xla_flag(KEEP_GRAPHS)
+    sizes = {"prompt_len": args.prompt_len, "num_steps": args.num_steps}
+    with pjengine.LLM(**settings, warm_up=False) as llm:
+        runs = [functools.partial(profile_decode, llm, size, **sizes) for size in args.batch_size]
+        runs += [functools.partial(profile_mixed, llm, size, **sizes) for size in args.mixed]
+        for run in runs:
+            row = run()
+            largest = ", ".join(f"{name} {us:,.0f}" for name, us in list(row["kernels_us"].items())[:6])
+            report(
+                args,
+                {"bench": "profile", **row},
+                f"{row['kind']} of {row.get('batch_size') or row['num_tokens']}: "
+                f"{row['step_ms']:.3f} ms a step, busy {row['busy_ms']:.3f} ms with "
+                f"{row['num_kernels']:.1f} kernels; "
+                f"{row['num_graph_launches']:.1f} graphs and {row['num_kernel_launches']:.1f} kernels by "
+                f"themselves launched; us: {largest or 'none, without a GPU'}",
+            )
 
 
 def _startup(args: argparse.Namespace) -> None:
