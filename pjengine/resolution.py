@@ -74,7 +74,7 @@ class Resolver:
                 for token, bias in (params.logit_bias or {}).items()
             },
             allowed=tuple(sorted(set(params.allowed_token_ids or ()))),
-            bad_words=tuple(dict.fromkeys(self._bad_words(params.bad_words or ()))),
+            bad_words=tuple(dict.fromkeys(self._bad_words(dict.fromkeys(params.bad_words or ())))),
             min_tokens=params.min_tokens,
             stops=tuple(sorted(token for token in stops if token < self.vocab_size)),
             repetition_penalty=float(params.repetition_penalty),

@@ -94,7 +94,8 @@ def as_api_error(error: Exception) -> ApiError:
 def _of_schema(errors: Iterable[Mapping[str, Any]]) -> ApiError:
     """Of a body that has not the types that it should have."""
     told, param = [], None
-    for error in errors:
+    # Of what may be of several types, each is told to be none: first what says more.
+    for error in sorted(errors, key=lambda error: error["type"] != "too_long"):
         # First is "body", or what else was read; then, in brackets, which of several bodies is meant.
         place = [str(part) for part in error["loc"][1:] if not str(part).startswith("<")]
         if error["type"] == "json_invalid":

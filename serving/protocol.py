@@ -17,6 +17,10 @@ from pjengine.structured_outputs import StructuredOutputsParams
 
 REQUEST_ID = r"^[!-~]{1,256}$"  # goes into headers and logs
 
+# Lists are checked while other answers wait. Pydantic stops at the first item that is too many.
+_MANY = Field(max_length=4096)
+_OF_VOCABULARY = Field(max_length=2**19)  # no vocabulary is as large
+
 
 class StreamOptions(Body):
     include_usage: bool = False
@@ -42,14 +46,15 @@ class SamplingFields(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[list[str], _MANY] | None = None
+    stop_token_ids: Annotated[list[int], _MANY] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
-    logit_bias: dict[str, float] | None = None  # by token id, which JSON writes as a string
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    # By token id, which JSON writes as a string.
+    logit_bias: Annotated[dict[str, float], _OF_VOCABULARY] | None = None
+    allowed_token_ids: Annotated[list[int], _OF_VOCABULARY] | None = None
+    bad_words: Annotated[list[str], _MANY] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
