@@ -114,8 +114,8 @@ class Resolver:
         wanted = self.vocab_size if count == -1 else count
         if wanted > (limit := most_logprobs(self.max_logprobs, self.vocab_size)):
             raise ValueError(
-                f"{name} must be at most max_logprobs={limit}, got {wanted}: create the engine with a higher "
-                "max_logprobs (-1: no limit)"
+                f"{name} must be at most max_logprobs={limit}, got {wanted}: ask for fewer, or create the "
+                "engine with a higher max_logprobs (-1: no limit)"
             )
 
     def _bad_words(self, words: Iterable[str]) -> Iterable[tuple[int, ...]]:

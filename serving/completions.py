@@ -63,7 +63,7 @@ def _call(body: CompletionRequest, service: Service, request_id: str) -> Call:
         priority=body.priority,
         cache_salt=body.cache_salt,
         user=body.user,
-        form_field=body.form_field,
+        fields={"structured_outputs": body.form_field},
     )
 
 

@@ -8,10 +8,10 @@ left, the time is up or the answer is complete, ends the streams, and the engine
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fastapi import Request
@@ -28,7 +28,7 @@ from pjengine.serving.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
 
-_SAMPLING = [field.name for field in fields(SamplingParams)]
+_SAMPLING = [own.name for own in fields(SamplingParams)]
 
 type Outputs = AsyncGenerator[tuple[int, RequestOutput], None]  # by the index of the prompt
 
@@ -45,7 +45,9 @@ class Call:
     priority: int = 0
     cache_salt: str = ""
     user: str | None = None
-    form_field: str = "structured_outputs"  # of the body, where it says what form the answer must have
+    fields: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of the body, where the engine's names are others
 
 
 class Service:
@@ -117,10 +119,7 @@ class Service:
             if output is not None:  # not of the caller, whose mistakes are found before anything is run
                 raise
             watch.refuse()
-            refusal = bad_request(error, (*_SAMPLING, "priority"))
-            if refusal.param == "structured_outputs":
-                refusal.param = call.form_field
-            raise refusal from error
+            raise bad_request(error, (*_SAMPLING, "priority", "prompt"), call.fields) from error
         finally:
             watch.end()
 
