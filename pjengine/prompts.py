@@ -40,6 +40,10 @@ def encode_prompt(
       ValueError: it is empty, too long, out of the vocabulary, or needs a tokenizer where there is none.
       TypeError: it is no prompt at all.
     """
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    is_encoded = isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None
+    if tokenizer is not None and isinstance(text, str) and not is_encoded and keep_last is None:
+        tokenizer.check_length(text, max_tokens)
     encoded = _encode(prompt, tokenizer)
     if keep_last is not None:
         kept = encoded.token_ids[-(max_tokens if keep_last == -1 else keep_last) :]

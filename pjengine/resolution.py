@@ -74,7 +74,7 @@ class Resolver:
                 for token, bias in (params.logit_bias or {}).items()
             },
             allowed=tuple(sorted(set(params.allowed_token_ids or ()))),
-            bad_words=tuple(dict.fromkeys(self._bad_words(params.bad_words or ()))),
+            bad_words=tuple(dict.fromkeys(self._bad_words(dict.fromkeys(params.bad_words or ())))),
             min_tokens=params.min_tokens,
             stops=tuple(sorted(token for token in stops if token < self.vocab_size)),
             repetition_penalty=float(params.repetition_penalty),
@@ -114,8 +114,8 @@ class Resolver:
         wanted = self.vocab_size if count == -1 else count
         if wanted > (limit := most_logprobs(self.max_logprobs, self.vocab_size)):
             raise ValueError(
-                f"{name} must be at most max_logprobs={limit}, got {wanted}: create the engine with a higher "
-                "max_logprobs (-1: no limit)"
+                f"{name} must be at most max_logprobs={limit}, got {wanted}: ask for fewer, or create the "
+                "engine with a higher max_logprobs (-1: no limit)"
             )
 
     def _bad_words(self, words: Iterable[str]) -> Iterable[tuple[int, ...]]:

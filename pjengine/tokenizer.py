@@ -68,6 +68,30 @@ class Tokenizer:
                     return token, text
         return None, ""
 
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Characters of a text that a token stands for, at most; None: there is no bound.
+
+        There is none where whatever is unknown becomes one token, or where spaces vanish.
+        """
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is None or not (self.has_byte_tokens or _is_byte_level(backend)):
+            return None
+        if any(token.lstrip or token.rstrip for token in self.hf.added_tokens_decoder.values()):
+            return None
+        longest = max(map(len, self.hf.get_vocab()))
+        are_spaces_kept = len(self.encode("a" + " " * 8 * longest + "a", add_special_tokens=False)) >= 8
+        return longest if are_spaces_kept else None
+
+    def check_length(self, text: str, max_tokens: int) -> None:
+        """Raises ValueError for a text that must have more tokens: at once, where to encode it takes long."""
+        longest = self.longest_token
+        if longest is not None and len(text) > max_tokens * longest:
+            raise ValueError(
+                f"the prompt has {len(text)} characters; with max_model_len={max_tokens + 1} at most "
+                f"{max_tokens} tokens of at most {longest} characters fit. Shorten it or raise max_model_len"
+            )
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the token ids, with the special tokens (such as BOS) that the tokenizer itself adds.
 
@@ -220,6 +244,13 @@ def _load_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> Any:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None
     return hf
+
+
+def _is_byte_level(backend: Any) -> bool:
+    """Whether each byte has a token, so that none is unknown."""
+    from tokenizers import pre_tokenizers
+
+    return all(backend.token_to_id(letter) is not None for letter in pre_tokenizers.ByteLevel.alphabet())
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:

@@ -50,7 +50,11 @@ def _call(body: ChatRequest, service: Service, request_id: str, message_form: Me
         priority=body.priority,
         cache_salt=body.cache_salt,
         user=body.user,
-        form_field=body.form_field,
+        fields={
+            "structured_outputs": body.form_field,
+            "logprobs": "top_logprobs",
+            "prompt": "messages",
+        },
     )
 
 

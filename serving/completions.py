@@ -63,7 +63,7 @@ def _call(body: CompletionRequest, service: Service, request_id: str) -> Call:
         priority=body.priority,
         cache_salt=body.cache_salt,
         user=body.user,
-        form_field=body.form_field,
+        fields={"structured_outputs": body.form_field},
     )
 
 
@@ -90,7 +90,8 @@ def _prompt(
         return partial(infill.read, prompt, body.suffix, add_special_tokens=body.add_special_tokens)
     if body.add_special_tokens:  # as the engine does by itself
         return {"prompt": prompt}
-    return partial(service.prompts.read, prompt, add_special_tokens=False)
+    is_cut = body.truncate_prompt_tokens is not None
+    return partial(service.prompts.read, prompt, add_special_tokens=False, is_cut=is_cut)
 
 
 class _CompletionForm(Form):

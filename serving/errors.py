@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Container, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -66,11 +67,23 @@ class ApiError(Exception):
         return Response(json.dumps(self.body()), status_code=self.status, headers=headers)
 
 
-def bad_request(error: Exception, names: Container[str]) -> ApiError:
-    """Of a mistake of the caller. The text of an error about one field begins with its name."""
-    word = re.match(r"[a-z_]*", str(error))
-    assert word is not None
-    return ApiError(400, str(error), param=word[0] if word[0] in names else None)
+def bad_request(
+    error: Exception, names: Container[str], fields: Mapping[str, str] = MappingProxyType({})
+) -> ApiError:
+    """Of a mistake of the caller. The text of an error about one field begins with its name.
+
+    `fields`: what the body calls some of the names.
+    """
+    text = str(error)
+    found = re.match(r"(?:the )?([a-z_]*)", text)
+    assert found is not None
+    name = found[1]
+    if name not in names:
+        return ApiError(400, text)
+    param = fields.get(name, name)
+    if param != name and not text.startswith("the "):
+        text = text.replace(name, param, 1)
+    return ApiError(400, text, param=param)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -94,7 +107,8 @@ def as_api_error(error: Exception) -> ApiError:
 def _of_schema(errors: Iterable[Mapping[str, Any]]) -> ApiError:
     """Of a body that has not the types that it should have."""
     told, param = [], None
-    for error in errors:
+    # Of what may be of several types, each is told to be none: first what says more.
+    for error in sorted(errors, key=lambda error: error["type"] != "too_long"):
         # First is "body", or what else was read; then, in brackets, which of several bodies is meant.
         place = [str(part) for part in error["loc"][1:] if not str(part).startswith("<")]
         if error["type"] == "json_invalid":

@@ -103,8 +103,19 @@ class MessageForm:
                 "calls that hold to the schemas of their tools leave no room for another form of the output",
                 param="tools",
             )
-        form = self._form_of_calls(are_marks_text=not are_special)
-        return dataclasses.replace(params, structured_outputs=form)
+        return dataclasses.replace(params, structured_outputs=self._checked_form(not are_special))
+
+    def _checked_form(self, are_marks_text: bool) -> StructuredOutputsParams:
+        """Raises ApiError for schemas that are too long, or are no Unicode; it names the tool."""
+        try:
+            for function in self._body.callable_functions:
+                if function.strict or self._body.way != "auto":
+                    place = f"tools: the parameters of {function.name!r}"
+                    StructuredOutputsParams(json=function.schema_of_arguments)
+            place = "tools: their parameters, together"
+            return self._form_of_calls(are_marks_text=are_marks_text)
+        except ValueError as error:
+            raise ApiError(400, f"{place}: {error}", param="tools") from error
 
     def _form_of_calls(self, *, are_marks_text: bool) -> StructuredOutputsParams:
         body, functions = self._body, self._body.callable_functions

@@ -19,6 +19,7 @@ class PromptReader:
     """Encodes texts and conversations with the model's tokenizer and chat template."""
 
     tokenizer: Tokenizer | None
+    max_tokens: int | None = None  # of a prompt; none: any number
     is_request_template_trusted: bool = False
     default_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     are_unused_tools_hidden: bool = False  # from the template, if the answer may call none
@@ -28,11 +29,15 @@ class PromptReader:
         tokenizer = self.tokenizer
         return tokenizer is not None and bool(tokenizer.chat_template or tokenizer.hf.chat_template)
 
-    def read(self, text: str, *, add_special_tokens: bool) -> GivenPrompt:
+    def read(self, text: str, *, add_special_tokens: bool, is_cut: bool = False) -> GivenPrompt:
+        """`is_cut`: the prompt may be longer than what fits."""
+        self._check_length(text, is_cut, "prompt")
         return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens)}
 
     def read_chat(self, body: ConversationFields) -> GivenPrompt:
         text = self._render(body)
+        is_cut = getattr(body, "truncate_prompt_tokens", None) is not None
+        self._check_length(text, is_cut, "messages")
         return {"prompt": text, "prompt_token_ids": self._encode(text, body.add_special_tokens)}
 
     def decode(self, token_ids: list[int]) -> str:
@@ -48,6 +53,14 @@ class PromptReader:
     def token_texts(self, token_ids: list[int]) -> list[str]:
         """Each token as it is in the vocabulary, pieces of characters included."""
         return self._needed("return_token_strs").hf.convert_ids_to_tokens(token_ids)
+
+    def _check_length(self, text: str, is_cut: bool, param: str) -> None:
+        if self.tokenizer is None or self.max_tokens is None or is_cut:
+            return
+        try:
+            self.tokenizer.check_length(text, self.max_tokens)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=param) from error
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         tokenizer = self._needed("a text")

@@ -17,6 +17,13 @@ from pjengine.structured_outputs import StructuredOutputsParams
 
 REQUEST_ID = r"^[!-~]{1,256}$"  # goes into headers and logs
 
+# Lists are checked while other answers wait. Pydantic stops at the first item that is too many.
+_MANY = Field(max_length=4096, fail_fast=True)
+_TokenIds = Annotated[list[int], Field(fail_fast=True)]
+MAX_MESSAGES = 65_536  # with the parts of their contents and their tool calls
+_LISTS_OF_MESSAGES = ("content", "tool_calls")
+_OF_VOCABULARY = Field(max_length=2**19)  # no vocabulary is as large
+
 
 class StreamOptions(Body):
     include_usage: bool = False
@@ -42,14 +49,15 @@ class SamplingFields(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[list[str], _MANY] | None = None
+    stop_token_ids: Annotated[list[int], _MANY] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
-    logit_bias: dict[str, float] | None = None  # by token id, which JSON writes as a string
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    # By token id, which JSON writes as a string.
+    logit_bias: Annotated[dict[str, float], _OF_VOCABULARY] | None = None
+    allowed_token_ids: Annotated[list[int], _OF_VOCABULARY] | None = None
+    bad_words: Annotated[list[str], _MANY] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
@@ -123,7 +131,7 @@ class GenerationFields(SamplingFields):
 class CompletionRequest(GenerationFields):
     refused = REFUSED_OUTSIDE_CHAT
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Annotated[list[str], _MANY] | _TokenIds | Annotated[list[_TokenIds], _MANY]
     suffix: str | None = None  # what follows the text that is generated
     max_tokens: int | None = None  # 0, with echo: no answer, only what echo shows
     logprobs: int | None = None  # of so many likeliest tokens
@@ -140,13 +148,32 @@ class CompletionRequest(GenerationFields):
 class ConversationFields(ToolFields):
     """What a chat template makes a prompt of."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False  # most templates write them themselves
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    documents: list[dict[str, str]] | None = None
+    documents: Annotated[list[dict[str, str]], _MANY] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, data: Any) -> Any:
+        """Before anything is made of them, counts the messages and what they hold."""
+        messages = data.get("messages") if isinstance(data, dict) else None
+        if not isinstance(messages, list):
+            return data
+        held = (own.get(name) for own in messages if isinstance(own, dict) for name in _LISTS_OF_MESSAGES)
+        count = len(messages)
+        if count <= MAX_MESSAGES:
+            count += sum(len(items) for items in held if isinstance(items, list))
+        if count > MAX_MESSAGES:
+            raise ApiError(
+                400,
+                f"messages, with their parts and tool calls, must be at most {MAX_MESSAGES}, got {count}",
+                param="messages",
+            )
+        return data
 
     @model_validator(mode="after")
     def _check_end(self) -> "ConversationFields":

@@ -51,6 +51,12 @@ _NETWORK = (
         "max_waiting", int, "N", "continuations that may wait beyond --max-num-seqs (default: any number)"
     ),
     Option(
+        "max_sequences_per_request",
+        positive,
+        "N",
+        "continuations that one request may ask for: prompts x n (default: 8 x --max-num-seqs, at least 128)",
+    ),
+    Option(
         "shutdown_timeout_s", float, "X", "seconds for requests to end after SIGTERM", "--shutdown-timeout"
     ),
 )

@@ -35,6 +35,7 @@ class ServerConfig:
     max_request_bytes: int = 16 * 2**20
     request_timeout_s: float | None = None  # from the body's arrival to the end of the answer
     max_waiting: int | None = None  # continuations that may wait beyond the max_num_seqs that run
+    max_sequences_per_request: int | None = None  # prompts x n; none: 8 x max_num_seqs, at least 128
     shutdown_timeout_s: float = 25.0  # below the 30 s that Kubernetes gives
     response_role: str = "assistant"
     trust_request_chat_template: bool = False
@@ -60,7 +61,12 @@ class ServerConfig:
             raise ValueError("ssl_keyfile and ssl_certfile go together: give both, or none")
         if "" in self.api_keys:
             raise ValueError("an api_key must not be empty")
-        least = {"max_request_bytes": 1, "max_waiting": 0, "shutdown_timeout_s": 0}
+        least = {
+            "max_request_bytes": 1,
+            "max_waiting": 0,
+            "max_sequences_per_request": 1,
+            "shutdown_timeout_s": 0,
+        }
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value:

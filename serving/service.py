@@ -8,10 +8,10 @@ left, the time is up or the answer is complete, ends the streams, and the engine
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fastapi import Request
@@ -19,7 +19,7 @@ from fastapi import Request
 from pjengine.async_llm import AsyncLLM
 from pjengine.generation import NO_TOKEN
 from pjengine.outputs import RequestOutput
-from pjengine.sampling_params import MAX_N, SamplingParams
+from pjengine.sampling_params import SamplingParams
 from pjengine.schedule import FORBIDDEN
 from pjengine.serving.errors import ApiError, bad_request
 from pjengine.serving.metrics import Metrics
@@ -28,7 +28,7 @@ from pjengine.serving.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
 
-_SAMPLING = [field.name for field in fields(SamplingParams)]
+_SAMPLING = [own.name for own in fields(SamplingParams)]
 
 type Outputs = AsyncGenerator[tuple[int, RequestOutput], None]  # by the index of the prompt
 
@@ -45,7 +45,9 @@ class Call:
     priority: int = 0
     cache_salt: str = ""
     user: str | None = None
-    form_field: str = "structured_outputs"  # of the body, where it says what form the answer must have
+    fields: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of the body, where the engine's names are others
 
 
 class Service:
@@ -59,6 +61,7 @@ class Service:
         self.created = int(time.time())
         self.prompts = PromptReader(
             tokenizer=engine.tokenizer,
+            max_tokens=engine.max_model_len - 1,
             is_request_template_trusted=config.trust_request_chat_template,
             default_template_kwargs=config.default_chat_template_kwargs,
             are_unused_tools_hidden=config.exclude_tools_when_tool_choice_none,
@@ -71,6 +74,12 @@ class Service:
     @property
     def default_params(self) -> SamplingParams:
         return self.llm.engine.default_sampling_params
+
+    @property
+    def max_sequences_per_request(self) -> int:
+        """So that one request does not hold all others up: prompts x n, or best_of in place of n."""
+        limit = self.config.max_sequences_per_request
+        return max(8 * self.llm.engine.runner.config.max_num_seqs, 128) if limit is None else limit
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError if a model is named that is not served here."""
@@ -117,10 +126,7 @@ class Service:
             if output is not None:  # not of the caller, whose mistakes are found before anything is run
                 raise
             watch.refuse()
-            refusal = bad_request(error, (*_SAMPLING, "priority"))
-            if refusal.param == "structured_outputs":
-                refusal.param = call.form_field
-            raise refusal from error
+            raise bad_request(error, (*_SAMPLING, "priority", "prompt"), call.fields) from error
         finally:
             watch.end()
 
@@ -128,11 +134,12 @@ class Service:
     def _admitted(self, num_sequences: int) -> Iterator[None]:
         if num_sequences == 0:
             raise ApiError(400, "prompt is empty: at least one is needed", param="prompt")
-        if num_sequences > MAX_N:
+        if num_sequences > (limit := self.max_sequences_per_request):
             raise ApiError(
                 400,
-                f"{num_sequences} continuations are asked for at once, of at most {MAX_N}",
-                param="prompt",
+                f"n: prompts x n is {num_sequences}, and this server takes at most {limit} in one request "
+                "(--max-sequences-per-request)",
+                param="n",
             )
         most = self.config.max_waiting
         if most is not None:

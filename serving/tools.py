@@ -44,7 +44,7 @@ type ToolChoice = Literal["none", "auto", "required"] | NamedTool
 class ToolFields(Body):
     """Of a conversation: what the chat template is told of tools."""
 
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
 
     @model_validator(mode="after")
     def _check_tools(self) -> "ToolFields":

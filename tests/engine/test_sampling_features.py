@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -471,3 +471,21 @@ def test_the_model_says_what_holds_without_params(demo: Any, gqa_folder: Path, t
     (tmp_path / "generation_config.json").write_text("[")
     with pytest.raises(ValueError, match=r"generation_config.json"):
         open_llm(tmp_path)
+
+
+def test_equal_bad_words_are_encoded_once() -> None:
+    from pjengine import SamplingParams
+    from pjengine.resolution import Resolver
+    from pjengine.tokenizer import Tokenizer
+
+    class CountingEncoder:
+        texts: ClassVar[list[str]] = []
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            self.texts.append(text)
+            return [len(text)]
+
+    tokenizer = Tokenizer(hf=CountingEncoder(), has_byte_tokens=False)
+    resolver = Resolver(tokenizer=tokenizer, vocab_size=9, eos_token_ids=frozenset(), max_logprobs=0)
+    edits = resolver.edits(SamplingParams(bad_words=["ab"] * 1000))
+    assert (edits.bad_words, CountingEncoder.texts) == (((2,), (3,)), ["ab", " ab"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -27,14 +28,35 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
         "did you mean 'include_usage'?",
     ),
     "no prompt": (COMPLETIONS, {"prompt": None}, "prompt", "prompt: Field required"),
-    "empty prompt": (COMPLETIONS, {"prompt": ""}, None, "the prompt is empty"),
+    "empty prompt": (COMPLETIONS, {"prompt": ""}, "prompt", "the prompt is empty"),
     "empty list": (COMPLETIONS, {"prompt": []}, "prompt", "at least one is needed"),
-    "empty tokens": (COMPLETIONS, {"prompt": [[1], []]}, None, "the prompt is empty"),
+    "empty tokens": (COMPLETIONS, {"prompt": [[1], []]}, "prompt", "the prompt is empty"),
     "mixed prompts": (COMPLETIONS, {"prompt": ["a", 1]}, "prompt", "prompt.list[str].1"),
-    "too long": (COMPLETIONS, {"prompt": [5] * 1024}, None, "1024 tokens; with max_model_len=1024"),
+    "too long": (COMPLETIONS, {"prompt": [5] * 1024}, "prompt", "1024 tokens; with max_model_len=1024"),
+    "far too long": (COMPLETIONS, {"prompt": "a" * 10**6}, "prompt", "the prompt has 1000000 characters"),
+    "far too long, plain": (
+        COMPLETIONS,
+        {"prompt": "a" * 10**6, "add_special_tokens": False},
+        "prompt",
+        "the prompt has 1000000 characters",
+    ),
+    "far too long to generate": ("/generate", {"prompt": "a" * 10**6}, "prompt", "1000000 characters"),
+    "far too long a talk": (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a" * 10**6}]},
+        "messages",
+        "tokens of at most",
+    ),
     "no such token": (COMPLETIONS, {"prompt": [5, 4096]}, None, "token id 4096 is out of the vocabulary"),
     "surrogate": (COMPLETIONS, {"prompt": "\ud800"}, None, "lone surrogate"),
-    "too many": (COMPLETIONS, {"prompt": ["a"] * 200, "n": 100}, "prompt", "20000 continuations"),
+    "too many": (
+        COMPLETIONS,
+        {"prompt": ["a"] * 200, "n": 100},
+        "n",
+        "20000, and this server takes at most 128",
+    ),
+    "too many of one": (COMPLETIONS, {"n": 129}, "n", "prompts x n is 129"),
+    "too many to choose from": (COMPLETIONS, {"n": 1, "best_of": 129}, "n", "at most 128"),
     "text for number": (COMPLETIONS, {"temperature": "1"}, "temperature", "valid number"),
     "flag for number": (COMPLETIONS, {"max_tokens": True}, "max_tokens", "valid integer"),
     "fraction": (COMPLETIONS, {"n": 1.5}, "n", "valid integer"),
@@ -48,7 +70,47 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
     "empty stop": (COMPLETIONS, {"stop": ["a", ""]}, "stop", "free of empty strings"),
     "bias": (COMPLETIONS, {"logit_bias": {"5000": 1}}, "logit_bias", "within the vocabulary"),
     "logprobs": (COMPLETIONS, {"logprobs": 21}, "logprobs", "at most max_logprobs=20"),
-    "top_logprobs": (CHAT, {"logprobs": True, "top_logprobs": 21}, "logprobs", "at most max_logprobs=20"),
+    "top_logprobs": (
+        CHAT,
+        {"logprobs": True, "top_logprobs": 21},
+        "top_logprobs",
+        "top_logprobs must be at most max_logprobs=20, got 21: ask for fewer",
+    ),
+    "long talk": (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a b " * 2000}]},
+        "messages",
+        "with max_model_len=1024",
+    ),
+    "many prompts": (COMPLETIONS, {"prompt": [[1]] * 300_000}, "prompt", "at most 4096 items"),
+    "many texts": (COMPLETIONS, {"prompt": ["a"] * 300_000}, "prompt", "at most 4096 items"),
+    "many messages": (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}] * 70_000},
+        "messages",
+        "at most 65536, got 70000",
+    ),
+    "many parts": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 35_000}] * 2},
+        "messages",
+        "at most 65536, got 70002",
+    ),
+    "many tools": (
+        CHAT,
+        {"tools": [{"type": "function", "function": {"name": "f"}}] * 2000},
+        "tools",
+        "at most 1024 items",
+    ),
+    "many bad words": (COMPLETIONS, {"bad_words": ["a"] * 900_000}, "bad_words", "at most 4096 items"),
+    "many stops": (CHAT, {"stop": ["a"] * 5000}, "stop", "at most 4096 items"),
+    "many stop tokens": ("/generate", {"stop_token_ids": [1] * 5000}, "stop_token_ids", "at most 4096"),
+    "many allowed": (
+        COMPLETIONS,
+        {"allowed_token_ids": [1] * 600_000},
+        "allowed_token_ids",
+        "at most 524288",
+    ),
     "top_logprobs alone": (CHAT, {"top_logprobs": 2}, "top_logprobs", "needs logprobs=true"),
     "two limits": (CHAT, {"max_completion_tokens": 2}, "max_tokens", "give one"),
     "streamed prompt": (CHAT, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "not streamed"),
@@ -247,6 +309,33 @@ def test_generate_gives_prompt_and_text(client: Client) -> None:
     assert rest == b"" and objects[-1] == ["import os\n" + text for text in wanted] and len(objects) > 1
     for before, after in pairwise(objects):
         assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
+
+
+def test_a_body_of_a_million_items_is_refused_before_they_are_read() -> None:
+    from pydantic import ValidationError
+
+    from pjengine.serving.errors import ApiError
+    from pjengine.serving.protocol import ChatRequest, CompletionRequest
+
+    bodies: tuple[tuple[Any, dict[str, Any]], ...] = (
+        (CompletionRequest, {"prompt": [[1]] * 10**6}),
+        (CompletionRequest, {"prompt": ["a"] * 10**6}),
+        (ChatRequest, {**BODIES[CHAT], "messages": [{"role": "user", "content": "a"}] * 10**6}),
+        (ChatRequest, {**BODIES[CHAT], "tools": [{"type": "function", "function": {"name": "f"}}] * 10**6}),
+    )
+    for model, body in bodies:
+        begun = time.process_time()
+        with pytest.raises((ValidationError, ApiError)):
+            model.model_validate(body)
+        assert time.process_time() - begun < 0.5, model  # to read them all takes seconds
+
+
+def test_a_prompt_far_too_long_is_taken_to_be_cut_and_not_to_be_counted(client: Client) -> None:
+    prompt = "a b " * 100_000
+    for fields in ({}, {"add_special_tokens": False}):
+        client.answer(COMPLETIONS, prompt=prompt, max_tokens=1, truncate_prompt_tokens=8, **fields)
+    status, error = client.error("/tokenize", prompt=prompt)
+    assert (status, error["param"]) == (400, "prompt") and "400000 characters" in error["message"]
 
 
 def test_the_document_describes_each_route_and_no_status_422(client: Client) -> None:

@@ -134,6 +134,7 @@ BAD_OPTIONS = {
     "timeout": (("demo", "--request-timeout", "0"), "request_timeout_s must be above 0, got 0"),
     "not a number": (("demo", "--shutdown-timeout", "nan"), "shutdown_timeout_s must be at least 0, got nan"),
     "waiting": (("demo", "--max-waiting", "-1"), "max_waiting must be at least 0, got -1"),
+    "sequences": (("demo", "--max-sequences-per-request", "0"), "whole number of at least 1 is needed"),
     "prefix": (("demo", "--metrics-prefix", "a-b"), "metrics_prefix must be a name"),
     "tools": (
         ("demo", "--tool-call-parser", "hermez"),

@@ -108,6 +108,15 @@ def test_a_client_that_leaves_while_its_prompt_is_read_is_not_run(client: Client
     run(main())
 
 
+def test_a_request_takes_as_many_continuations_as_the_operator_says(llm: Any) -> None:
+    client = make_client(llm, max_sequences_per_request=6)
+    fields = long(prompt=["a", "b"], max_tokens=1, temperature=1)
+    assert client.post(PATH, **fields, n=3).status_code == 200
+    status, error = client.error(PATH, **fields, n=4)
+    assert (status, error["param"]) == (400, "n") and "prompts x n is 8" in error["message"]
+    client.assert_idle()
+
+
 def test_what_waits_too_long_in_line_is_turned_away(llm: Any) -> None:
     client = make_client(llm, max_waiting=2)  # and four run
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.serving.call_texts import WRITERS, hermes
-from tests.serving.client import Client, make_client
+from tests.serving.client import Client, error_of, make_client
 
 PATH = "/v1/chat/completions"
 USER = {"role": "user", "content": "Weather?"}
@@ -38,6 +38,13 @@ def strict(tool: dict[str, Any]) -> dict[str, Any]:
     return {**tool, "function": {**tool["function"], "strict": True}}
 
 
+def _tool(properties: dict[str, Any], name: str = "f") -> dict[str, Any]:
+    return {
+        "type": "function",
+        "function": {"name": name, "parameters": {"type": "object", "properties": properties}},
+    }
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "no tools": ({"tools": []}, "tools", "tools is empty"),
     "choice alone": ({"tool_choice": "auto"}, "tool_choice", "tool_choice needs tools"),
@@ -45,6 +52,37 @@ MISTAKES: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "name alone": ({"tool_choice": NAMED}, "tool_choice", "tool_choice needs tools"),
     "unknown choice": ({"tools": [CLOCK], "tool_choice": "any"}, "tool_choice", "tool_choice"),
     "other name": ({"tools": [CLOCK], "tool_choice": NAMED}, "tool_choice", "of tools there are get_time"),
+    "surrogates": (
+        {"tools": [CLOCK, _tool({"\ud800": {"enum": ["\ud801"]}})], "tool_choice": "required"},
+        "tools",
+        "tools: the parameters of 'f': json holds a lone surrogate",
+    ),
+    "strict surrogates": (
+        {"tools": [strict(_tool({"a": {"const": "\ud801"}}))]},
+        "tools",
+        "tools: the parameters of 'f': json holds a lone surrogate",
+    ),
+    "long parameters": (
+        {
+            "tools": [_tool({"a": {"const": "b" * 10**6}})],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+        },
+        "tools",
+        "tools: the parameters of 'f': json must have at most 1000000 characters",
+    ),
+    "long together": (
+        {
+            "tools": [_tool({"a": {"const": "b" * 600_000}}, name) for name in "fg"],
+            "tool_choice": "required",
+        },
+        "tools",
+        "tools: their parameters, together: json must have at most 1000000 characters",
+    ),
+    "what no grammar knows": (
+        {"tools": [_tool({"a": {"type": "x"}})], "tool_choice": "required"},
+        "tools",
+        "tools.json=",
+    ),
     "twice": ({"tools": [CLOCK, CLOCK]}, "tools", "two functions of the name 'get_time'"),
     "kind": ({"tools": [{"type": "web_search"}]}, "tools", "'function'"),
     "unknown field": ({"tools": [{**CLOCK, "x": 1}]}, "x", "there is no field 'x'"),
@@ -73,7 +111,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str | None, str]] = {
 
 @pytest.mark.parametrize(("changes", "param", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_named(llm: Any, changes: dict[str, Any], param: str | None, message: str) -> None:
-    status, error = make_client(llm, **AUTO).error(PATH, **{**greedy(), **changes})
+    body = json.dumps({**greedy(), **changes})  # as it is: surrogates are written \ud800
+    headers = {"content-type": "application/json"}
+    status, error = error_of(make_client(llm, **AUTO).send("POST", PATH, content=body, headers=headers))
     assert (status, error["param"]) == (400, param)
     assert message in error["message"]
 
