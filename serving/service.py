@@ -103,7 +103,7 @@ class Service:
     ) -> AsyncGenerator[RequestOutput, None]:
         """One prompt's outputs, measured; calls `leave` when they have ended."""
         params, output = call.params, None
-        watch = self.metrics.watch(params.n)
+        watch = self.metrics.watch(params)
         try:
             async with aclosing(self.llm.generate(prompt, params, priority=call.priority)) as outputs:
                 async for output in outputs:
