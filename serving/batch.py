@@ -281,8 +281,8 @@ def run_batch(
         num_left = sum(not output.has(item) for item in read_items(source))
         if num_left == 0:
             print(
-                f"all {num_items} requests have been answered already, in {path}, {output.num_failed} of them "
-                "with an error",
+                f"all {num_items} requests have been answered already, in {path}, "
+                f"{output.num_failed} of them with an error",
                 file=sys.stderr,
             )
             return int(output.num_failed > 0)

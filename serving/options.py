@@ -206,7 +206,7 @@ def add_options(group: Any, options: Iterable[Option], settings: type[Any]) -> N
 
 
 class _NeutralAction(argparse.Action):
-    """Takes an option of vLLM at the value that asks for nothing, and says of others that they are not here."""
+    """Takes an option of vLLM where it asks for nothing, and says else that it is not supported."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if self.nargs == 0:
