@@ -103,8 +103,11 @@ def check_items(path: Path) -> tuple[set[str], int]:
 class Output:
     """The file of answers, which this process alone writes. See `open_output`."""
 
-    def __init__(self, path: Path, descriptor: int, done: set[tuple[str | None, str]]) -> None:
+    def __init__(
+        self, path: Path, descriptor: int, done: set[tuple[str | None, str]], num_failed: int
+    ) -> None:
         self.path = path
+        self.num_failed = num_failed  # of the answers of earlier runs
         self._descriptor = descriptor
         self._custom_ids = {custom_id for custom_id, _ in done if custom_id is not None}
         self._names = {name for custom_id, name in done if custom_id is None}
@@ -137,16 +140,16 @@ def open_output(path: Path) -> Iterator[Output]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{path} is being written by another run") from error
-        done, num_bytes = _read_done(path)
+        done, num_failed, num_bytes = _read_done(path)
         os.ftruncate(descriptor, num_bytes)
-        yield Output(path, descriptor, done)
+        yield Output(path, descriptor, done, num_failed)
     finally:
         os.close(descriptor)
 
 
-def _read_done(path: Path) -> tuple[set[tuple[str | None, str]], int]:
-    """What has been answered, and how many bytes its lines take."""
-    done, num_bytes = set(), 0
+def _read_done(path: Path) -> tuple[set[tuple[str | None, str]], int, int]:
+    """What has been answered, how much of it failed, and how many bytes its lines take."""
+    done, num_failed, num_bytes = set(), 0, 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -154,13 +157,14 @@ def _read_done(path: Path) -> tuple[set[tuple[str | None, str]], int]:
             try:
                 answer = json.loads(line)
                 done.add((answer["custom_id"], str(answer["id"])))
-                answer["response"], answer["error"]
+                response, error = answer["response"], answer["error"]
+                num_failed += error is not None or response is None or response["status_code"] != 200
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ValueError(
                     f"{path}: line {number} is no answer of a batch: give another file, or remove this one"
                 ) from error
             num_bytes += len(line)
-    return done, num_bytes
+    return done, num_failed, num_bytes
 
 
 def parse_item(item: Item) -> tuple[str, bytes]:
@@ -276,8 +280,12 @@ def run_batch(
             )
         num_left = sum(not output.has(item) for item in read_items(source))
         if num_left == 0:
-            print(f"all {num_items} requests have been answered already, in {path}", file=sys.stderr)
-            return 0
+            print(
+                f"all {num_items} requests have been answered already, in {path}, "
+                f"{output.num_failed} of them with an error",
+                file=sys.stderr,
+            )
+            return int(output.num_failed > 0)
         with local_service(engine_config, config) as (service, app):
             most = max_in_flight or 2 * service.llm.engine.runner.config.max_num_seqs
             batch = Batch(service=service, app=app, output=output, max_in_flight=most)
@@ -303,4 +311,4 @@ def _run(batch: Batch, source: Path, num_left: int, *, num_before: int) -> int:
     )
     if status:
         print("the same command goes on with the rest", file=sys.stderr)
-    return status or int(counts.num_failed > 0)
+    return status or int(counts.num_failed + batch.output.num_failed > 0)

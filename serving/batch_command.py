@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pjengine.config import EngineConfig
-from pjengine.serving.options import add_options, given, positive
+from pjengine.serving.options import add_neutral_options, add_options, given, positive
 from pjengine.serving.serve_command import API_OPTIONS, MODEL_OPTIONS
 from pjengine.serving.server_config import ServerConfig
 
@@ -39,6 +39,7 @@ def add_run_batch(commands: Any) -> None:
     add_options(command.add_argument_group("API"), _API_OPTIONS, ServerConfig)
     add_options(command.add_argument_group("engine"), MODEL_OPTIONS, EngineConfig)
     command.add_argument("--verbose", action="store_true", help="log what happens, to standard error")
+    add_neutral_options(command)
 
 
 def _run_batch(args: argparse.Namespace) -> int:

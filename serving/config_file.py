@@ -29,7 +29,7 @@ def read_arguments(path: str, actions: Mapping[str, argparse.Action]) -> list[st
 
 
 def _words(name: str, value: Any, action: argparse.Action | None) -> list[str]:
-    if isinstance(value, bool) and isinstance(action, argparse.BooleanOptionalAction):
+    if isinstance(value, bool) and f"--no-{name.removeprefix('--')}" in getattr(action, "option_strings", ()):
         return [name if value else f"--no-{name.removeprefix('--')}"]
     if isinstance(value, bool) and isinstance(action, argparse._StoreTrueAction):
         return [name] if value else []

@@ -1,5 +1,6 @@
 """What a request passes before a route sees it: who sends it, and how much. Plain ASGI."""
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -11,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pjengine.serving.errors import ApiError
 
 OPEN_PATHS = ("/health", "/ping")  # load balancers have no keys
+_PAGES = ("/dashboard", "/docs", "/openapi.json")  # that browsers open
+BODY_TIMEOUT_S = 60.0
 
 
 class KeyGate:
@@ -48,7 +51,7 @@ class KeyGate:
 
 
 def _challenge(path: str) -> str:
-    is_page = path == "/dashboard" or path.startswith("/dashboard/")
+    is_page = path in _PAGES or path.startswith("/dashboard/")
     return 'Basic realm="pjengine", charset="UTF-8"' if is_page else "Bearer"
 
 
@@ -85,31 +88,29 @@ def _digest(key: bytes) -> bytes:
 
 
 class SizeGate:
-    """Reads each body whole before anything is done with it, and none that is larger than it may be."""
+    """Reads each body whole before anything is done with it; none may be too large, or take too long."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        length = _header(scope, b"content-length")
-        is_too_large = length.isdigit() and int(length) > self._max_bytes
-        parts, num_bytes, is_complete = [], 0, False
-        while not is_too_large and not is_complete:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            parts.append(message.get("body", b""))
-            num_bytes += len(parts[-1])
-            is_too_large = num_bytes > self._max_bytes
-            is_complete = not message.get("more_body", False)
-        if is_too_large:
-            error = ApiError(413, f"the body has more than {self._max_bytes} bytes")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                whole = await self._read(scope, receive)
+        except TimeoutError:
+            told = f"the body has not come whole within {self._timeout_s:g} s"
+            error = ApiError(408, told, headers={"Connection": "close"})
             await error.response()(scope, receive, send)
             return
-        body: Message | None = {"type": "http.request", "body": b"".join(parts), "more_body": False}
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if whole is None:
+            return
+        body: Message | None = {"type": "http.request", "body": whole, "more_body": False}
 
         async def replay() -> Message:
             nonlocal body
@@ -117,3 +118,20 @@ class SizeGate:
             return await receive() if message is None else message
 
         await self._app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if its client has left. Raises ApiError for one that is too large."""
+        length = _header(scope, b"content-length")
+        is_too_large = length.isdigit() and int(length) > self._max_bytes
+        parts, num_bytes, is_complete = [], 0, False
+        while not is_too_large and not is_complete:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            num_bytes += len(parts[-1])
+            is_too_large = num_bytes > self._max_bytes
+            is_complete = not message.get("more_body", False)
+        if is_too_large:
+            raise ApiError(413, f"the body has more than {self._max_bytes} bytes")
+        return b"".join(parts)

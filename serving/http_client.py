@@ -31,6 +31,7 @@ class Reply:
     status: int
     headers: Mapping[str, str]  # by lower-case name
     parts: AsyncGenerator[bytes, None]
+    hint: str = ""  # what to change, where it was not answered
 
     async def read(self) -> bytes:
         return b"".join([part async for part in self.parts])
@@ -38,7 +39,7 @@ class Reply:
     async def check(self) -> "Reply":
         """Raises RemoteError unless the status is 200: the text is that of the server."""
         if self.status != 200:
-            raise RemoteError(f"the server answers {self.status}: {error_text(await self.read())}")
+            raise RemoteError(f"the server answers {self.status}: {error_text(await self.read())}{self.hint}")
         return self
 
 
@@ -104,7 +105,9 @@ class Endpoint:
             async with aclosing(body):
                 first = await anext(body)  # empty, once the head is there
                 assert first == b"" and answer.status is not None
-                yield Reply(answer.status, answer.headers, body)
+                is_astray = answer.status == 404 and not self._parts.path.rstrip("/").endswith("/v1")
+                hint = f"; the URL should end in /v1, got {self.url}" if is_astray else ""
+                yield Reply(answer.status, answer.headers, body, hint)
         finally:
             writer.close()
             with suppress(OSError):

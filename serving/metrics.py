@@ -9,12 +9,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from pjengine.engine import LLMEngine
 from pjengine.outputs import RequestOutput
+from pjengine.sampling_params import RequestOutputKind, SamplingParams
 from pjengine.serving.recent import Recent
 from pjengine.stats import read_stats
 
 _LABELS = ("model_name", "engine")
 _STEPS = (1, 2.5, 5)
 _SECONDS = tuple(step * 10.0**power for power in range(-3, 4) for step in _STEPS)
+_NUMBERS = (1, 2, 5, 10, 20)
 _TOKENS = tuple(step * 10**power for power in range(7) for step in (1, 2, 5))
 
 # Histogram -> what it holds, from the metrics of a request that has ended.
@@ -49,6 +51,11 @@ class Metrics:
         )
         self._prompt_tokens = histogram("request_prompt_tokens", "Tokens of prompts.", _TOKENS)
         self._generation_tokens = histogram("request_generation_tokens", "Tokens of answers.", _TOKENS)
+        self._most_tokens = histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest continuation.", _TOKENS
+        )
+        self._n = histogram("request_params_n", "Continuations that are asked for.", _NUMBERS)
+        self._max_tokens = histogram("request_params_max_tokens", "Most tokens that are asked for.", _TOKENS)
         self._ends = PrometheusCounter(
             f"{prefix}:request_success",
             "Continuations that have ended, by reason.",
@@ -56,11 +63,13 @@ class Metrics:
             registry=self._registry,
         )
 
-    def watch(self, n: int) -> "Watch":
+    def watch(self, params: SamplingParams) -> "Watch":
         """For a request that begins."""
-        return Watch(self, n)
+        return Watch(self, params)
 
-    def add(self, output: RequestOutput | None, reasons: Counter[str]) -> None:
+    def add(
+        self, params: SamplingParams, output: RequestOutput | None, most_tokens: int, reasons: Counter[str]
+    ) -> None:
         """Counts a request that has ended; `output` is its last, if there was any."""
         for reason, count in reasons.items():
             self._ends.labels(*self._labels, reason).inc(count)
@@ -72,6 +81,10 @@ class Metrics:
                 histogram.observe(value)
         self._prompt_tokens.observe(len(output.prompt_token_ids))
         self._generation_tokens.observe(output.metrics.num_generation_tokens)
+        self._most_tokens.observe(most_tokens)
+        self._n.observe(params.n)
+        if params.max_tokens is not None:
+            self._max_tokens.observe(params.max_tokens)
 
     def exposition(self) -> bytes:
         """All of them, in Prometheus's text format."""
@@ -81,8 +94,10 @@ class Metrics:
 class Watch:
     """What is seen of one request."""
 
-    def __init__(self, metrics: Metrics, n: int) -> None:
-        self._metrics, self._n = metrics, n
+    def __init__(self, metrics: Metrics, params: SamplingParams) -> None:
+        self._metrics, self._params, self._n = metrics, params, params.n
+        self._is_delta = params.output_kind is RequestOutputKind.DELTA
+        self._num_tokens = [0] * params.n
         self._output: RequestOutput | None = None
         self._has_begun = False  # its first token has been seen
         self._last_token_s: float | None = None
@@ -97,6 +112,8 @@ class Watch:
             self._metrics.gaps.observe(last_token_s - self._last_token_s)
         self._output, self._last_token_s = output, last_token_s
         for completion in output.outputs:
+            before = self._num_tokens[completion.index] if self._is_delta else 0
+            self._num_tokens[completion.index] = before + len(completion.token_ids)
             if completion.finish_reason is not None:
                 self._reasons[completion.finish_reason] += 1
 
@@ -108,7 +125,7 @@ class Watch:
         """Whatever has not finished by now has been left by its client, or by the engine."""
         if left := self._n - self._reasons.total():
             self._reasons["abort"] += left
-        self._metrics.add(self._output, self._reasons)
+        self._metrics.add(self._params, self._output, max(self._num_tokens), self._reasons)
 
 
 class _EngineCollector:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from pjengine.config import EngineConfig
+from pjengine.config import NEUTRAL, EngineConfig
 
 
 def positive(text: str) -> int:
@@ -205,6 +205,44 @@ def add_options(group: Any, options: Iterable[Option], settings: type[Any]) -> N
         )
 
 
+class _NeutralAction(argparse.Action):
+    """Takes an option of vLLM where it asks for nothing, and says else that it is not supported."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.nargs == 0:
+            values = not (option_string or "").startswith("--no-")
+        if values not in NEUTRAL[self.dest]:
+            shown = option_string if self.nargs == 0 else f"{option_string} {values}"
+            parser.error(f"{shown} is not supported yet: {self.help}")
+
+
+_SHORT_FLAGS = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}
+
+
+def add_neutral_options(command: argparse.ArgumentParser) -> None:
+    """Adds options of vLLM for what is not here, unless the command has one of that name."""
+    group = command.add_argument_group("of vLLM, taken where they ask for nothing")
+    for name, (neutral, *_) in NEUTRAL.items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in command._option_string_actions:
+            continue
+        flags, how, taken = [flag], {"metavar": "X"}, f"only {neutral}"
+        if neutral is None:
+            taken = "leave it out"
+        elif isinstance(neutral, bool):
+            no = f"--no-{flag.removeprefix('--')}"
+            flags, how, taken = [flag, no], {"nargs": 0}, f"only {flag if neutral else no}"
+        else:
+            how["type"] = type(neutral)
+        if name == "trust_remote_code":
+            taken += ": checkpoints run no code here"
+        if name in _SHORT_FLAGS:
+            flags.append(_SHORT_FLAGS[name])
+        group.add_argument(
+            *flags, dest=name, action=_NeutralAction, default=argparse.SUPPRESS, help=taken, **how
+        )
+
+
 def given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
     """The options that were given, by the names of their fields."""
     named = {option.field: option.name.removeprefix("--").replace("-", "_") for option in options}
@@ -216,4 +254,5 @@ def add_engine_options(command: argparse.ArgumentParser, *more: Option) -> Any:
     engine = command.add_argument_group("engine")
     add_options(engine, (*ENGINE_OPTIONS, *more), EngineConfig)
     command.add_argument("--verbose", action="store_true", help="log what happens, to standard error")
+    add_neutral_options(command)
     return engine

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 from typing import Any
 
@@ -11,6 +12,7 @@ from pjengine.serving.options import (
     ENGINE_OPTIONS,
     TOKENIZER_OPTIONS,
     Option,
+    add_neutral_options,
     add_options,
     given,
     json_object,
@@ -19,6 +21,8 @@ from pjengine.serving.options import (
 from pjengine.serving.reasoning import REASONING_PARSERS
 from pjengine.serving.server_config import ServerConfig
 from pjengine.serving.tool_parsers import TOOL_PARSERS
+
+logger = logging.getLogger(__name__)
 
 _SWITCH = {"action": "store_true"}
 
@@ -140,6 +144,7 @@ def add_serve(commands: Any) -> None:
     for title, options in (("network", _NETWORK), ("access", _ACCESS), ("API", API_OPTIONS), ("logs", _LOGS)):
         add_options(command.add_argument_group(title), options, ServerConfig)
     add_options(command.add_argument_group("engine"), MODEL_OPTIONS, EngineConfig)
+    add_neutral_options(command)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -151,7 +156,10 @@ def _serve(args: argparse.Namespace) -> int:
     engine_config = EngineConfig(
         model=model, use_tqdm_on_load=sys.stderr.isatty(), **given(args, MODEL_OPTIONS)
     )
-    config = ServerConfig(**{"api_keys": api_keys(), **given(args, _SERVER_OPTIONS)})
+    options = given(args, _SERVER_OPTIONS)
+    if "api_keys" in options and api_keys():
+        logger.warning("--api-key takes the place of PJENGINE_API_KEY, whose key lets nobody in")
+    config = ServerConfig(**{"api_keys": api_keys(), **options})
     from pjengine.serving.server import serve
 
     return serve(engine_config, config)

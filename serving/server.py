@@ -31,7 +31,7 @@ STATS_INTERVAL_S = 10.0
 _WATCH_INTERVAL_S = 0.5
 _SAMPLE_INTERVAL_S = 1.0  # for the dashboard
 _LAST_WORDS_S = 10  # after the last request was ended, for the ends of its stream
-_CLOSE_S = 3.0  # after that, for the engine; a program that is being compiled may take longer
+_CLOSE_S = 3.0  # after that, for the engine; a step, a prompt or a compilation may take longer
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -174,7 +174,7 @@ class _Server(uvicorn.Server):
 
     def _leave(self) -> None:
         """Nothing interrupts XLA. The compile cache writes whole files or none; the driver frees memory."""
-        logger.warning("a program is still being compiled: it is given up")
+        logger.warning("a step, a prompt or a compilation has not ended: it is given up")
         if self._service.config.uds is not None:
             Path(self._service.config.uds).unlink(missing_ok=True)
         os._exit(_exit_status(self._service.llm))

@@ -181,6 +181,13 @@ def test_errors_are_one_line_and_status_2(
     assert message in done.stderr and done.stderr.startswith("pjengine: ") and done.stderr.count("\n") == 1
 
 
+def test_a_url_without_v1_gets_a_hint(server: Server) -> None:
+    for argv in (("chat", "-q", "a"), ("complete", "-q", "a"), ("bench", "serve", "--num-requests", "2")):
+        done = run(*argv, "--url", server.url)
+        assert done.returncode != 0
+        assert f"404: Not Found; the URL should end in /v1, got {server.url}" in done.stderr
+
+
 def test_a_model_in_this_process_answers_as_a_server_does(server: Server) -> None:
     done = run("chat", "demo", "-q", "Hello", *GREEDY, *RANDOM[:-1], key=None)
     assert (done.returncode, done.stdout) == (0, expected_chat(server, ("user", "Hello")) + "\n")

@@ -31,7 +31,8 @@ def test_every_route_but_health_needs_a_key(guarded: Client) -> None:
                 continue
             status, error = error_of(response)
             assert (status, error["type"]) == (401, "AuthenticationError")
-            scheme = "Basic" if path.startswith("/dashboard") else "Bearer"
+            is_page = path.startswith("/dashboard") or path in ("/docs", "/openapi.json")
+            scheme = "Basic" if is_page else "Bearer"
             assert response.headers["www-authenticate"].split()[0] == scheme
 
 
@@ -54,8 +55,8 @@ def test_a_key_may_hold_what_basic_separates_and_any_letter(llm: Any) -> None:
     assert client.get("/version", headers=password("b")).status_code == 401
 
 
-def test_a_browser_is_asked_for_the_password_of_the_dashboard_alone(guarded: Client) -> None:
-    for path in ("/dashboard", "/dashboard/", "/dashboard/stats", "/llm/dashboard"):
+def test_a_browser_is_asked_for_the_password_of_pages_alone(guarded: Client) -> None:
+    for path in ("/dashboard", "/dashboard/", "/dashboard/stats", "/llm/dashboard", "/docs", "/openapi.json"):
         client = Client(guarded.app, guarded.service, root_path="/llm")
         assert client.get(path).headers["www-authenticate"] == 'Basic realm="pjengine", charset="UTF-8"'
     for path in ("/", "/dashboards", "/v1/dashboard"):
@@ -152,6 +153,31 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_parsed(llm: Any, is_ch
     status, error = error_of(send(1100))
     assert (status, error["type"]) == (413, "RequestTooLargeError") and "1000 bytes" in error["message"]
     assert error_of(send(1000))[0] == 400  # no JSON, but read
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    import asyncio
+    import json
+
+    from pjengine.serving.gates import SizeGate
+
+    pieces = [{"type": "http.request", "body": b"{", "more_body": True}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return pieces.pop() if pieces else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(*_: Any) -> None:
+        raise AssertionError("it was passed on")
+
+    gate = SizeGate(app, max_bytes=1000, timeout_s=0.01)
+    asyncio.run(asyncio.wait_for(gate({"type": "http", "headers": []}, receive, send), 10))
+    start, body = sent
+    assert start["status"] == 408 and (b"connection", b"close") in start["headers"]
+    assert "within 0.01 s" in json.loads(body["body"])["error"]["message"]
 
 
 def test_a_body_in_pieces_is_put_together(client: Client) -> None:

@@ -87,6 +87,9 @@ def test_metrics_count_what_was_asked_and_answered(llm: Any) -> None:
     assert grown('request_success_total finished_reason="length"') == 5
     assert grown('request_success_total finished_reason="stop"') == 1
     assert grown("request_generation_tokens_sum") == num_output
+    assert grown("request_max_num_generation_tokens_sum") == 5 + 5 + 1 + 6
+    assert grown("request_params_n_sum") == 2 + 2 + 1 + 1
+    assert grown("request_params_max_tokens_sum") == 5 + 5 + 40 + 6
     assert grown("request_prompt_tokens_sum") == sum(usage["prompt_tokens"] for usage in usages)
     for name in (
         "time_to_first_token_seconds",

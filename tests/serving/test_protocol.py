@@ -167,7 +167,9 @@ def test_fields_that_are_not_supported_are_refused_by_name(client: Client) -> No
 def test_a_refused_field_may_ask_for_nothing(client: Client) -> None:
     from pjengine.serving.refusals import REFUSED_FIELDS, REFUSED_OUTSIDE_CHAT
 
+    clients = {"service_tier": "auto", "metadata": {}, "store": False}  # what some send by themselves
     for path, body in BODIES.items():
+        client.answer(path, **body, **clients)
         refused = REFUSED_FIELDS if path == CHAT else REFUSED_OUTSIDE_CHAT
         client.answer(path, **body, **dict.fromkeys(REFUSED_OUTSIDE_CHAT))
         client.answer(path, **body, **{name: refusal.neutral for name, refusal in refused.items()})

@@ -61,9 +61,50 @@ def test_options_reach_the_engine_and_the_server(started: Started, tmp_path: Pat
     assert "x" not in repr(config.api_keys[1]) and "api_keys" not in repr(config)
 
 
-def test_the_environment_may_hold_the_key(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", [("serve",), ("run-batch", "-i", "a", "-o", "b")])
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--tensor-parallel-size 2", "--tensor-parallel-size 2 is not supported yet: only 1"),
+        ("-tp 2", "-tp 2 is not supported yet: only 1"),
+        ("--pipeline-parallel-size=2", "--pipeline-parallel-size 2 is not supported yet: only 1"),
+        ("--quantization fp8", "--quantization fp8 is not supported yet: leave it out"),
+        ("--trust-remote-code", "only --no-trust-remote-code: checkpoints run no code here"),
+        ("--enforce-eager", "--enforce-eager is not supported yet: only --no-enforce-eager"),
+        ("--no-enable-chunked-prefill", "only --enable-chunked-prefill"),
+        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8 is not supported yet: only auto"),
+    ],
+)
+def test_what_is_not_here_is_refused_by_the_name_that_vllm_has_for_it(
+    command: tuple[str, ...], option: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pjengine.serving.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main([*command, "demo", *option.split()])
+    assert end.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_options_that_ask_for_nothing_are_taken(started: Started, tmp_path: Path) -> None:
+    from pjengine import EngineConfig
+
+    argv = "--tensor-parallel-size 1 -pp 1 -dp 1 --no-trust-remote-code --no-enforce-eager --swap-space 0"
+    more = "--enable-chunked-prefill --kv-cache-dtype auto --disable-log-stats"
+    file = tmp_path / "serve.yaml"
+    file.write_text("trust-remote-code: false\nenable-chunked-prefill: true\ntensor-parallel-size: 1\n")
+    assert pjengine("demo", "-tp", "1", *argv.split(), *more.split(), "--config", file) == 0
+    [(engine, config)] = started
+    assert engine == EngineConfig(model="demo") and config.disable_log_stats
+
+
+def test_the_environment_may_hold_the_key(
+    started: Started, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("PJENGINE_API_KEY", "of the environment")
-    assert pjengine("demo") == pjengine("demo", "--api-key", "given") == 0
+    assert pjengine("demo") == 0 and "PJENGINE_API_KEY" not in caplog.text
+    assert pjengine("demo", "--api-key", "given") == 0
+    assert "--api-key takes the place of PJENGINE_API_KEY" in caplog.text
+    assert "of the environment" not in caplog.text
     assert [config.api_keys for _, config in started] == [("of the environment",), ("given",)]
 
 

@@ -320,7 +320,7 @@ def test_a_program_that_is_being_compiled_does_not_hold_up_the_exit(tmp_path: Pa
             server.terminate()
             assert request.read_all().startswith(b"HTTP/1.1 503 ")
             assert server.wait(10) == 0
-        assert "still being compiled: it is given up" in server.log and not path.exists()
+        assert "a compilation has not ended: it is given up" in server.log and not path.exists()
 
 
 def test_a_unix_socket_is_this_users_alone_and_goes_with_the_server(tmp_path: Path) -> None:

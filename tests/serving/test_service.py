@@ -19,8 +19,9 @@ def long(**fields: Any) -> dict[str, Any]:
 class Connection:
     """One request, whose client may leave whenever it likes."""
 
-    def __init__(self, client: Client, path: str = PATH, **body: Any) -> None:
+    def __init__(self, client: Client, path: str = PATH, *, reads: int | None = None, **body: Any) -> None:
         self.messages: list[Any] = []
+        self._reads = reads  # messages, then no more; None: all
         self.has_left = asyncio.Event()
         self._body: bytes | None = json.dumps(body).encode()
         self._arrived = asyncio.Condition()
@@ -49,6 +50,8 @@ class Connection:
         self.messages.append(message)
         async with self._arrived:
             self._arrived.notify_all()
+        if len(self.messages) == self._reads:
+            await asyncio.Event().wait()
 
     async def wait_for(self, num_messages: int) -> None:
         async with self._arrived:
@@ -138,6 +141,41 @@ def test_what_waits_too_long_in_line_is_turned_away(llm: Any) -> None:
     client.assert_idle()
     assert client.post(PATH, **long(prompt=["a"] * 6, max_tokens=1)).status_code == 200
     assert client.post(PATH, **long(prompt=["a"] * 7, max_tokens=1)).status_code == 503
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_a_client_that_does_not_read_keeps_nobody_out(llm: Any, num_prompts: int) -> None:
+    client = make_client(llm, max_waiting=0)  # and four run
+    body = long(prompt=["a"] * num_prompts, n=4 // num_prompts, max_tokens=20, temperature=1, stream=True)
+
+    async def main() -> None:
+        connection = Connection(client, reads=2, **body)
+        await connection.wait_for(2)
+        await until(lambda: llm.num_unread >= 4 // num_prompts)
+        other = Connection(client, **long(max_tokens=2))
+        await other.task
+        assert other.status == 200 and not connection.task.done()
+        connection.has_left.set()
+        await connection.task
+
+    run(main())
+    client.assert_idle()
+
+
+def test_a_stream_whose_client_stops_reading_is_ended(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pjengine.serving.stream._SEND_S", 0.01)
+    monkeypatch.setattr("pjengine.serving.stream._LAST_WORDS_S", 0.01)
+    scheduler = client.service.llm.engine.scheduler
+
+    async def main() -> None:
+        connection = Connection(client, reads=2, **long(stream=True))
+        await connection.task
+        assert not connection.has_left.is_set() and b"[DONE]" not in connection.messages[1]["body"]
+        await until(lambda: scheduler.rows.num_free == 4)
+
+    run(main())
 
 
 def test_a_request_that_takes_too_long_is_ended(llm: Any) -> None:
