@@ -133,6 +133,11 @@ class AsyncLLM:
         return not self._thread.is_closed
 
     @property
+    def num_unread(self) -> int:
+        """Continuations that have ended, and whose last output nobody has taken yet."""
+        return self._thread.num_unread()
+
+    @property
     def errored(self) -> bool:
         """Whether the engine has failed for good."""
         return self._thread.failure is not None
@@ -253,6 +258,11 @@ class _EngineThread:
             for completion in generation.completions:
                 completion.request.metrics.arrival_s = stream.arrival_s
             self.inbox.put(lambda: self._submit(stream, generation))
+
+    def num_unread(self) -> int:
+        with self._lock:
+            generations = [stream.generation for stream in self._open.values() if stream.is_ended]
+        return sum(len(generation.completions) for generation in generations if generation is not None)
 
     def abort(self, request_id: str) -> None:
         with self._lock:

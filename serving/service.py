@@ -65,7 +65,7 @@ class Service:
         )
         self.metrics = Metrics(engine, model_name=self.model_names[0], prefix=config.metrics_prefix)
         self.num_requests = 0  # that are being answered
-        self._num_sequences = 0  # of theirs
+        self._num_sequences = 0  # of theirs, whose prompts' streams are open or will be
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="pjengine-prompts")
 
     @property
@@ -89,16 +89,19 @@ class Service:
             request before its time.
           EngineGenerateError, EngineDeadError: a step failed, or the engine.
         """
-        with self._logged(call) as log, self._admitted(len(call.prompts) * call.params.n):
+        with self._logged(call) as log, self._admitted(call) as leave:
             prompts = [await self.read(prompt) if callable(prompt) else prompt for prompt in call.prompts]
-            streams = [self._stream({**prompt, "cache_salt": call.cache_salt}, call) for prompt in prompts]
+            salt = {"cache_salt": call.cache_salt}
+            streams = [self._stream({**prompt, **salt}, call, leave) for prompt in prompts]
             async with aclosing(merge(streams)) as merged:
                 async for index, output in merged:
                     log(index, output)
                     yield index, output
 
-    async def _stream(self, prompt: GivenPrompt, call: Call) -> AsyncGenerator[RequestOutput, None]:
-        """One prompt's outputs, measured."""
+    async def _stream(
+        self, prompt: GivenPrompt, call: Call, leave: Callable[[], None]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """One prompt's outputs, measured; calls `leave` when they have ended."""
         params, output = call.params, None
         watch = self.metrics.watch(params.n)
         try:
@@ -122,10 +125,13 @@ class Service:
                 refusal.param = call.form_field
             raise refusal from error
         finally:
+            leave()
             watch.end()
 
     @contextmanager
-    def _admitted(self, num_sequences: int) -> Iterator[None]:
+    def _admitted(self, call: Call) -> Iterator[Callable[[], None]]:
+        """Counts a call's continuations; gives what is to be called when those of one prompt have ended."""
+        num_sequences = len(call.prompts) * call.params.n
         if num_sequences == 0:
             raise ApiError(400, "prompt is empty: at least one is needed", param="prompt")
         if num_sequences > MAX_N:
@@ -136,16 +142,25 @@ class Service:
             )
         most = self.config.max_waiting
         if most is not None:
-            room = self.llm.engine.runner.config.max_num_seqs + most - self._num_sequences
+            # What the engine has finished waits for its client alone, who may be slow to read.
+            num_open = self._num_sequences - self.llm.num_unread
+            room = self.llm.engine.runner.config.max_num_seqs + most - num_open
             if num_sequences > room:
                 raise ApiError(503, "too many requests wait; try again", headers={"Retry-After": "1"})
         self.num_requests += 1
         self._num_sequences += num_sequences
+        num_left = num_sequences
+
+        def leave() -> None:
+            nonlocal num_left
+            num_left -= call.params.n
+            self._num_sequences -= call.params.n
+
         try:
-            yield
+            yield leave
         finally:
             self.num_requests -= 1
-            self._num_sequences -= num_sequences
+            self._num_sequences -= num_left  # of prompts that were never run
 
     @contextmanager
     def _logged(self, call: Call) -> Iterator[Callable[[int, RequestOutput], None]]:

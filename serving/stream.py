@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from pjengine.serving.errors import ApiError, as_api_error
 
+_SEND_S = 60.0  # for one part of a stream: a client that does not read holds pages no longer
 _LAST_WORDS_S = 5.0  # for the end of a stream, where its client may have ceased to read
 
 
@@ -100,7 +101,8 @@ class StreamAnswer(_Answer):
                     if not is_started:
                         await self._start(send)
                         is_started = True
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                    async with asyncio.timeout(_SEND_S):
+                        await send({"type": "http.response.body", "body": part, "more_body": True})
         except Exception as failure:
             if not is_started:
                 raise

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.client import Client, error_of, make_client, parse_events
+from tests.serving.client import Client, error_of, make_client
 
 PATH = "/v1/completions"
 
@@ -19,8 +19,9 @@ def long(**fields: Any) -> dict[str, Any]:
 class Connection:
     """One request, whose client may leave whenever it likes."""
 
-    def __init__(self, client: Client, path: str = PATH, **body: Any) -> None:
+    def __init__(self, client: Client, path: str = PATH, *, reads: int | None = None, **body: Any) -> None:
         self.messages: list[Any] = []
+        self._reads = reads  # messages, then no more; None: all
         self.has_left = asyncio.Event()
         self._body: bytes | None = json.dumps(body).encode()
         self._arrived = asyncio.Condition()
@@ -49,6 +50,8 @@ class Connection:
         self.messages.append(message)
         async with self._arrived:
             self._arrived.notify_all()
+        if len(self.messages) == self._reads:
+            await asyncio.Event().wait()
 
     async def wait_for(self, num_messages: int) -> None:
         async with self._arrived:
@@ -129,6 +132,41 @@ def test_what_waits_too_long_in_line_is_turned_away(llm: Any) -> None:
     client.assert_idle()
     assert client.post(PATH, **long(prompt=["a"] * 6, max_tokens=1)).status_code == 200
     assert client.post(PATH, **long(prompt=["a"] * 7, max_tokens=1)).status_code == 503
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_a_client_that_does_not_read_keeps_nobody_out(llm: Any, num_prompts: int) -> None:
+    client = make_client(llm, max_waiting=0)  # and four run
+    body = long(prompt=["a"] * num_prompts, n=4 // num_prompts, max_tokens=20, stream=True)
+
+    async def main() -> None:
+        connection = Connection(client, reads=2, **body)
+        await connection.wait_for(2)
+        await until(lambda: llm.num_unread == 4 if num_prompts == 1 else llm.num_unread >= 2)
+        other = Connection(client, **long(max_tokens=2))
+        await other.task
+        assert other.status == 200 and not connection.task.done()
+        connection.has_left.set()
+        await connection.task
+
+    run(main())
+    client.assert_idle()
+
+
+def test_a_stream_whose_client_stops_reading_is_ended(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pjengine.serving.stream._SEND_S", 0.01)
+    monkeypatch.setattr("pjengine.serving.stream._LAST_WORDS_S", 0.01)
+    scheduler = client.service.llm.engine.scheduler
+
+    async def main() -> None:
+        connection = Connection(client, reads=2, **long(stream=True))
+        await connection.task
+        assert not connection.has_left.is_set() and b"[DONE]" not in connection.messages[1]["body"]
+        await until(lambda: scheduler.rows.num_free == 4)
+
+    run(main())
 
 
 def test_a_request_that_takes_too_long_is_ended(llm: Any) -> None:
@@ -285,11 +323,10 @@ def test_requests_are_logged_without_what_they_say(llm: Any, caplog: pytest.LogC
 def test_parts_of_a_stream_are_sent_as_they_come(client: Client) -> None:
     async def main() -> None:
         connection = Connection(client, **long(stream=True))
-        await connection.wait_for(4)
+        await connection.wait_for(8)
         assert connection.status == 200 and client.service.num_requests == 1
         assert connection.content.startswith(b"data: {") and b"[DONE]" not in connection.content
         connection.has_left.set()
         await connection.task
 
     run(main())
-    assert len(parse_events(client.post(PATH, **long(max_tokens=20, stream=True)).content)) > 5
