@@ -1,5 +1,6 @@
 """The text side of one request: tokens in, text out, stop strings found, nothing shown too early."""
 
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from threading import Lock
@@ -11,6 +12,8 @@ from pjengine.sampling_params import RequestOutputKind
 from pjengine.schedule import BROKEN, FORBIDDEN
 from pjengine.token_logprobs import LogprobArrays, LogprobsList, OutputLogprobs, PromptLogprobs
 from pjengine.tokenizer import IncrementalDetokenizer
+
+logger = logging.getLogger(__name__)
 
 NO_TOKEN = {
     BROKEN: "the model's logits are not a number (NaN): check its weights, and its dtype for overflow",
@@ -74,7 +77,13 @@ class Completion:
                 request.finish("stop")
         if request.params.stop_strings:
             searched = len(self._text)
-            self._read_text(len(request.output_token_ids))
+            try:
+                self._read_text(len(request.output_token_ids))
+            except RuntimeError as error:  # here it would end the step, and all who are in it
+                logger.exception("request %s ends", request.request_id)
+                self._is_text_complete = True
+                request.finish("error", str(error))
+                return
             if len(request.output_token_ids) > request.params.min_tokens:
                 self._find_stop_string(searched)
 
@@ -86,11 +95,16 @@ class Completion:
         # The text ends before the token that stopped it; the last one of a grammar is a part of it.
         if request.finish_reason == "stop" and not request.params.include_stop_str_in_output:
             num_tokens -= request.output_token_ids[-1] in request.end_ids
-        self._text += self.detokenizer.push(request.output_token_ids[self._num_read : num_tokens])
+        try:
+            self._text += self.detokenizer.push(request.output_token_ids[self._num_read : num_tokens])
+            if request.is_finished:
+                self._text += self.detokenizer.finish()
+        except Exception as error:  # of another kind than the caller's mistakes
+            raise RuntimeError(
+                f"the tokenizer makes no text of the answer: {type(error).__name__}"
+            ) from error
         self._num_read = num_tokens
-        if request.is_finished:
-            self._text += self.detokenizer.finish()
-            self._is_text_complete = True
+        self._is_text_complete = request.is_finished
 
     def _find_stop_string(self, searched: int) -> None:
         """Cuts the text at the stop string that ends first after its first `searched` characters.

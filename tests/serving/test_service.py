@@ -216,6 +216,69 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
     assert client.post(PATH, **long(max_tokens=2)).status_code == 200
 
 
+@pytest.mark.parametrize("kind", [ValueError, OSError])
+@pytest.mark.parametrize("fields", [{}, {"stop": ["never"]}], ids=["read by its task", "read by the engine"])
+def test_a_tokenizer_that_fails_on_an_answer_ends_that_request_alone(
+    client: Client, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], kind: type[Exception]
+) -> None:
+    from pjengine.tokenizer import IncrementalDetokenizer
+
+    push, bad = IncrementalDetokenizer.push, 5
+    begun: list[Connection] = []
+
+    def push_or_fail(self: Any, token_ids: Any) -> str:
+        if bad in token_ids and len(begun[0].messages) >= 2:  # the first parts have been sent
+            raise kind("the secret")
+        return push(self, token_ids)
+
+    monkeypatch.setattr(IncrementalDetokenizer, "push", push_or_fail)
+
+    async def main() -> None:
+        other = Connection(client, **long(max_tokens=60, allowed_token_ids=[6], **fields))
+        parts = Connection(client, **long(allowed_token_ids=[bad], stream=True, **fields))
+        begun.append(parts)
+        await parts.task
+        early = Connection(client, **long(allowed_token_ids=[bad], stream=True, **fields))
+        again = Connection(client, **long(allowed_token_ids=[bad], max_tokens=40, **fields))
+        await asyncio.gather(early.task, again.task, other.task)
+        *events, last = parse_events(parts.content)
+        assert parts.status == 200 and events and last["error"]["code"] == 500
+        assert early.status == again.status == 500 and b"secret" not in early.content + parts.content
+        assert json.loads(other.content)["usage"]["completion_tokens"] == 60
+
+    run(main())
+
+
+@pytest.mark.parametrize("fields", [{}, {"add_special_tokens": False}], ids=["the engine's", "the server's"])
+def test_a_tokenizer_that_fails_on_a_prompt_ends_that_request_alone(
+    client: Client, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    from pjengine.tokenizer import Tokenizer
+
+    encode = Tokenizer.encode
+
+    def encode_or_fail(self: Any, text: str, **options: Any) -> Any:
+        if "bad" in text:
+            raise OSError("the secret")
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode_or_fail)
+
+    async def main() -> None:
+        other = Connection(client, **long(max_tokens=40))
+        failed = [
+            Connection(client, **long(prompt="bad", stream=is_streamed, **fields))
+            for is_streamed in (False, True)
+        ]
+        both = Connection(client, **long(prompt=["a", "bad"], **fields))
+        await asyncio.gather(*(connection.task for connection in (*failed, both, other)))
+        for connection in (*failed, both):
+            assert connection.status == 500 and b"secret" not in connection.content
+        assert json.loads(other.content)["usage"]["completion_tokens"] == 40
+
+    run(main())
+
+
 def test_logits_that_are_no_number_end_the_request_with_an_error(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
