@@ -226,7 +226,8 @@ def add_neutral_options(command: argparse.ArgumentParser) -> None:
         flag = f"--{name.replace('_', '-')}"
         if flag in command._option_string_actions:
             continue
-        flags, how, taken = [flag], {"metavar": "X"}, f"only {neutral}"
+        flags, taken = [flag], f"only {neutral}"
+        how: dict[str, Any] = {"metavar": "X"}
         if neutral is None:
             taken = "leave it out"
         elif isinstance(neutral, bool):

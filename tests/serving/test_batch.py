@@ -91,8 +91,8 @@ def test_answers_are_those_of_the_server_and_lines_that_are_none_are_told(
     # Again: nothing is left, and no model is loaded.
     before = output.read_bytes()
     assert pjengine("-i", source, "-o", output, "./no-such-model") == 1  # some failed, then
-    told = f"have been answered already, in {output}, {1 + len(BAD_LINES)} of them with an error"
-    assert output.read_bytes() == before and told in capsys.readouterr().err
+    summary = f"have been answered already, in {output}, {1 + len(BAD_LINES)} of them with an error"
+    assert output.read_bytes() == before and summary in capsys.readouterr().err
     write(source, *good)
     output.write_text("".join(json.dumps(line) + "\n" for line in lines if line["custom_id"] in answered))
     kept = [line for line in read(output) if line["custom_id"] != "refused"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.client import Client, error_of, make_client
+from tests.serving.client import Client, error_of, make_client, parse_events
 
 PATH = "/v1/completions"
 
