@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,3 +34,11 @@ def client(llm: Any) -> Iterator[Client]:
     client = make_client(llm)
     yield client
     client.assert_idle()
+
+
+@pytest.fixture
+def takes_interrupts() -> Iterator[None]:
+    """SIGINT reaches what a test starts, even if the tests run in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

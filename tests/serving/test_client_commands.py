@@ -132,6 +132,7 @@ class Terminal:
         os.close(self._end)
 
 
+@pytest.mark.usefixtures("takes_interrupts")
 def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(server: Server) -> None:
     arguments = ("complete", "--url", f"{server.url}/v1", "--temperature", "0", "--max-tokens", "900")
     with closing(Terminal(*arguments)) as terminal:
