@@ -156,7 +156,8 @@ class PrefillTiles:
         least = pl.next_power_of_2(group)
         if itemsize == 4:  # not rounded to TF32, hence no tensor cores: products take many registers
             block_m = max(16 if head_dim > 128 else 32, least)
-            return cls(block_m=block_m, block_kv=16, num_warps=8, num_stages=2)
+            num_warps = 16 if block_m > 32 and head_dim > 64 else 8
+            return cls(block_m=block_m, block_kv=16, num_warps=num_warps, num_stages=2)
         block_m = max(least, 128 if num_tokens * group >= 1024 else 64)
         block_kv = block_m * 128 // max(128, pl.next_power_of_2(head_dim))
         if block_m > 64 and head_dim % 8:  # rows of no multiple of 16 bytes: their addresses take registers
