@@ -42,10 +42,8 @@ class PagedAttend:
     ) -> tuple[Array, KVCache | None]:
         assert cache is not None
         batch, offset = self.batch, jnp.int32(layer * self.num_pages)
-        # Measured for one token a sequence only: elsewhere XLA's fusions stay.
-        backend = self.backend if batch.cu_q_lens is None else "reference"
         q, k_pages, v_pages = rope_kv_write(
-            qkv, *rotary, cache.k, cache.v, batch.slots, page_offset=offset, backend=backend
+            qkv, *rotary, cache.k, cache.v, batch.slots, page_offset=offset, backend=self.backend
         )
         cache = cache._replace(k=k_pages, v=v_pages)
         return self.read(q, cache, layer), cache

@@ -137,7 +137,9 @@ class RunnerConfig:
     def mixed_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that mixed programs are compiled for."""
         most = self.max_num_batched_tokens
-        return buckets(min(max(32, most // 128), most), most)
+        # On a GPU these steps, which a prompt or two make, cost as much as they have blocks of 128 tokens.
+        between = [size for size in (384, 768) if size <= most // 16]
+        return tuple(sorted({*buckets(min(max(32, most // 128), most), most), *between}))
 
 
 # vLLM's name -> ours.

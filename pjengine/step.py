@@ -1,14 +1,16 @@
 """One engine step on the device: the heart of pjengine."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from pjengine.batching import PENALTIES, Layout, Rows, live_rows, unpack, update_rows
+from pjengine.edit_sizes import NO_SIZES
 from pjengine.logits import apply_edits
 from pjengine.logprobs import Logprobs, logprobs_of, prompt_logprobs_of
 from pjengine.models.attention import PagedAttend
@@ -17,7 +19,11 @@ from pjengine.models.state import Batch, KVCache
 from pjengine.sampler import sample
 from pjengine.schedule import BROKEN, FORBIDDEN
 
+# Steps that read prompts have room for many sequences, and most hold no more than these. Each costs logits.
+FEW = 64
 SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
+
+type Draw = Callable[[Array, dict[str, Array]], Array]  # as `draw_tokens`, its parameters bound
 
 
 class StepOutput(NamedTuple):
@@ -91,24 +97,48 @@ def compute_tokens(
     if batch.cu_q_lens is not None:
         hidden = hidden[jnp.maximum(batch.cu_q_lens[1:] - 1, 0)]  # each sequence's last token
     own = {name: getattr(rows, name).at[row].get(mode="clip") for name in SAMPLED_BY}
+    own["positions"] = batch.kv_lens
+    draw = partial(draw_tokens, params, model=model, backend=backend)
+    logprobs = None
     with jax.named_scope("sample"):
-        raw = model.logits(params, hidden)
-        prompt_lens = rows.prompt_len.at[row].get(mode="clip")
-        penalties = [getattr(rows, name).at[row].get(mode="clip") for name in PENALTIES]
-        logits = apply_edits(raw, parts, layout.edits, penalties, batch, updated.token_ids, prompt_lens)
-        tokens = sample(logits, positions=batch.kv_lens, backend=backend, **own)
-        if layout.edits.can_forbid:
-            tokens = jnp.where(jnp.max(logits, axis=-1) == -jnp.inf, FORBIDDEN, tokens)
-        tokens = jnp.where(jnp.isnan(jnp.max(raw, axis=-1)), BROKEN, tokens)
-        logprobs = None
-        if layout.edits.num_top is not None:
-            logprobs = logprobs_of(raw, tokens, layout.edits.num_top, parts["asked"])
+        if layout.edits == NO_SIZES:
+            is_few = jnp.sum(row < layout.num_rows) <= FEW
+            tokens = (
+                draw(hidden, own)
+                if layout.num_seqs <= FEW or layout.is_decode
+                else lax.cond(is_few, partial(draw_few, draw), draw, hidden, own)
+            )
+        else:
+            raw = model.logits(params, hidden)
+            prompt_lens = rows.prompt_len.at[row].get(mode="clip")
+            penalties = [getattr(rows, name).at[row].get(mode="clip") for name in PENALTIES]
+            logits = apply_edits(raw, parts, layout.edits, penalties, batch, updated.token_ids, prompt_lens)
+            tokens = sample(logits, backend=backend, **own)
+            if layout.edits.can_forbid:
+                tokens = jnp.where(jnp.max(logits, axis=-1) == -jnp.inf, FORBIDDEN, tokens)
+            tokens = jnp.where(jnp.isnan(jnp.max(raw, axis=-1)), BROKEN, tokens)
+            if layout.edits.num_top is not None:
+                logprobs = logprobs_of(raw, tokens, layout.edits.num_top, parts["asked"])
     sampled_rows = row if layout.is_decode else parts["sampled_rows"]
     rows = rows._replace(
         last_token=rows.last_token.at[sampled_rows].set(tokens, mode="drop"),
         position=rows.position.at[row].set(batch.kv_lens, mode="drop"),
     )
     return updated, rows, StepOutput(tokens, logprobs, prompt_logprobs)
+
+
+def draw_tokens(
+    params: Params, hidden: Float[Array, "s e"], own: dict[str, Array], *, model: Llama, backend: str | None
+) -> Int[Array, " s"]:
+    """Hidden states and the parameters of their rows to tokens, without edits."""
+    logits = model.logits(params, hidden)
+    return jnp.where(jnp.isnan(jnp.max(logits, axis=-1)), BROKEN, sample(logits, backend=backend, **own))
+
+
+def draw_few(draw: Draw, hidden: Float[Array, "s e"], own: dict[str, Array]) -> Int[Array, " s"]:
+    """Of the first FEW alone; zeros for the others."""
+    first = jax.tree.map(lambda array: array[:FEW], (hidden, own))
+    return jnp.pad(draw(*first), (0, len(hidden) - FEW))
 
 
 def write_tokens(token_ids: Int[Array, "pages page_size"], batch: Batch) -> Int[Array, "pages page_size"]:

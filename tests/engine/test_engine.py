@@ -48,7 +48,10 @@ def kv_bytes(llm: Any, num_tokens: int) -> int:
     return pages * llm.engine.memory_plan.page_bytes
 
 
-def test_64_requests_through_a_quarter_of_the_pages_equal_each_alone(gqa_folder: Path) -> None:
+def test_64_requests_through_a_quarter_of_the_pages_equal_each_alone(
+    gqa_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pjengine.step.FEW", 8)  # steps of both kinds
     with open_llm(gqa_folder, max_num_seqs=64, max_num_batched_tokens=64, max_model_len=80) as llm:
         prompts, params = make_requests(64, llm.engine.model_config.vocab_size)
         alone = [
