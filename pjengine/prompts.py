@@ -56,8 +56,9 @@ def encode_prompt(
             f"the prompt has {num_tokens} tokens; with max_model_len={max_tokens + 1} at most {max_tokens} "
             "leave room for an answer. Shorten it or raise max_model_len"
         )
-    if outside := [token for token in encoded.token_ids if not 0 <= token < vocab_size]:
-        raise ValueError(f"token id {outside[0]} is out of the vocabulary of {vocab_size} tokens")
+    for token in (min(encoded.token_ids), max(encoded.token_ids)):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token id {token} is out of the vocabulary of {vocab_size} tokens")
     return encoded
 
 
@@ -70,9 +71,10 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> EncodedPrompt:
         return _encode_dict(prompt, tokenizer)
     if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray):
         raise TypeError(f"a prompt is a str, a list of token ids or a dict, got {type(prompt).__name__}")
-    if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in prompt):
+    kinds = set(map(type, prompt))  # few, where tokens are many
+    if not all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
         raise TypeError(f"token ids must be whole numbers in one list, got {prompt!r:.80}")
-    return EncodedPrompt(token_ids=[int(token) for token in prompt])
+    return EncodedPrompt(token_ids=list(prompt) if kinds == {int} else [int(token) for token in prompt])
 
 
 def _encode_dict(prompt: Mapping[str, Any], tokenizer: Tokenizer | None) -> EncodedPrompt:
