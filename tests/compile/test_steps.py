@@ -19,7 +19,7 @@ every_program = pytest.mark.parametrize("program", STEPS)
 
 CUBLAS_BYTES = 32 * 2**20  # its workspace
 FUSED = {"skinny_qkv", "paged_decode", "skinny_linear", "keep_threshold"}
-MIXED = {"ragged_paged_attention_mosaic", "gated_linear_mosaic", "keep_threshold"}
+MIXED = {"rope_kv_write", "ragged_paged_attention_mosaic", "gated_linear_mosaic", "keep_threshold"}
 KERNELS = {
     "llama-8b decode 1": FUSED,
     "llama-8b decode 32": FUSED,
@@ -28,7 +28,11 @@ KERNELS = {
     "llama-8b mixed 1024": MIXED,
     "opt-125m-llama decode 32 times 4": FUSED,
     "opt-125m-llama mixed 1024": MIXED,
-    "opt-125m-llama mixed 32 edits": {"ragged_paged_attention_mosaic", "keep_threshold"},  # few rows
+    "opt-125m-llama mixed 32 edits": {
+        "rope_kv_write",
+        "ragged_paged_attention_mosaic",
+        "keep_threshold",
+    },  # few rows
 }
 
 
