@@ -74,7 +74,7 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> EncodedPrompt:
     kinds = set(map(type, prompt))  # few, where tokens are many
     if not all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
         raise TypeError(f"token ids must be whole numbers in one list, got {prompt!r:.80}")
-    return EncodedPrompt(token_ids=list(prompt) if kinds == {int} else [int(token) for token in prompt])
+    return EncodedPrompt(token_ids=list(map(int, prompt)))
 
 
 def _encode_dict(prompt: Mapping[str, Any], tokenizer: Tokenizer | None) -> EncodedPrompt:
