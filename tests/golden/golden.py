@@ -4,6 +4,7 @@ numpy only. `make_golden.py`, which needs torch, wrote the files; it fills its m
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,20 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).parent
-LLAMA_CASES = (
-    "mha gqa mqa tied attention_bias mlp_bias head_dim linear dynamic dynamic_growing llama3 yarn"
-).split()
+BY_ARCHITECTURE: dict[str, list[str]] = {
+    architecture: names.split()
+    for architecture, names in {
+        "LlamaForCausalLM": """mha gqa mqa tied attention_bias mlp_bias head_dim linear dynamic
+            dynamic_growing llama3 yarn""",
+        "GPT2LMHeadModel": "gpt2 gpt2_n_inner",
+        "GPTNeoXForCausalLM": "gpt_neox gpt_neox_sequential gpt_neox_full_rotary gpt_neox_head_dim_24",
+        "Gemma2ForCausalLM": "gemma2 gemma2_no_softcap",
+    }.items()
+}
+CASES = {name: architecture for architecture, names in BY_ARCHITECTURE.items() for name in names}
+LLAMA_CASES = BY_ARCHITECTURE["LlamaForCausalLM"]
+_NORM = re.compile(r"norm|\bln_|_ln\b")
+_EMBEDDING = re.compile(r"embed|\bwte\b|\bwpe\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +40,19 @@ class Golden:
     seed: int
     prompt: list[int]
     last_logits: np.ndarray  # float32 [4, vocab]: at the prompt's last four positions
-    tokens: list[int]  # 64 greedy tokens after the prompt, end-of-sequence ignored
-    margin: float  # least distance between the best and the second logit over those 64 steps
+    tokens: list[int]  # greedy tokens after the prompt, end-of-sequence ignored: 32, of Llama 64
+    margin: float  # least distance between the best and the second logit over those steps
+    norm_mean: float = 1.0  # of the norms' weights: 0 where the norm multiplies by 1 + weight
+    embedding_scale: float = 0.5
+    # Of Llama alone; others have an empty array:
     inv_freq: np.ndarray  # float32 [head_dim / 2]: at the model's birth, unscaled for dynamic
-    attention_factor: float
+    attention_factor: float = 1.0
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns every tensor of the checkpoint, float32."""
-        return make_weights(self.shapes, self.seed)
+        return make_weights(
+            self.shapes, self.seed, norm_mean=self.norm_mean, embedding_scale=self.embedding_scale
+        )
 
 
 def load(name: str) -> Golden:
@@ -43,7 +60,8 @@ def load(name: str) -> Golden:
         about = json.loads(str(file["about"]))
         weight_sum = about.pop("weight_sum")
         about["shapes"] = {key: tuple(shape) for key, shape in about["shapes"].items()}
-        golden = Golden(name=name, last_logits=file["last_logits"], inv_freq=file["inv_freq"], **about)
+        arrays = {key: file[key] for key in file if key != "about"}
+    golden = Golden(name=name, **({"inv_freq": np.empty(0, np.float32)} | arrays), **about)
     remade = checksum(golden.weights())
     if not np.isclose(remade, weight_sum, rtol=1e-9):
         raise RuntimeError(
@@ -53,18 +71,20 @@ def load(name: str) -> Golden:
     return golden
 
 
-def make_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
-    """Draws every tensor, in the order of `shapes`: norms near 1, projections of twice the neutral scale."""
+def make_weights(
+    shapes: Mapping[str, Sequence[int]], seed: int, *, norm_mean: float = 1.0, embedding_scale: float = 0.5
+) -> dict[str, np.ndarray]:
+    """Draws every tensor, in the order of `shapes`: projections have twice the neutral scale."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in shapes.items():
         noise = rng.standard_normal(tuple(shape), dtype=np.float32)
-        if "norm" in name:
-            weights[name] = np.float32(1) + np.float32(0.1) * noise
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             weights[name] = np.float32(0.2) * noise
-        elif "embed" in name:
-            weights[name] = np.float32(0.5) * noise
+        elif _NORM.search(name):
+            weights[name] = np.float32(norm_mean) + np.float32(0.1) * noise
+        elif _EMBEDDING.search(name):
+            weights[name] = np.float32(embedding_scale) * noise
         else:
             weights[name] = np.float32(2 / np.sqrt(shape[-1])) * noise
     return weights

@@ -4,153 +4,146 @@ Needs torch and transformers, in an environment of its own, from the root of the
 
     python3.11 -m venv /tmp/torchenv
     /tmp/torchenv/bin/pip install torch==2.13.0 transformers==5.17.0 safetensors
-    /tmp/torchenv/bin/python tests/golden/make_golden.py
+    /tmp/torchenv/bin/python tests/golden/make_golden.py              # all of them
+    /tmp/torchenv/bin/python tests/golden/make_golden.py gpt2 tied    # some cases
+
+The cases are in the tables of cases_*.py. torch's CPU wheel is enough; another version of torch, or another
+processor, changes last bits of the logits.
 """
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch  # noqa: TID251
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
-from golden import LLAMA_CASES, checksum, make_weights  # noqa: E402
+import cases_2023  # noqa: E402
+import cases_modern  # noqa: E402
+from cases_llama import DYNAMIC_LENGTHS, LLAMA, ROPES  # noqa: E402
+from families import Family  # noqa: E402
+from golden import CASES, checksum, make_weights  # noqa: E402
 
-BASE: dict[str, Any] = dict(
-    vocab_size=160,
-    hidden_size=64,
-    intermediate_size=112,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    rms_norm_eps=1e-5,
-    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    bos_token_id=1,
-    eos_token_id=2,
-)
+FAMILIES: tuple[Family, ...] = (LLAMA, *cases_2023.FAMILIES, *cases_modern.FAMILIES)
 
 
-def rope(kind: str, *, theta: float = 10000.0, **fields: Any) -> dict[str, Any]:
-    return {"rope_type": kind, "rope_theta": theta, **fields}
+class Transformers:
+    """One case of what transformers ships. Tensors have the names of its checkpoints, not of its modules."""
+
+    def __init__(self, family: Family, name: str) -> None:
+        self.kind = getattr(transformers, family.architecture)
+        fields = family.base | family.cases[name]
+        config = self.kind.config_class(**fields, architectures=[family.architecture], dtype="float32")
+        with tempfile.TemporaryDirectory() as folder:
+            self.kind(config).save_pretrained(folder)
+            saved = load_file(f"{folder}/model.safetensors")
+        self.shapes = {name: list(saved[name].shape) for name in sorted(saved)}
+        self.config = json.loads(config.to_json_string(use_diff=True)) | {
+            "architectures": [family.architecture]
+        }
+        self.hf_config = config
+
+    def fill(self, weights: dict[str, np.ndarray]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.hf_config.save_pretrained(folder)
+            tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+            save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
+            self.model, info = self.kind.from_pretrained(
+                folder, attn_implementation="eager", output_loading_info=True
+            )
+        assert not any(info.values()), info
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        return self.model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+
+    def generate(self, prompt: list[int], new_tokens: int) -> tuple[list[int], torch.Tensor]:
+        """Returns the greedy tokens and the logits that each was chosen from."""
+        self.model.generation_config.eos_token_id = None
+        out = self.model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens = out.sequences[0, len(prompt) :].tolist()
+        assert len(tokens) == new_tokens
+        return tokens, torch.stack(out.logits)[:, 0]
 
 
-LLAMA3: dict[str, Any] = {"theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-CASES: dict[str, dict[str, Any]] = {
-    "mha": {"num_key_value_heads": 4},
-    "gqa": {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 3},
-    "mqa": {"num_key_value_heads": 1},
-    "tied": {"tie_word_embeddings": True, "vocab_size": 128},
-    "attention_bias": {"attention_bias": True},
-    "mlp_bias": {"mlp_bias": True, "vocab_size": 193},
-    "head_dim": {"head_dim": 32},
-    "linear": {"max_position_embeddings": 80, "rope_parameters": rope("linear", factor=2.5)},
-    "dynamic": {"max_position_embeddings": 80, "rope_parameters": rope("dynamic", factor=2.0)},
-    "dynamic_growing": {"max_position_embeddings": 80, "rope_parameters": rope("dynamic", factor=2.0)},
-    "llama3": {"rope_parameters": rope("llama3", factor=8.0, original_max_position_embeddings=32, **LLAMA3)},
-    "yarn": {"rope_parameters": rope("yarn", factor=4.0, original_max_position_embeddings=64)},
-}
-PROMPT_LENGTHS = {"dynamic": 90, "dynamic_growing": 60}
-NEW_TOKENS = 64
+class Restated:
+    """One case of what transformers does not ship, by our own statement of the published model."""
 
-# Frequencies alone, at real sizes: (head_dim, max_position_embeddings, parameters).
-YARN = rope("yarn", factor=32.0, original_max_position_embeddings=4096)
-ROPES: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "llama2": (128, 4096, rope("default")),
-    "llama3": (128, 8192, rope("default", theta=500000.0)),
-    "llama3_1": (128, 131072, rope("llama3", factor=8.0, original_max_position_embeddings=8192, **LLAMA3)),
-    "llama3_2": (64, 131072, rope("llama3", factor=32.0, original_max_position_embeddings=8192, **LLAMA3)),
-    "vicuna_16k": (128, 4096, rope("linear", factor=4.0)),
-    "deepseek_coder": (128, 16384, rope("linear", theta=100000.0, factor=4.0)),
-    "dynamic": (128, 4096, rope("dynamic", factor=2.0)),
-    "yarn": (128, 131072, YARN),
-    "yarn_mscale": (
-        64,
-        163840,
-        YARN | {"factor": 40.0, "beta_fast": 24.0, "mscale": 1.0, "mscale_all_dim": 0.8},
-    ),
-    "yarn_untruncated": (64, 131072, YARN | {"rope_theta": 150000.0, "truncate": False}),
-    "yarn_attention_factor": (80, 131072, YARN | {"rope_theta": 1000000.0, "attention_factor": 0.75}),
-}
-DYNAMIC_LENGTHS = (1, 4096, 4097, 6000, 8192, 20000)
+    def __init__(self, family: Family, name: str) -> None:
+        assert family.restated is not None and family.shapes is not None
+        self.config = family.base | family.cases[name] | {"architectures": [family.architecture]}
+        self.shapes = dict(sorted(family.shapes(self.config).items()))
+        self.forward = family.restated
+
+    def fill(self, weights: dict[str, np.ndarray]) -> None:
+        self.weights = {name: torch.from_numpy(array) for name, array in weights.items()}
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        return self.forward(self.config, self.weights, torch.tensor(tokens))
+
+    def generate(self, prompt: list[int], new_tokens: int) -> tuple[list[int], torch.Tensor]:
+        tokens, logits = list(prompt), []
+        for _ in range(new_tokens):
+            logits.append(self.logits(tokens)[-1])
+            tokens.append(int(logits[-1].argmax()))
+        return tokens[len(prompt) :], torch.stack(logits)
 
 
-def as_v4(config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json that transformers 4 wrote for the same model."""
-    old = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
-    scaling = dict(config["rope_parameters"])
-    old["rope_theta"] = scaling.pop("rope_theta")
-    kind = scaling.pop("rope_type")
-    spelling = "rope_type" if kind in ("llama3", "yarn") else "type"  # `type` until 4.43
-    old["rope_scaling"] = None if kind == "default" else {spelling: kind, **scaling}
-    old["torch_dtype"] = config["dtype"]
-    old["transformers_version"] = "4.44.2"
-    return old
-
-
-def build(config: LlamaConfig, seed: int) -> tuple[LlamaForCausalLM, dict[str, list[int]], float]:
-    model = LlamaForCausalLM(config).eval()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    own = {name: value for name, value in model.state_dict().items() if name not in tied}
-    shapes = {name: list(own[name].shape) for name in sorted(own)}
-    weights = make_weights(shapes, seed)
-    for name, array in weights.items():
-        own[name].copy_(torch.from_numpy(array))
-    return model, shapes, checksum(weights)
-
-
-def answer(name: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    config = LlamaConfig(**(BASE | CASES[name]), architectures=["LlamaForCausalLM"], dtype="float32")
-    config._attn_implementation = "eager"
-    model, shapes, weight_sum = build(config, seed)
+def answer(family: Family, name: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    case: Restated | Transformers = Restated(family, name) if family.restated else Transformers(family, name)
+    weights = make_weights(case.shapes, seed, **family.draws)
+    case.fill(weights)
     rng = np.random.default_rng(seed + 1)
-    prompt = rng.integers(3, config.vocab_size, PROMPT_LENGTHS.get(name, 40)).tolist()
-    inv_freq = model.model.rotary_emb.inv_freq.numpy().copy()
-    attention_factor = float(model.model.rotary_emb.attention_scaling)
-    last_logits = model(torch.tensor([prompt])).logits[0, -4:].float().numpy()
-    model, _, _ = build(config, seed)  # dynamic scaling remembers the longest sequence it has seen
-    model.generation_config.eos_token_id = None
-    out = model.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    tokens = out.sequences[0, len(prompt) :].tolist()
-    top = torch.stack(out.logits)[:, 0].topk(2).values
-    assert len(tokens) == NEW_TOKENS
-    saved = json.loads(config.to_json_string(use_diff=True)) | {"architectures": ["LlamaForCausalLM"]}
+    vocab_size = case.config["vocab_size"]
+    prompt = rng.integers(3, vocab_size, family.prompt_lengths.get(name, 40)).tolist()
+    arrays = {"last_logits": case.logits(prompt)[-4:].numpy()}
+    case.fill(weights)  # dynamic scaling remembers the longest sequence it has seen
+    tokens, logits = case.generate(prompt, family.new_tokens)
+    if not name.startswith("dynamic"):
+        recomputed = case.logits(prompt + tokens)[len(prompt) - 1 : -1]
+        assert recomputed.argmax(-1).tolist() == tokens, "transformers' cache changes the answer"
+    top = logits.topk(2).values
     about = dict(
-        config=saved,
-        config_v4=as_v4(saved),
-        shapes=shapes,
+        config=case.config,
+        config_v4=family.old(case.config),
+        shapes=case.shapes,
         seed=seed,
         prompt=prompt,
         tokens=tokens,
         margin=float((top[:, 0] - top[:, 1]).min()),
-        attention_factor=attention_factor,
-        weight_sum=weight_sum,
     )
-    return about, {"last_logits": last_logits, "inv_freq": inv_freq}
+    if family is LLAMA and isinstance(case, Transformers):
+        rotary = case.kind(case.hf_config).model.rotary_emb
+        arrays["inv_freq"] = rotary.inv_freq.numpy().copy()
+        about["attention_factor"] = float(rotary.attention_scaling)
+    return about | dict(family.draws) | {"weight_sum": checksum(weights)}, arrays
 
 
-def write_case(name: str) -> None:
+def write_case(family: Family, name: str, folder: Path = FOLDER) -> None:
     """Takes the first seed whose greedy tokens are far from any tie and not stuck in a short loop."""
-    for seed in range(100, 400):
-        about, arrays = answer(name, seed)
-        if about["margin"] > 0.02 and len(set(about["tokens"])) >= 20:
+    margin, distinct = (0.02, 20) if family is LLAMA else (0.005, 10)
+    for seed in range(100, 250):
+        about, arrays = answer(family, name, seed)
+        if about["margin"] > margin and len(set(about["tokens"])) >= distinct:
             break
     else:
         raise RuntimeError(f"{name}: no seed gives well separated logits")
-    np.savez_compressed(FOLDER / f"{name}.npz", about=json.dumps(about), **arrays)
+    np.savez_compressed(folder / f"{name}.npz", about=json.dumps(about), **arrays)
     print(name, seed, about["margin"], about["tokens"], float(arrays["last_logits"].std()))
 
 
@@ -158,7 +151,7 @@ def write_ropes() -> None:
     about, arrays = {}, {}
     for name, (head_dim, length, parameters) in ROPES.items():
         config = LlamaConfig(
-            **(BASE | {"head_dim": head_dim, "max_position_embeddings": length}),
+            **(LLAMA.base | {"head_dim": head_dim, "max_position_embeddings": length}),
             architectures=["LlamaForCausalLM"],
         )
         config.rope_parameters = dict(parameters)
@@ -175,8 +168,6 @@ def write_ropes() -> None:
 
 def write_state_dicts() -> None:
     """The same few tensors as torch.save writes them, in both its formats, and as safetensors."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     grid = torch.randn(6, 4)
     state = {
@@ -212,7 +203,17 @@ def write_state_dicts() -> None:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    for case in LLAMA_CASES:
-        write_case(case)
-    write_ropes()
-    write_state_dicts()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    found = {name: family.architecture for family in FAMILIES for name in family.cases}
+    assert found == CASES, f"golden.py lists other cases: {set(found.items()) ^ set(CASES.items())}"
+    unknown = set(sys.argv[1:]) - set(CASES)
+    if unknown:
+        raise SystemExit(f"no such cases: {sorted(unknown)}; there are {list(CASES)}")
+    for each in FAMILIES:
+        for case in each.cases:
+            if case in sys.argv[1:] or len(sys.argv) == 1:
+                write_case(each, case)
+    if len(sys.argv) == 1:
+        write_ropes()
+        write_state_dicts()
