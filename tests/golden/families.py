@@ -18,9 +18,6 @@ class Family:
     draws: Mapping[str, float] = field(default_factory=dict)  # what golden.make_weights takes beside a seed
     prompt_lengths: Mapping[str, int] = field(default_factory=dict)  # 40 tokens where not given
     new_tokens: int = 32
-    # For what transformers does not ship: (config, weights, tokens) -> logits, and the checkpoint's shapes.
-    restated: Callable[[Config, dict[str, Any], Any], Any] | None = None
-    shapes: Callable[[Config], dict[str, list[int]]] | None = None
 
 
 def v4(config: Config, **fields: Any) -> Config:

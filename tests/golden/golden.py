@@ -18,8 +18,18 @@ BY_ARCHITECTURE: dict[str, list[str]] = {
     for architecture, names in {
         "LlamaForCausalLM": """mha gqa mqa tied attention_bias mlp_bias head_dim linear dynamic
             dynamic_growing llama3 yarn""",
+        "BaiChuanForCausalLM": "baichuan_7b",
+        "BaichuanForCausalLM": "baichuan_13b baichuan2_7b baichuan2_13b",
+        "BloomForCausalLM": "bloom bloom_6_heads bloom_residual_post_layernorm",
+        "FalconForCausalLM": """falcon_mqa falcon_gqa falcon_gqa_one_norm falcon_rw falcon_rw_6_heads
+            falcon_mqa_alibi""",
         "GPT2LMHeadModel": "gpt2 gpt2_n_inner",
+        "GPTBigCodeForCausalLM": "gpt_bigcode gpt_bigcode_mha gpt_bigcode_exact_gelu",
+        "GPTJForCausalLM": "gptj gptj_n_inner",
         "GPTNeoXForCausalLM": "gpt_neox gpt_neox_sequential gpt_neox_full_rotary gpt_neox_head_dim_24",
+        "MptForCausalLM": "mpt mpt_clip_qkv mpt_6_heads",
+        "MPTForCausalLM": "mpt_qk_ln mpt_kv_n_heads",
+        "OPTForCausalLM": "opt opt_post_norm opt_no_bias opt_no_final_norm",
         "Gemma2ForCausalLM": "gemma2 gemma2_no_softcap",
     }.items()
 }
@@ -39,7 +49,7 @@ class Golden:
     shapes: dict[str, tuple[int, ...]]  # by checkpoint name, sorted
     seed: int
     prompt: list[int]
-    last_logits: np.ndarray  # float32 [4, vocab]: at the prompt's last four positions
+    last_logits: np.ndarray  # float32 [4, min(vocab, 256)]: at the prompt's last four positions
     tokens: list[int]  # greedy tokens after the prompt, end-of-sequence ignored: 32, of Llama 64
     margin: float  # least distance between the best and the second logit over those steps
     norm_mean: float = 1.0  # of the norms' weights: 0 where the norm multiplies by 1 + weight
