@@ -189,17 +189,17 @@ GPT2 = Family(
     },
     old=lambda config: v4(
         config,
+        "torch_dtype",
         **SUMMARY,
         n_ctx=96,
-        torch_dtype=None,
         task_specific_params={"text-generation": {"do_sample": True}},
     ),
 )
 
 
 def _old_neox(config: Config) -> Config:
-    old = renamed(v4(config), {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"})
-    return {key: old[key] for key in old if key not in ("rope_scaling", "attention_bias")}
+    old = v4(config, "rope_scaling", "attention_bias")
+    return renamed(old, {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"})
 
 
 GPT_NEOX = Family(
@@ -285,12 +285,7 @@ GPTJ = Family(
         "gptj_n_inner": {"n_inner": 100, "n_head": 2, "rotary_dim": 12},
     },
     old=lambda config: v4(
-        config,
-        **SUMMARY,
-        gradient_checkpointing=False,
-        rotary=True,
-        scale_attn_weights=True,
-        torch_dtype=None,
+        config, "torch_dtype", **SUMMARY, gradient_checkpointing=False, rotary=True, scale_attn_weights=True
     ),
 )
 

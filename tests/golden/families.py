@@ -20,14 +20,13 @@ class Family:
     new_tokens: int = 32
 
 
-def v4(config: Config, **fields: Any) -> Config:
-    """The config.json that transformers 4 wrote for the same model; `fields` replace, None removes."""
+def v4(config: Config, *dropped: str, **fields: Any) -> Config:
+    """The config.json that transformers 4 wrote for the same model, without some keys and with some more."""
     old = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
     if "rope_parameters" in config:
         old |= _v4_rope(config["rope_parameters"])
-    old["torch_dtype"] = config["dtype"]
-    old["transformers_version"] = "4.44.2"
-    return {key: value for key, value in (old | fields).items() if value is not None or key not in fields}
+    old |= {"torch_dtype": config["dtype"], "transformers_version": "4.44.2"}
+    return {key: value for key, value in (old | fields).items() if key not in dropped}
 
 
 def _v4_rope(parameters: Config) -> Config:
@@ -36,6 +35,8 @@ def _v4_rope(parameters: Config) -> Config:
     kind = scaling.pop("rope_type")
     if "partial_rotary_factor" in scaling:
         old["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    if kind == "longrope":  # the length stood beside rope_scaling
+        old["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
     spelling = "rope_type" if kind in ("llama3", "yarn") else "type"  # `type` until 4.43
     old["rope_scaling"] = None if kind == "default" else {spelling: kind, **scaling}
     return old

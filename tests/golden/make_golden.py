@@ -30,6 +30,7 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
 import cases_2023  # noqa: E402
 import cases_modern  # noqa: E402
+import cases_moe  # noqa: E402
 from cases_llama import DYNAMIC_LENGTHS, LLAMA, ROPES  # noqa: E402
 from families import Family  # noqa: E402
 from golden import CASES, checksum, make_weights  # noqa: E402
@@ -39,7 +40,7 @@ from make_golden_restated import RESTATED  # noqa: E402
 # function is the same without that. Where slopes are powers of two, as in falcon_rw, both are equal.
 modeling_falcon.build_alibi_tensor = modeling_bloom.build_alibi_tensor
 
-FAMILIES: tuple[Family, ...] = (LLAMA, *cases_2023.FAMILIES, *cases_modern.FAMILIES)
+FAMILIES: tuple[Family, ...] = (LLAMA, *cases_2023.FAMILIES, *cases_modern.FAMILIES, *cases_moe.FAMILIES)
 
 
 class Transformers:
