@@ -100,6 +100,7 @@ BLOOM = Family(
     cases={
         "bloom": {},
         "bloom_6_heads": {"hidden_size": 48, "n_head": 6},
+        "bloom_12_heads": {"hidden_size": 96, "n_head": 12},  # slopes that are no powers of two
         "bloom_residual_post_layernorm": {"apply_residual_connection_post_layernorm": True, "n_head": 8},
     },
     old=_old_bloom,
@@ -136,6 +137,8 @@ FALCON_BASE: Config = dict(
     eos_token_id=11,
 )
 RW: Config = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+# transformers rounds Falcon's slopes to bfloat16, and slope × position again, before scores and ALiBi together are
+# multiplied by 1/√head_dim. Slopes of up to 8 heads are powers of two: here nothing is rounded.
 FALCON = Family(
     architecture="FalconForCausalLM",
     base=FALCON_BASE,
@@ -236,6 +239,8 @@ GPT_NEOX = Family(
 def _old_bigcode(config: Config) -> Config:
     return v4(
         config,
+        "num_key_value_heads",
+        "add_cross_attention",
         **SUMMARY,
         attention_softmax_in_fp32=True,
         scale_attention_softmax_in_fp32=True,

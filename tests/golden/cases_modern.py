@@ -20,6 +20,10 @@ BASE: Config = dict(
 TIED = {"embedding_scale": 0.2}
 
 
+def _partial(factor: float) -> Config:
+    return {"partial_rotary_factor": factor, "rope_parameters": rope(partial_rotary_factor=factor)}
+
+
 def _old_qwen(config: Config) -> Config:
     # Only with use_sliding_window had layers from max_window_layers on a window; its size was given anyway.
     return v4(config, "layer_types", sliding_window=config["sliding_window"] or 4096)
@@ -65,15 +69,11 @@ MISTRAL = Family(
 
 PHI = Family(
     architecture="PhiForCausalLM",
-    base=BASE | dict(num_key_value_heads=None, rope_parameters=rope(partial_rotary_factor=0.5)),
+    base=BASE | _partial(0.5) | {"num_key_value_heads": None},
     cases={
         "phi": {},
         # Norms with biases over each head's channels, the same for all heads.
-        "phi_qk_layernorm": {
-            "qk_layernorm": True,
-            "num_key_value_heads": 2,
-            "rope_parameters": rope(partial_rotary_factor=0.375),
-        },
+        "phi_qk_layernorm": {"qk_layernorm": True, "num_key_value_heads": 2, **_partial(0.375)},
     },
     old=v4,
 )
@@ -89,8 +89,8 @@ def _longrope(channels: int, original: int, **fields: float) -> Config:
     )
 
 
-# cos and sin are multiplied by √(1 + ln(max / original) / ln(original)), with short and with long factors. Which
-# factors depends on the length of the sequence so far; these cases do not cross the original length.
+# Short or long factors: as the sequence's length so far says. These cases do not cross the original length.
+# cos and sin are multiplied by √(1 + ln(max / original) / ln(original)), whichever they are.
 PHI3 = Family(
     architecture="Phi3ForCausalLM",
     base=BASE | {"pad_token_id": 0},
@@ -210,7 +210,7 @@ GEMMA3 = Family(
 
 STABLELM = Family(
     architecture="StableLmForCausalLM",
-    base=BASE | {"rope_parameters": rope(partial_rotary_factor=0.25)},
+    base=BASE | _partial(0.25),
     cases={
         "stablelm": {},
         "stablelm_qkv_bias": {"use_qkv_bias": True, "num_key_value_heads": 4},
@@ -218,7 +218,7 @@ STABLELM = Family(
         "stablelm_parallel_residual": {
             "use_parallel_residual": True,
             "qk_layernorm": True,
-            "rope_parameters": rope(partial_rotary_factor=0.5),
+            **_partial(0.5),
         },
     },
     old=v4,
@@ -328,7 +328,7 @@ COHERE2 = Family(  # layers without a window have no RoPE either
     old=_old_cohere2,
 )
 
-GLM_BASE = BASE | dict(head_dim=16, pad_token_id=0, rope_parameters=rope(partial_rotary_factor=0.5))
+GLM_BASE = BASE | _partial(0.5) | {"head_dim": 16, "pad_token_id": 0}
 GLM = Family(
     architecture="GlmForCausalLM",
     base=GLM_BASE,

@@ -1,6 +1,6 @@
 """Mixtures of experts, unquantised."""
 
-from families import Config, Family, rope, v4
+from families import Config, Family, renamed, rope, v4
 
 BASE: Config = dict(
     vocab_size=152,
@@ -14,6 +14,12 @@ BASE: Config = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+
+
+def _old_qwen3_moe(config: Config) -> Config:
+    old = v4(config, sliding_window=config["sliding_window"] or 4096, max_window_layers=3)
+    return renamed(old, {"num_local_experts": "num_experts"})
+
 
 MIXTRAL = Family(
     architecture="MixtralForCausalLM",
@@ -38,7 +44,7 @@ QWEN3_MOE = Family(
         # Dense are those of mlp_only_layers, and each i where the step does not divide i + 1: here all but 1.
         "qwen3_moe_dense_layers": {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
     },
-    old=lambda config: v4(config, sliding_window=config["sliding_window"] or 4096, max_window_layers=3),
+    old=_old_qwen3_moe,
 )
 
 
@@ -47,7 +53,7 @@ def _old_gpt_oss(config: Config) -> Config:
 
 
 # The experts' matrices are [experts, in, out]; gate and up alternate in gate_up_proj's columns. The gate is
-# clamped from above only. Experts are narrow so that values beyond the limit of 7 are common enough to matter.
+# clamped from above only. Experts are narrow so that values beyond the limit of 7 are common.
 GPT_OSS = Family(
     architecture="GptOssForCausalLM",
     base=BASE

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).parent
+# One file each. `make_golden.py NAME` makes one anew; what is in it is in the tables of cases_*.py.
 BY_ARCHITECTURE: dict[str, list[str]] = {
     architecture: names.split()
     for architecture, names in {
@@ -20,7 +21,7 @@ BY_ARCHITECTURE: dict[str, list[str]] = {
             dynamic_growing llama3 yarn""",
         "BaiChuanForCausalLM": "baichuan_7b",
         "BaichuanForCausalLM": "baichuan_13b baichuan2_7b baichuan2_13b",
-        "BloomForCausalLM": "bloom bloom_6_heads bloom_residual_post_layernorm",
+        "BloomForCausalLM": "bloom bloom_6_heads bloom_12_heads bloom_residual_post_layernorm",
         "FalconForCausalLM": """falcon_mqa falcon_gqa falcon_gqa_one_norm falcon_rw falcon_rw_6_heads
             falcon_mqa_alibi""",
         "GPT2LMHeadModel": "gpt2 gpt2_n_inner",

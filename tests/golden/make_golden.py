@@ -11,6 +11,7 @@ The cases are in the tables of cases_*.py. torch's CPU wheel is enough; another 
 processor, changes last bits of the logits.
 """
 
+import copy
 import json
 import sys
 import tempfile
@@ -23,8 +24,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.bloom import modeling_bloom
-from transformers.models.falcon import modeling_falcon
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
@@ -36,10 +35,6 @@ from families import Family  # noqa: E402
 from golden import CASES, checksum, make_weights  # noqa: E402
 from make_golden_restated import RESTATED  # noqa: E402
 
-# Falcon rounds ALiBi to bfloat16, as a function of the absolute position and so of no use to a cache; BLOOM's
-# function is the same without that. Where slopes are powers of two, as in falcon_rw, both are equal.
-modeling_falcon.build_alibi_tensor = modeling_bloom.build_alibi_tensor
-
 FAMILIES: tuple[Family, ...] = (LLAMA, *cases_2023.FAMILIES, *cases_modern.FAMILIES, *cases_moe.FAMILIES)
 
 
@@ -48,7 +43,7 @@ class Transformers:
 
     def __init__(self, family: Family, name: str) -> None:
         self.kind = getattr(transformers, family.architecture)
-        fields = family.base | family.cases[name]
+        fields = copy.deepcopy(family.base | family.cases[name])  # transformers completes rope_parameters
         config = self.kind.config_class(**fields, architectures=[family.architecture], dtype="float32")
         with tempfile.TemporaryDirectory() as folder:
             self.kind(config).save_pretrained(folder)
