@@ -137,8 +137,8 @@ FALCON_BASE: Config = dict(
     eos_token_id=11,
 )
 RW: Config = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
-# transformers rounds Falcon's slopes to bfloat16, and slope × position again, before scores and ALiBi together are
-# multiplied by 1/√head_dim. Slopes of up to 8 heads are powers of two: here nothing is rounded.
+# transformers rounds to bfloat16 the slopes and then slope × position; it scales scores and ALiBi together
+# by 1/√head_dim. Slopes of up to 8 heads are powers of two: here nothing is rounded.
 FALCON = Family(
     architecture="FalconForCausalLM",
     base=FALCON_BASE,
