@@ -3,25 +3,52 @@
 A Block is given one of these as its `attend`; it neither knows nor cares which.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pjengine.models.config import ModelConfig
 from pjengine.models.state import Batch, KVCache
 from pjengine.pallas_kernels.attention_variant import PLAIN, AttentionVariant, by_head
+from pjengine.pallas_kernels.kv_update import write_kv
 from pjengine.pallas_kernels.last_split import Counters
 from pjengine.pallas_kernels.paged_attention import check_attention_arguments, paged_attention
 from pjengine.pallas_kernels.ragged_prefill import ragged_paged_attention
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write, rotate
 
-# What a Block knows of rotary positions: cosines and sines of each token.
+# What attention knows of rotary positions: cosines and sines of each token.
 type Rotary = tuple[Float[Array, "*t r"], Float[Array, "*t r"]]
-# (qkv [*t, kv_heads, group + 2, d], rotary, cache, layer) -> (out [*t, heads, d], cache)
-type Attend = Callable[[Array, Rotary, KVCache | None, int], tuple[Array, KVCache | None]]
+
+
+@runtime_checkable
+class Attend(Protocol):
+    """A way to attend. Of each KV head's rows of `qkv` the last is the value, the one before it the key."""
+
+    def __call__(
+        self,
+        qkv: Float[Array, "*t hk g d"],
+        cache: KVCache | None,
+        *,
+        layer: int,
+        rotary: Rotary | None,  # None: nothing is rotated
+        scale: float,
+        variant: AttentionVariant,
+    ) -> tuple[Float[Array, "*t h d"], KVCache | None]: ...
+
+
+def variant_of(config: ModelConfig, layer: int, sinks: Float[Array, " h"] | None = None) -> AttentionVariant:
+    """How a layer departs from plain causal attention."""
+    slopes = config.alibi_slopes
+    return AttentionVariant(
+        softcap=config.attention_softcap,
+        window=config.window_of(layer),
+        alibi_slopes=None if slopes is None else jnp.asarray(slopes, jnp.float32),
+        sinks=sinks,
+    )
 
 
 @dataclass(frozen=True)
@@ -33,60 +60,83 @@ class PagedAttend:
 
     batch: Batch
     num_pages: int  # of one layer
-    scale: float
     backend: str | None = None
-    variant: AttentionVariant = PLAIN
 
     def __call__(
-        self, qkv: Array, rotary: Rotary, cache: KVCache | None, layer: int
-    ) -> tuple[Array, KVCache | None]:
+        self,
+        qkv: Float[Array, "t hk g d"],
+        cache: KVCache | None,
+        *,
+        layer: int,
+        rotary: Rotary | None,
+        scale: float,
+        variant: AttentionVariant = PLAIN,
+    ) -> tuple[Float[Array, "t h d"], KVCache | None]:
         assert cache is not None
         batch, offset = self.batch, jnp.int32(layer * self.num_pages)
-        q, k_pages, v_pages = rope_kv_write(
-            qkv, *rotary, cache.k, cache.v, batch.slots, page_offset=offset, backend=self.backend
-        )
+        if rotary is None:
+            q = qkv[:, :, :-2].reshape(len(qkv), -1, qkv.shape[-1])
+            k_pages, v_pages = write_kv(
+                cache.k, cache.v, qkv[:, :, -2], qkv[:, :, -1], batch.slots, page_offset=offset
+            )
+        else:
+            q, k_pages, v_pages = rope_kv_write(
+                qkv, *rotary, cache.k, cache.v, batch.slots, page_offset=offset, backend=self.backend
+            )
         cache = cache._replace(k=k_pages, v=v_pages)
-        return self.read(q, cache, layer), cache
+        return self.read(q, cache, layer=layer, scale=scale, variant=variant), cache
 
-    def read(self, q: Array, cache: KVCache, layer: int, counters: Counters | None = None) -> Array:
+    def read(
+        self,
+        q: Float[Array, "t h d"],
+        cache: KVCache,
+        *,
+        layer: int,
+        scale: float,
+        variant: AttentionVariant = PLAIN,
+        counters: Counters | None = None,
+    ) -> Float[Array, "t h d"]:
         """Attends over the pages, which have this step's K and V; `counters` as in `paged_attention`."""
         batch, offset = self.batch, jnp.int32(layer * self.num_pages)
         if batch.cu_q_lens is None:
             return paged_attention(
                 q, cache.k, cache.v, batch.page_table, batch.kv_lens,
-                page_offset=offset, scale=self.scale, variant=self.variant, counters=counters,
+                page_offset=offset, scale=scale, variant=variant, counters=counters,
                 backend=self.backend,
             )  # fmt: skip
         return ragged_paged_attention(
             q, cache.k, cache.v, batch.page_table, batch.kv_lens, batch.cu_q_lens,
-            page_offset=offset, scale=self.scale, variant=self.variant, backend=self.backend,
+            page_offset=offset, scale=scale, variant=variant, backend=self.backend,
         )  # fmt: skip
 
 
-def dense_attend(*, scale: float, variant: AttentionVariant = PLAIN) -> Attend:
+def dense_attend(
+    qkv: Float[Array, "*b t hk g d"],
+    cache: KVCache | None,
+    *,
+    layer: int,
+    rotary: Rotary | None,
+    scale: float,
+    variant: AttentionVariant = PLAIN,
+) -> tuple[Float[Array, "*b t h d"], KVCache | None]:
     """Causal attention over the tokens at hand, without a cache; differentiable."""
-
-    def attend(
-        qkv: Float[Array, "*b t hk g d"], rotary: Rotary, cache: KVCache | None, layer: int
-    ) -> tuple[Float[Array, "*b t h d"], KVCache | None]:
-        *batch, length, kv_heads, rows, dim = qkv.shape
-        heads = kv_heads * (rows - 2)
-        check_attention_arguments(heads, kv_heads, scale, variant)
-        q = rotate(qkv[..., :-2, :].reshape(*batch, length, heads, dim), *rotary)
-        k, v = rotate(qkv[..., -2, :], *rotary), qkv[..., -1, :]
-        grouped = q.reshape(*batch, length, kv_heads, rows - 2, dim)
-        precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-        scores = jnp.einsum(
-            "...qhgd,...khd->...hgqk", grouped, k, precision=precision, preferred_element_type=jnp.float32
-        )
-        position = jnp.arange(length)
-        distance = (position[None, :] - position[:, None]).reshape(*(1,) * (scores.ndim - 2), length, length)
-        scores = variant.bend(scores * scale, distance)
-        if variant.sinks is not None:
-            sinks = jnp.broadcast_to(by_head(variant.sinks, scores), (*scores.shape[:-1], 1))
-            scores = jnp.concatenate([scores, sinks], axis=-1)
-        weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(v.dtype)
-        out = jnp.einsum("...hgqk,...khd->...qhgd", weights, v, precision=precision)
-        return out.reshape(*batch, length, heads, dim), cache
-
-    return attend
+    *batch, length, kv_heads, rows, dim = qkv.shape
+    heads = kv_heads * (rows - 2)
+    check_attention_arguments(heads, kv_heads, scale, variant)
+    q, k, v = qkv[..., :-2, :].reshape(*batch, length, heads, dim), qkv[..., -2, :], qkv[..., -1, :]
+    if rotary is not None:
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+    grouped = q.reshape(*batch, length, kv_heads, rows - 2, dim)
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "...qhgd,...khd->...hgqk", grouped, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    position = jnp.arange(length)
+    distance = (position[None, :] - position[:, None]).reshape(*(1,) * (scores.ndim - 2), length, length)
+    scores = variant.bend(scores * scale, distance)
+    if variant.sinks is not None:
+        sinks = jnp.broadcast_to(by_head(variant.sinks, scores), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(v.dtype)
+    out = jnp.einsum("...hgqk,...khd->...qhgd", weights, v, precision=precision)
+    return out.reshape(*batch, length, heads, dim), cache

@@ -1,7 +1,7 @@
-"""Llama's layers in a decode step of few tokens, as few kernels: five a layer with most shapes.
+"""Layers built like Llama's in a decode step of few tokens, as few kernels: five a layer with most shapes.
 
 There is one more where a kernel that follows merges the splits of attention, and where heads are no blocks
-of the columns of their product (`skinny_qkv`). Computes what `llama.Block` does, from the same parameters,
+of the columns of their product (`skinny_qkv`). Computes what `block.Block` does, from the same parameters,
 and is no other model: `tests/models` holds the two together. The Block is the one to read, to train and to
 change first.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pjengine.models.attention import PagedAttend, Rotary
+from pjengine.models.attention import PagedAttend, Rotary, variant_of
 from pjengine.models.config import ModelConfig
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.dispatch import platform
@@ -28,8 +28,22 @@ from pjengine.pallas_kernels.skinny_linear import (
 from pjengine.pallas_kernels.skinny_qkv import Destination, skinny_qkv
 
 
+def has_fused_form(config: ModelConfig) -> bool:
+    """Whether the layers are built like Llama's. Biases, and how they attend beside that, do not matter."""
+    c = config
+    return (
+        (c.norm, c.norm_offset, c.has_norm_weight) == ("rms", 0.0, True)
+        and (c.has_pre_norms and not c.has_post_norms and not c.is_parallel)
+        and (c.rope is not None and c.rope.rotary_dim == c.head_dim and not c.layer_ropes)
+        and (c.qk_norm is None and c.clip_qkv is None)
+        and (c.is_gated and c.activation == "silu" and c.residual_scale == 1)
+    )
+
+
 def is_fused(config: ModelConfig, x: Array, attend: PagedAttend) -> bool:
     """Whether the kernels can run these layers, and on this platform would."""
+    if not has_fused_form(config):
+        return False
     backend = attend.backend or ("triton" if platform() == "gpu" else "reference")
     if backend == "reference" or attend.batch.cu_q_lens is not None:
         return False
@@ -71,10 +85,11 @@ def fused_layers(
             q, k_pages, v_pages = skinny_qkv(
                 normed, stack("qkv", c.hidden_size), layer,
                 Destination(*rotary, cache.k, cache.v, attend.batch.slots, offset),
-                biases=biases("qkv_bias"), eps=c.rms_norm_eps, counters=counters, backend=backend,
+                biases=biases("qkv_bias"), eps=c.norm_eps, counters=counters, backend=backend,
             )  # fmt: skip
             cache = cache._replace(k=k_pages, v=v_pages)
-            out = attend.read(q, cache, layer, counters)
+            variant = variant_of(c, layer, layers["sinks"][layer] if c.has_sinks else None)
+            out = attend.read(q, cache, layer=layer, scale=c.scale, variant=variant, counters=counters)
             x, normed = skinny_residual(
                 out.reshape(len(x), -1), stack("out", c.num_heads * c.head_dim), layer,
                 Residual(x, layers["mlp_norm"], layer),
@@ -82,7 +97,7 @@ def fused_layers(
             )  # fmt: skip
             h = skinny_linear(
                 normed, stack("gate_up", c.hidden_size), layer,
-                biases=biases("gate_up_bias"), eps=c.rms_norm_eps, is_gated=True,
+                biases=biases("gate_up_bias"), eps=c.norm_eps, is_gated=True,
                 counters=counters, backend=backend,
             )  # fmt: skip
             # The last layer starts a norm that nobody finishes.

@@ -1,4 +1,6 @@
-"""What every architecture is made of: linear products, norms, tables of rotary positions."""
+"""What every architecture is made of: linear products, norms, activations, tables of rotary positions."""
+
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pjengine.models.config import Activation, ModelConfig
 from pjengine.models.rope import RopeConfig, dynamic_rope_theta, rope_frequencies
 
 
@@ -32,20 +35,98 @@ def linear(
     return out + lax.broadcast_in_dim(bias, out.shape, range(out.ndim - bias.ndim, out.ndim))
 
 
-def unembed(x: Float[Array, "*t d"], table: Float[Array, "v d"]) -> Float[Array, "*t v"]:
+def unembed(
+    x: Float[Array, "*t d"], table: Float[Array, "v d"], bias: Float[Array, " v"] | None = None
+) -> Float[Array, "*t v"]:
     """Hidden states to float32 logits."""
     rows = x.reshape(-1, x.shape[-1])
     # XLA computes one row with a float32 result as a float32 product, and converts the whole table for it.
     padded = jnp.pad(rows, ((0, 8 - len(rows)), (0, 0))) if len(rows) == 1 else rows
-    logits = linear(padded, table.T, out_dtype=jnp.float32)[: len(rows)]
+    wide_bias = None if bias is None else bias.astype(jnp.float32)
+    logits = linear(padded, table.T, wide_bias, out_dtype=jnp.float32)[: len(rows)]
     return logits.reshape(*x.shape[:-1], len(table))
 
 
-def rms_norm(x: Float[Array, "*t d"], weight: Float[Array, " d"], *, eps: float) -> Float[Array, "*t d"]:
-    """Divides each row by its root mean square, then scales it by `weight`. Sums in float32."""
+def normalize(
+    config: ModelConfig,
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."] | None,
+    bias: Float[Array, "..."] | None = None,
+    *,
+    num_axes: int = 1,
+) -> Float[Array, "..."]:
+    """The model's norm over the last `num_axes` axes; `weight` and `bias` are broadcast from the last on."""
+    if config.norm == "layer":
+        return layer_norm(x, weight, bias, eps=config.norm_eps, offset=config.norm_offset, num_axes=num_axes)
+    assert bias is None, "an RMS norm has no bias"
+    return rms_norm(x, weight, eps=config.norm_eps, offset=config.norm_offset, num_axes=num_axes)
+
+
+def rms_norm(
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."] | None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    num_axes: int = 1,
+) -> Float[Array, "..."]:
+    """Divides by the root mean square over the last axes, then scales by `weight`. Sums in float32.
+
+    With an offset, which is added to the weight, the scaling too is in float32.
+    """
     wide = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
+    axes = tuple(range(-num_axes, 0))
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + eps)
+    if weight is None:
+        return (wide * scale).astype(x.dtype)
+    if offset:
+        return (wide * scale * _trailing(offset + weight.astype(jnp.float32), wide)).astype(x.dtype)
+    return (wide * scale).astype(x.dtype) * _trailing(weight, x)
+
+
+def layer_norm(
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."] | None,
+    bias: Float[Array, "..."] | None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    num_axes: int = 1,
+) -> Float[Array, "..."]:
+    """Over the last axes: less the mean, by the standard deviation, scaled and shifted; all in float32."""
+    wide = x.astype(jnp.float32)
+    axes = tuple(range(-num_axes, 0))
+    wide = wide - jnp.mean(wide, axis=axes, keepdims=True)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + eps)
+    if weight is not None:
+        wide = wide * _trailing(offset + weight.astype(jnp.float32), wide)
+    if bias is not None:
+        wide = wide + _trailing(bias.astype(jnp.float32), wide)
+    return wide.astype(x.dtype)
+
+
+def _trailing(array: Array, like: Array) -> Array:
+    """Broadcast to the shape of `like`, from the last axis on."""
+    return jnp.broadcast_to(array, like.shape)
+
+
+ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+
+def gate(activation: Activation, gate_up: Float[Array, "*t 2 i"]) -> Float[Array, "*t i"]:
+    """activation(gate) * up, where gate and up lie side by side."""
+    return ACTIVATIONS[activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+def soft_cap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """Bends values smoothly into (-cap, cap)."""
+    return cap * jnp.tanh(x / cap)
 
 
 def rotary_table(
@@ -68,8 +149,3 @@ def rotary_table(
         inv_freq = jnp.asarray(table, jnp.float32).reshape((1,) * positions.ndim + table.shape)
     angle = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angle) * np.float32(amplitude), jnp.sin(angle) * np.float32(amplitude)
-
-
-def swiglu(gate_up: Float[Array, "*t 2 i"]) -> Float[Array, "*t i"]:
-    """silu(gate) * up, where gate and up lie side by side."""
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxtyping import Array, Float, UInt32
 
 from pjengine.models.checkpoint import Checkpoint
+from pjengine.models.weight_table import Cut as Cut
 from pjengine.models.weight_table import Leaf as Leaf
 from pjengine.models.weight_table import Names, Target, check
 from pjengine.models.weight_table import Source as Source
@@ -147,8 +148,12 @@ def _given_sharding(struct: Any, sharding: Sharding | None) -> Sharding:
 
 
 def _put(tensor: np.ndarray, source: Source, target: Target) -> Array:
-    """Sends a tensor to the devices, reshaped but not yet transposed."""
-    view = tensor if source.reshape is None else tensor.reshape(source.reshape)
+    """Sends a tensor to the devices, cut and reshaped but not yet transposed."""
+    view = tensor
+    if source.cut is not None:
+        view = view[(slice(None),) * source.cut.axis + (slice(source.cut.start, source.cut.stop),)]
+    if source.reshape is not None:
+        view = view.reshape(source.reshape)
     sharding = target.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, _source_spec(sharding.spec, source, target))
@@ -182,16 +187,25 @@ def _source_spec(spec: PartitionSpec, source: Source, target: Target) -> Partiti
 
 
 def _turned(parts: tuple[Array, ...], target: Target) -> Float[Array, "..."]:
-    turned = [
-        (part if source.transpose is None else part.transpose(source.transpose)).astype(target.dtype)
-        for part, source in zip(parts, target.leaf.sources, strict=True)
-    ]
+    pairs = zip(parts, target.leaf.sources, strict=True)
+    turned = [_turn(part, source).astype(target.dtype) for part, source in pairs]
     return jnp.concatenate(turned, axis=target.leaf.concat_axis) if len(turned) > 1 else turned[0]
 
 
+def _turn(part: Array, source: Source) -> Float[Array, "..."]:
+    if source.transpose is not None:
+        part = part.transpose(source.transpose)
+    if source.num_paired:
+        paired, rest = part[..., : source.num_paired], part[..., source.num_paired :]
+        part = jnp.concatenate([paired[..., 0::2], paired[..., 1::2], rest], axis=-1)
+    if source.has_unit_rows:
+        wide = part.astype(jnp.float32)
+        part = wide / jnp.maximum(jnp.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
+    return part
+
+
 def _assemble(parts: tuple[Array, ...], *, target: Target) -> Array:
-    is_ready = len(parts) == 1 and target.leaf.sources[0].transpose is None and parts[0].dtype == target.dtype
-    if is_ready:
+    if len(parts) == 1 and target.leaf.sources[0].is_plain and parts[0].dtype == target.dtype:
         return parts[0]
     return jax.jit(partial(_turned, target=target), out_shardings=target.sharding)(parts)
 

@@ -1,23 +1,91 @@
-"""Hugging Face architecture name -> the class that runs it."""
+"""Hugging Face architecture name -> the class that reads its config and runs it."""
+
+import importlib
+import reprlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
 from pjengine.models.config import ModelConfig
-from pjengine.models.llama import Llama
+from pjengine.models.config_reader import ConfigReader, refuse_unread
+from pjengine.models.decoder import Decoder
+from pjengine.models.json_values import TEXTS, check_values
 
-ARCHITECTURES: dict[str, type[Llama]] = {
-    "LlamaForCausalLM": Llama,
-    "LLaMAForCausalLM": Llama,  # the spelling of the first converted checkpoints
+# "module.Class" within this package, imported when it is first asked for.
+_OURS: Mapping[str, str] = {
+    "GPT2LMHeadModel": "gpt2.GPT2",
+    "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
+    "Gemma2ForCausalLM": "gemma2.Gemma2",
+    "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
+    "LlamaForCausalLM": "llama.Llama",
 }
+_registered: dict[str, type[Decoder]] = {}
 
 
-def build_model(config: ModelConfig, dtype: jnp.dtype) -> Llama:
+def register(name: str, architecture: type) -> None:
+    """Makes checkpoints whose config.json names the architecture `name` run as `architecture`.
+
+    A name that the package knows already is run by the new class from now on.
+
+    Raises:
+      TypeError: it is not a subclass of `Decoder`.
+    """
+    if not issubclass(architecture, Decoder):
+        raise TypeError(f"an architecture must be a subclass of Decoder, got {architecture!r}")
+    _registered[name] = architecture
+
+
+def known_architectures() -> list[str]:
+    return sorted({*_OURS, *_registered})
+
+
+def architecture(name: str) -> type[Decoder]:
+    """The class of an architecture.
+
+    Raises:
+      ValueError: no such architecture here.
+    """
+    if name in _registered:
+        return _registered[name]
+    if name not in _OURS:
+        raise ValueError(
+            f"architecture {name!r} is not supported; supported: {', '.join(known_architectures())}"
+        )
+    module, _, attribute = _OURS[name].rpartition(".")
+    found: type[Decoder] = getattr(importlib.import_module(f"pjengine.models.{module}"), attribute)
+    return found
+
+
+def build_model(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
     """The model that `config` names.
 
     Raises:
       ValueError: no such architecture here.
     """
-    if config.architecture not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ValueError(f"architecture {config.architecture!r} is not supported; supported: {known}")
-    return ARCHITECTURES[config.architecture](config, dtype)
+    return architecture(config.architecture)(config, dtype)
+
+
+def parse_config(config: object) -> ModelConfig:
+    """Reads a config.json, as transformers 4 wrote it or as transformers 5 writes it.
+
+    Raises:
+      ValueError: it is no mapping; a key is missing, holds a value of the wrong type, or is neither
+        handled nor known to be irrelevant; or the architecture is unknown.
+      NotImplementedError: the config asks for something this engine does not do.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config.json must hold a JSON object, got {reprlib.repr(config)}")
+    check_values(config, {"architectures": TEXTS})
+    names: list[Any] = list(config.get("architectures") or ())
+    known = known_architectures()
+    name = next((name for name in names if name in known), None)
+    if name is None:
+        raise ValueError(
+            f"config.json must name one of the architectures {', '.join(known)}, "
+            f"got architectures={reprlib.repr(names)}"
+        )
+    reader = ConfigReader(config, name)
+    found = architecture(name).read_config(reader)
+    refuse_unread(reader)
+    return found

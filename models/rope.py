@@ -32,7 +32,7 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = (
-        1.0  # multiplies cos and sin; `from_hf` has derived it from mscale where yarn asks
+        1.0  # multiplies cos and sin; `parse_rope` has derived it from mscale where yarn asks
     )
     truncate: bool = True  # yarn: round the ramp's ends outwards to whole dimensions
 
@@ -152,39 +152,39 @@ _SCALING_KEYS: Mapping[RopeKind, tuple[str, ...]] = {
 }
 
 
-def parse_rope(config: Mapping[str, Any], *, rotary_dim: int, max_position_embeddings: int) -> RopeConfig:
+def parse_rope(
+    config: Mapping[str, Any],
+    *,
+    head_dim: int,
+    max_position_embeddings: int,
+    theta: float = 10000.0,
+    partial: float | None = None,
+) -> RopeConfig:
     """Reads rope_parameters (transformers 5) or rope_theta and rope_scaling (transformers 4).
+
+    Args:
+      theta: the base where the config says none.
+      partial: the rotated share of a head where the config says none; None: it must be all.
 
     Raises:
       ValueError: a key is unknown, missing, or holds a value of the wrong type.
       NotImplementedError: it is a kind of scaling that the engine does not do.
     """
-    check_values(config, ROPE_KEYS)
+    check_values(config, {**ROPE_KEYS, "partial_rotary_factor": NUMBER})
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     check_values(given, _SCALING_VALUES, "the rope scaling of config.json")
     scaling = {key: value for key, value in given.items() if value is not None}
     old_kind = scaling.pop("type", "default")
     kind = scaling.pop("rope_type", old_kind)
-    theta = float(scaling.pop("rope_theta", config.get("rope_theta") or 10000.0))
+    base = float(scaling.pop("rope_theta", config.get("rope_theta") or theta))
     if kind not in get_args(RopeKind):
         raise NotImplementedError(
             f"rope_type must be one of {get_args(RopeKind)}, got {kind!r}: not supported"
         )
-    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise NotImplementedError(
-            f"partial_rotary_factor must be 1 for Llama, got {given['partial_rotary_factor']}"
-        )
-    for key, value in scaling.items():
-        if key not in _SCALING_KEYS[kind]:
-            raise ValueError(
-                f"rope scaling {kind!r} knows {_SCALING_KEYS[kind]}, got {key}={reprlib.repr(value)}"
-            )
-    required = {"llama3": 3, "default": 0}.get(kind, 1)
-    for key in _SCALING_KEYS[kind][:required]:
-        if key not in scaling:
-            raise ValueError(
-                f"rope scaling {kind!r} needs {key}, got {reprlib.repr(dict(given))}: add it to config.json"
-            )
+    share = scaling.pop("partial_rotary_factor", 1.0 if partial is None else _partial(config, partial))
+    if partial is None and share != 1.0:
+        raise NotImplementedError(f"partial_rotary_factor must be 1 for this architecture, got {share}")
+    _check_scaling(kind, scaling)
     inner = scaling.pop("original_max_position_embeddings", None)
     original = config.get("original_max_position_embeddings") or inner or max_position_embeddings
     if kind == "dynamic":  # transformers measures against max_position_embeddings whatever else is written
@@ -197,12 +197,31 @@ def parse_rope(config: Mapping[str, Any], *, rotary_dim: int, max_position_embed
     numbers = {key: float(value) for key, value in scaling.items()}
     return RopeConfig(
         kind=kind,
-        theta=theta,
-        rotary_dim=rotary_dim,
+        theta=base,
+        rotary_dim=int(head_dim * share),
         original_max_position_embeddings=int(original),
         truncate=truncate,
         **numbers,
     )
+
+
+def _check_scaling(kind: RopeKind, scaling: Mapping[str, Any]) -> None:
+    for key, value in scaling.items():
+        if key not in _SCALING_KEYS[kind]:
+            raise ValueError(
+                f"rope scaling {kind!r} knows {_SCALING_KEYS[kind]}, got {key}={reprlib.repr(value)}"
+            )
+    required = {"llama3": 3, "default": 0}.get(kind, 1)
+    for key in _SCALING_KEYS[kind][:required]:
+        if key not in scaling:
+            raise ValueError(
+                f"rope scaling {kind!r} needs {key}, got {reprlib.repr(dict(scaling))}: add it to config.json"
+            )
+
+
+def _partial(config: Mapping[str, Any], default: float) -> float:
+    value = config.get("partial_rotary_factor")
+    return default if value is None else float(value)
 
 
 def _yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from pjengine.models.config import ModelConfig, RopeConfig
+from pjengine.models.config import ModelConfig
+from pjengine.models.rope import RopeConfig
 
 
 def _llama(
@@ -28,7 +29,7 @@ def _llama(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_position_embeddings,
-        rms_norm_eps=1e-5,
+        norm_eps=1e-5,
         rope=RopeConfig(kind="default", theta=rope_theta, rotary_dim=head_dim),
         dtype=dtype,
     )

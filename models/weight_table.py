@@ -13,12 +13,32 @@ from pjengine.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cut:
+    """The part of a tensor from `start` to `stop` along `axis`, where the tensor has `size` in all."""
+
+    start: int
+    stop: int
+    size: int
+    axis: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
-    """One tensor of the checkpoint and how it is turned: first reshaped, then transposed."""
+    """One tensor of the checkpoint and how it is turned: in the order of the fields."""
 
     name: str  # as in the checkpoint; "{layer}" stands for the layer's number
+    cut: Cut | None = None  # of a tensor that several parameters, or parts of one, lie in
     reshape: tuple[int, ...] | None = None  # splits axes; merges none, so that a transposed tensor is noticed
     transpose: tuple[int, ...] | None = None
+    # The first so many of the last axis lie in rotary pairs (GPT-J order): the even ones go before the odd
+    # ones, so that dimension i is rotated together with i + num_paired / 2, which gives the same scores.
+    num_paired: int = 0
+    has_unit_rows: bool = False  # along the last axis, each row is divided by its length
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is stored as it is wanted, but for the shape."""
+        return self.transpose is None and not self.num_paired and not self.has_unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +139,12 @@ def _shape_faults(checkpoint: Checkpoint, target: Target, names: list[str]) -> I
         shape = checkpoint.shape(name)
         if not jnp.issubdtype(checkpoint.dtype(name), jnp.floating) or checkpoint.dtype(name).itemsize < 2:
             yield f"{name}: wanted float64, float32, float16 or bfloat16, got {checkpoint.dtype(name)}"
+        if source.cut is not None:
+            cut = source.cut
+            if len(shape) <= cut.axis or shape[cut.axis] != cut.size:
+                yield f"{name}: wanted {cut.size} along axis {cut.axis}, got {shape}"
+                return
+            shape = (*shape[: cut.axis], cut.stop - cut.start, *shape[cut.axis + 1 :])
         if source.reshape is not None:
             if not _splits(shape, source.reshape):
                 yield f"{name}: wanted a shape that splits into {source.reshape}, got {shape}"

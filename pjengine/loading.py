@@ -13,11 +13,11 @@ from pjengine.config import EngineConfig, RunnerConfig, parse_length, reserve_de
 from pjengine.memory import MemoryPlan, device_budget, plan_memory
 from pjengine.models.checkpoint import open_checkpoint
 from pjengine.models.config import ModelConfig
+from pjengine.models.decoder import Decoder, Params
 from pjengine.models.hub import resolve_model
 from pjengine.models.json_values import read_json_object
-from pjengine.models.llama import Llama, Params
 from pjengine.models.loader import dummy_params, load_params
-from pjengine.models.registry import build_model
+from pjengine.models.registry import build_model, parse_config
 from pjengine.models.shapes import SHAPES
 from pjengine.pallas_kernels.dispatch import check_backend
 from pjengine.progress import progress_bar
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class LoadedModel:
     """All that an engine is made of."""
 
-    model: Llama
+    model: Decoder
     params: Params
     tokenizer: Tokenizer | None
     runner_config: RunnerConfig
@@ -99,7 +99,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
 def _load_params(
     config: EngineConfig,
     folder: Path | None,
-    model: Llama,
+    model: Decoder,
     abstract: Mapping[str, Any],
     sharding: NamedSharding,
 ) -> Params:
@@ -145,7 +145,7 @@ def read_model_config(config: EngineConfig, *, needs_weights: bool = True) -> tu
     if not path.is_file():
         raise OSError(f"{folder} has no config.json: a folder in the Hugging Face format is needed")
     raw = read_json_object(path)
-    return folder, ModelConfig.from_hf({**raw, **config.hf_overrides})
+    return folder, parse_config({**raw, **config.hf_overrides})
 
 
 def _load_tokenizer(config: EngineConfig, folder: Path | None) -> Tokenizer:

@@ -121,7 +121,7 @@ class Preparation:
         fork: str,
     ) -> Request:
         num_prompt = len(encoded.token_ids)
-        salt = f"{encoded.cache_salt}/{self.model_config.rope.excess(num_prompt)}"
+        salt = f"{encoded.cache_salt}/{self.model_config.rope_excess(num_prompt)}"
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, num_prompt + params.max_tokens)

@@ -26,7 +26,7 @@ from pjengine.compile_cache import CompileCache
 from pjengine.config import RunnerConfig
 from pjengine.edit_sizes import NO_SIZES, EditSizes, sizes_for
 from pjengine.edits import past_prompts
-from pjengine.models.llama import Llama, Params
+from pjengine.models.decoder import Decoder, Params
 from pjengine.models.state import KVCache, kv_shape
 from pjengine.programs import CompilationError, Programs
 from pjengine.progress import progress_bar
@@ -57,7 +57,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         params: Params,
         config: RunnerConfig,
         sharding: NamedSharding,

@@ -14,7 +14,7 @@ from pjengine.edit_sizes import NO_SIZES
 from pjengine.logits import apply_edits
 from pjengine.logprobs import Logprobs, logprobs_of, prompt_logprobs_of
 from pjengine.models.attention import PagedAttend
-from pjengine.models.llama import Llama, Params
+from pjengine.models.decoder import Decoder, Params
 from pjengine.models.state import Batch, KVCache
 from pjengine.sampler import sample
 from pjengine.schedule import BROKEN, FORBIDDEN
@@ -40,7 +40,7 @@ def step(
     rows: Rows,
     blob: Int[Array, " size"],
     *,
-    model: Llama,
+    model: Decoder,
     layout: Layout,
     num_pages: int,
     backend: str | None,
@@ -77,7 +77,7 @@ def compute_tokens(
     index: int | Int[Array, ""],
     *,
     parts: dict[str, Array],
-    model: Llama,
+    model: Decoder,
     layout: Layout,
     num_pages: int,
     backend: str | None,
@@ -85,7 +85,7 @@ def compute_tokens(
     """The model once, and a token for each sequence, those without a `depth` axis."""
     row = live_rows(parts, layout, index)
     batch = unpack(rows, row, parts, layout)
-    attend = PagedAttend(batch, num_pages=num_pages, scale=model.scale, backend=backend)
+    attend = PagedAttend(batch, num_pages=num_pages, backend=backend)
     hidden, updated = model.forward(params, batch.tokens, batch.positions, batch.rope_lens, cache, attend)
     assert updated is not None
     updated = updated._replace(token_ids=write_tokens(updated.token_ids, batch))

@@ -15,7 +15,7 @@ from pjengine.batching import Layout, Rows
 from pjengine.compile_cache import CompileCache, environment, fingerprint
 from pjengine.config import RunnerConfig
 from pjengine.logprobs import Logprobs
-from pjengine.models.llama import Llama, Params
+from pjengine.models.decoder import Decoder, Params
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.triton_extra import backend_versions
 from pjengine.step import StepOutput, step
@@ -41,7 +41,7 @@ class StepCompiler:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         config: RunnerConfig,
         state: tuple[Params, KVCache, Rows],
         sharding: NamedSharding,

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from safetensors.numpy import save
 
 from pjengine.models.config import ModelConfig
-from pjengine.models.llama import Params
+from pjengine.models.decoder import Params
 
 MAX_SAMPLE_LINES = 20  # in the model card
 GENERATION_CONFIG = {
@@ -25,7 +25,8 @@ GENERATION_CONFIG = {
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json of `config`; `ModelConfig.from_hf` reads it back."""
+    """config.json of `config`; `parse_config` reads it back."""
+    assert config.rope is not None
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -38,7 +39,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
+        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta,
         "attention_bias": False,
         "mlp_bias": False,

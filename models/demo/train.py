@@ -23,10 +23,12 @@ import optax
 from jaxtyping import Array, Float, Int, UInt16
 from tokenizers import Tokenizer
 
-from pjengine.models.config import ModelConfig, RopeConfig
+from pjengine.models.config import ModelConfig
+from pjengine.models.decoder import Params
 from pjengine.models.demo.checkpoint import save_checkpoint
 from pjengine.models.demo.corpus import bytes_per_token, prepare, stdlib_folder
-from pjengine.models.llama import Llama, Params
+from pjengine.models.llama import Llama
+from pjengine.models.rope import RopeConfig
 
 END_OF_TEXT_ID = 0
 SAMPLE_TEMPERATURE = 0.6
@@ -88,7 +90,7 @@ def demo_config(vocab_size: int, context: int) -> ModelConfig:
         num_kv_heads=4,
         head_dim=32,
         max_position_embeddings=context,
-        rms_norm_eps=1e-5,
+        norm_eps=1e-5,
         rope=RopeConfig(kind="default", theta=10000.0, rotary_dim=32),
         tie_word_embeddings=True,
         dtype="bfloat16",

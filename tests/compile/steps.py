@@ -12,7 +12,8 @@ from jax.stages import Compiled, Lowered
 from pjengine.batching import Layout, Rows
 from pjengine.config import RunnerConfig
 from pjengine.edit_sizes import NO_SIZES, EditSizes
-from pjengine.models.llama import Llama, Params
+from pjengine.models.decoder import Decoder, Params
+from pjengine.models.llama import Llama
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import KVCache, kv_shape, page_bytes
 from pjengine.step import step
@@ -33,10 +34,10 @@ class Step:
     is_decode: bool
     depth: int = 1
     edits: EditSizes = NO_SIZES
-    make_model: Callable[..., Llama] = Llama
+    make_model: Callable[..., Decoder] = Llama
 
     @functools.cached_property
-    def model(self) -> Llama:
+    def model(self) -> Decoder:
         return self.make_model(dataclasses.replace(SHAPES[self.shape], num_layers=2), DTYPE)
 
     @property

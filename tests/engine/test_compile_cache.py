@@ -166,7 +166,7 @@ def test_a_loaded_program_tells_what_its_kernels_run_on(
 
 
 CHANGES: list[dict[str, Any]] = [
-    {"num_layers": 2}, {"num_pages": 65}, {"dtype": "bfloat16"}, {"rms_norm_eps": 1e-3},
+    {"num_layers": 2}, {"num_pages": 65}, {"dtype": "bfloat16"}, {"norm_eps": 1e-3},
 ]  # fmt: skip
 
 

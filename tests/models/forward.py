@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.models.attention import PagedAttend
-from pjengine.models.llama import Llama
+from pjengine.models.decoder import Decoder
 from pjengine.models.state import Batch, KVCache, kv_shape
 
 PAGE_SIZE = 16
 
 
-def random_params(model: Llama, *, scale: float = 0.1) -> Any:
+def random_params(model: Decoder, *, scale: float = 0.1) -> Any:
     """Norms and biases that are not all ones and zeros."""
     params = model.init(jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 100))
@@ -32,7 +32,7 @@ def error(found: Any, wanted: Any) -> float:
 
 
 def logits_of(
-    model: Llama, params: Any, prompts: Sequence[np.ndarray], forced: np.ndarray, backend: str | None
+    model: Decoder, params: Any, prompts: Sequence[np.ndarray], forced: np.ndarray, backend: str | None
 ) -> np.ndarray:
     """[steps + 1, seqs, vocab]: of the prompts, read in one step, and of decode steps with tokens `forced`.
 
@@ -51,7 +51,7 @@ def logits_of(
         slots = table[seq, at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
         slots = jnp.where(positions >= 0, slots, -1)
         batch = Batch(tokens, at, at + 1, slots, table, kv_lens, cu)
-        attend = PagedAttend(batch, num_pages, model.scale, backend)
+        attend = PagedAttend(batch, num_pages, backend)
         hidden, cache = model.forward(params, tokens, at, at + 1, cache, attend)
         last = hidden if cu is None else hidden[cu[1:] - 1]
         return model.logits(params, last), cache

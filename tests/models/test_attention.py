@@ -41,7 +41,7 @@ def test_chunks_and_decodes_over_pages_equal_dense_attention(
     variant: AttentionVariant, backend: str | None
 ) -> None:
     qkv = jax.random.normal(jax.random.key(0), (LENGTH, KV_HEADS, GROUP + 2, DIM))
-    dense, _ = dense_attend(scale=0.3, variant=variant)(qkv, rotary(0, LENGTH), None, 0)
+    dense, _ = dense_attend(qkv, None, layer=0, rotary=rotary(0, LENGTH), scale=0.3, variant=variant)
     pages = jnp.full((2 * NUM_PAGES, KV_HEADS, PAGE_SIZE, DIM), jnp.nan)
     cache: KVCache | None = KVCache(pages, pages, jnp.zeros((NUM_PAGES, PAGE_SIZE), jnp.int32))
     table = jnp.asarray([[3, 1, 4]], jnp.int32)
@@ -57,15 +57,19 @@ def test_chunks_and_decodes_over_pages_equal_dense_attention(
             kv_lens=jnp.asarray([stop], jnp.int32),
             cu_q_lens=None if stop == start + 1 else jnp.asarray([0, stop - start], jnp.int32),
         )
-        attend = PagedAttend(batch, NUM_PAGES, scale=0.3, backend=backend, variant=variant)
-        out, cache = attend(qkv[start:stop], rotary(start, stop), cache, 1)
+        attend = PagedAttend(batch, NUM_PAGES, backend)
+        out, cache = attend(
+            qkv[start:stop], cache, layer=1, rotary=rotary(start, stop), scale=0.3, variant=variant
+        )
         paged.append(out)
     np.testing.assert_allclose(np.concatenate(paged), dense, atol=2e-6)
 
 
 def test_each_feature_changes_the_result() -> None:
     qkv = jax.random.normal(jax.random.key(0), (LENGTH, KV_HEADS, GROUP + 2, DIM))
-    outs = [dense_attend(scale=0.3, variant=v)(qkv, rotary(0, LENGTH), None, 0)[0] for v in VARIANTS]
+    outs = [
+        dense_attend(qkv, None, layer=0, rotary=rotary(0, LENGTH), scale=0.3, variant=v)[0] for v in VARIANTS
+    ]
     for i, out in enumerate(outs):
         for other in outs[:i]:
             assert jnp.abs(out - other).max() > 0.01
@@ -77,7 +81,8 @@ def test_gradients_flow_through_every_feature() -> None:
 
     def loss(qkv: jax.Array, sinks: jax.Array) -> jax.Array:
         variant = AttentionVariant(softcap=1.5, window=7, alibi_slopes=SLOPES, sinks=sinks)
-        return jnp.sum(dense_attend(scale=0.3, variant=variant)(qkv, (cos, sin), None, 0)[0] ** 2)
+        out, _ = dense_attend(qkv, None, layer=0, rotary=(cos, sin), scale=0.3, variant=variant)
+        return jnp.sum(out**2)
 
     for grad in jax.grad(loss, argnums=(0, 1))(qkv, SINKS):
         assert jnp.isfinite(grad).all() and (jnp.abs(grad) > 0).any()
@@ -86,4 +91,5 @@ def test_gradients_flow_through_every_feature() -> None:
 def test_a_variant_without_meaning_raises() -> None:
     qkv = jnp.ones((3, KV_HEADS, GROUP + 2, DIM))
     with pytest.raises(ValueError, match=r"sinks must have shape \(6,\)"):
-        dense_attend(scale=0.3, variant=AttentionVariant(sinks=jnp.ones(3)))(qkv, rotary(0, 3), None, 0)
+        variant = AttentionVariant(sinks=jnp.ones(3))
+        dense_attend(qkv, None, layer=0, rotary=rotary(0, 3), scale=0.3, variant=variant)

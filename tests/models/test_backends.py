@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pjengine.models.llama import Llama
+from pjengine.models.rope import RopeConfig
 from pjengine.models.shapes import SHAPES
 from tests.golden import golden as goldens
 from tests.kernels.cases import NEEDS_JAX_TRITON
@@ -18,11 +19,11 @@ from tests.models.forward import error, logits_of, random_params, widened
 LENS = [100, 1, 17, 64, 33, 15, 16, 130]  # around pages, and around tiles
 SMALL = dataclasses.replace(
     SHAPES["tiny"], hidden_size=256, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=32,
-    rope=dataclasses.replace(SHAPES["tiny"].rope, rotary_dim=32), dtype="bfloat16",
+    rope=RopeConfig(kind="default", theta=10000.0, rotary_dim=32), dtype="bfloat16",
 )  # fmt: skip
 LARGE = dataclasses.replace(
     SMALL, hidden_size=1024, intermediate_size=4096, num_layers=4, head_dim=128,
-    rope=dataclasses.replace(SMALL.rope, rotary_dim=128),
+    rope=RopeConfig(kind="default", theta=10000.0, rotary_dim=128),
 )  # fmt: skip
 ON_GPU = [
     pytest.param(None, id="chosen", marks=pytest.mark.gpu),  # Mosaic where it can

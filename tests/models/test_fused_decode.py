@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjengine.models import fused_decode, llama
+from pjengine.models import decoder, fused_decode
 from pjengine.models.attention import PagedAttend
 from pjengine.models.llama import Llama
+from pjengine.models.rope import RopeConfig
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import Batch, KVCache, kv_shape
 from tests.kernels.cases import cuda_target
@@ -21,7 +22,7 @@ from tests.models.forward import error, random_params, widened
 NUM_PAGES = 34
 CONFIG = dataclasses.replace(
     SHAPES["tiny"], hidden_size=256, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=32,
-    rope=dataclasses.replace(SHAPES["tiny"].rope, rotary_dim=32), dtype="bfloat16",
+    rope=RopeConfig(kind="default", theta=10000.0, rotary_dim=32), dtype="bfloat16",
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def run(
         kv_lens=jnp.where(is_padding, 0, positions + 1),
         cu_q_lens=None,
     )
-    attend = PagedAttend(batch, NUM_PAGES, model.scale, backend)
+    attend = PagedAttend(batch, NUM_PAGES, backend)
     hidden, after = model.forward(params, batch.tokens, positions, batch.rope_lens, cache, attend)
     assert after is not None
     return hidden, after
@@ -74,11 +75,11 @@ def run_from(
 def test_fused_layers_are_no_less_exact_than_the_block(
     num_seqs: int, has_biases: bool, backend: str | None
 ) -> None:
-    config = dataclasses.replace(CONFIG, attention_bias=has_biases, mlp_bias=has_biases)
+    config = dataclasses.replace(CONFIG, qkv_bias=has_biases, out_bias=has_biases, mlp_bias=has_biases)
     model, exact = Llama(config, jnp.dtype("bfloat16")), Llama(config, jnp.dtype("float32"))
     params, cache = random_params(model), random_cache(model, "bfloat16")
     assert fused_decode.is_fused(
-        config, params["embed"][:num_seqs], PagedAttend(_no_batch(), NUM_PAGES, 1.0, backend)
+        config, params["embed"][:num_seqs], PagedAttend(_no_batch(), NUM_PAGES, backend)
     )
     starts = range(3, 13) if num_seqs == 1 else [5]  # of a single row, either may be right by chance
     fused = run_from(starts, model, params, cache, num_seqs, backend)
@@ -99,7 +100,7 @@ def _no_batch(cu_q_lens: Any = None) -> Batch:
 
 def test_fused_only_where_the_kernels_can_and_were_measured_to_pay() -> None:
     x = jnp.zeros((4, 256), jnp.bfloat16)
-    decode = PagedAttend(_no_batch(), NUM_PAGES, 1.0, "triton_interpret")
+    decode = PagedAttend(_no_batch(), NUM_PAGES, "triton_interpret")
     assert fused_decode.is_fused(CONFIG, x, decode)
     assert not fused_decode.is_fused(CONFIG, x.astype(jnp.float32), decode)
     assert not fused_decode.is_fused(CONFIG, x.astype(jnp.float16), decode)
@@ -127,7 +128,7 @@ def test_gradients_never_meet_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*_: Any) -> Any:
         raise AssertionError("fused layers in the dense forward")
 
-    monkeypatch.setattr(llama, "fused_layers", refuse)
+    monkeypatch.setattr(decoder, "fused_layers", refuse)
     model = Llama(CONFIG, jnp.dtype("bfloat16"))
     params = model.init(jax.random.key(0))
     jax.grad(lambda params: model.dense_logits(params, jnp.ones((1, 4), jnp.int32)).sum())(params)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pjengine.models import llama
+from pjengine.models import block
 from pjengine.models.attention import PagedAttend
 from pjengine.models.llama import Llama
+from pjengine.models.rope import RopeConfig
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import Batch, KVCache, kv_shape
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
@@ -42,7 +43,7 @@ def hidden(model: Llama, params: Any, num_tokens: int, backend: str | None) -> j
     )
     pages = jnp.zeros(kv_shape(model.config, num_pages, PAGE_SIZE), model.dtype)
     cache = KVCache(pages, pages, jnp.zeros((num_pages, PAGE_SIZE), jnp.int32))
-    attend = PagedAttend(batch, num_pages, model.scale, backend)
+    attend = PagedAttend(batch, num_pages, backend)
 
     def forward(params: Any, cache: KVCache) -> jax.Array:
         return model.forward(params, batch.tokens, positions, batch.rope_lens, cache, attend)[0]
@@ -70,7 +71,7 @@ def test_the_kernel_computes_each_layer_s_own_product(monkeypatch: pytest.Monkey
         interpret = plgpu.InterpretGPUParams()
         return gated_mosaic(x, stack, jnp.int32(layer), tiles=tiles, interpret=interpret)
 
-    monkeypatch.setattr(llama, "gated_linear", interpreted)
+    monkeypatch.setattr(block, "gated_linear", interpreted)
     found = hidden(model, params, 64, None)
     sliced = hidden(model, params, 64, "reference")
     truth = hidden(exact, jax.tree.map(lambda x: x.astype(jnp.float32), params), 64, "reference")
@@ -82,7 +83,7 @@ def test_gradients_and_biases_never_meet_the_kernel(monkeypatch: pytest.MonkeyPa
     def refuse(*_: Any) -> Any:
         raise AssertionError("a kernel that takes neither")
 
-    monkeypatch.setattr(llama, "gated_linear", refuse)
+    monkeypatch.setattr(block, "gated_linear", refuse)
     model = Llama(CONFIG, jnp.dtype("float32"))
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens = jnp.ones((1, 4), jnp.int32)
@@ -96,7 +97,7 @@ def test_gradients_and_biases_never_meet_the_kernel(monkeypatch: pytest.MonkeyPa
 def test_on_a_gpu_prompts_give_the_reference_s_states() -> None:
     config = dataclasses.replace(
         CONFIG, hidden_size=512, intermediate_size=4096, num_heads=8, num_kv_heads=2, head_dim=64,
-        rope=dataclasses.replace(CONFIG.rope, rotary_dim=64),
+        rope=RopeConfig(kind="default", theta=10000.0, rotary_dim=64),
     )  # fmt: skip
     model, exact = Llama(config, jnp.dtype("bfloat16")), Llama(config, jnp.dtype("float32"))
     params = random_params(model)

@@ -1,0 +1,119 @@
+"""The decoder layer that architectures share, in pieces that each may put together in its own way."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pjengine.models.attention import Attend, Rotary, variant_of
+from pjengine.models.config import ModelConfig
+from pjengine.models.layers import ACTIVATIONS, gate, linear, normalize
+from pjengine.models.state import KVCache
+from pjengine.pallas_kernels.gated_linear import gated_linear
+
+normal = nn.initializers.normal(stddev=0.02)
+
+
+class Layer(NamedTuple):
+    """What a Block is given beside the hidden states."""
+
+    number: int
+    attend: Attend
+    rotary: Rotary | None = None
+    cache: KVCache | None = None
+    # Every layer's weights: a kernel that takes no derivative may read the layer's from there.
+    gate_up_stack: Float[Array, "layers e 2 i"] | None = None
+
+
+class Block(nn.Module):
+    """One decoder layer. Holds no state: parameters, cache and attention are all passed in.
+
+    An architecture whose layer differs overrides `compute`, or one of the pieces. Parameters are made where
+    they are used, by `weight` and `bias`; the loader finds them by their names, in "layers/<name>".
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*t e"], layer: Layer) -> tuple[Float[Array, "*t e"], KVCache | None]:
+        return self.compute(x, layer)
+
+    def compute(self, x: Float[Array, "*t e"], layer: Layer) -> tuple[Float[Array, "*t e"], KVCache | None]:
+        """The layer: attention and MLP, one after the other or side by side, their norms and residuals."""
+        c = self.config
+        h = self.norm("attn_norm", x) if c.has_pre_norms else x
+        out, cache = self.attention(h, layer)
+        if c.is_parallel:
+            h = self.norm("mlp_norm", x) if c.has_mlp_norm else h
+            return self.add(self.add(x, out), self.mlp(h, layer)), cache
+        x = self.add(x, self.norm("attn_out_norm", out) if c.has_post_norms else out)
+        out = self.mlp(self.norm("mlp_norm", x) if c.has_pre_norms else x, layer)
+        return self.add(x, self.norm("mlp_out_norm", out) if c.has_post_norms else out), cache
+
+    def attention(self, h: Float[Array, "*t e"], layer: Layer) -> tuple[Float[Array, "*t e"], KVCache | None]:
+        c = self.config
+        # One product for q, k and v, grouped by KV head.
+        shape = (c.num_kv_heads, c.group + 2, c.head_dim)
+        qkv = linear(h, self.weight("qkv", c.hidden_size, *shape), self.bias("qkv_bias", c.qkv_bias, *shape))
+        if c.clip_qkv is not None:
+            qkv = jnp.clip(qkv, -c.clip_qkv, c.clip_qkv)
+        if c.qk_norm is not None:
+            q, k = self.qk_norm("q_norm", qkv[..., :-2, :]), self.qk_norm("k_norm", qkv[..., -2:-1, :])
+            qkv = jnp.concatenate([q, k, qkv[..., -1:, :]], axis=-2)
+        sinks = self.weight("sinks", c.num_heads) if c.has_sinks else None
+        out, cache = layer.attend(
+            qkv,
+            layer.cache,
+            layer=layer.number,
+            rotary=layer.rotary,
+            scale=c.scale,
+            variant=variant_of(c, layer.number, sinks),
+        )
+        out = out.reshape(*h.shape[:-1], c.num_kv_heads, c.group, c.head_dim)
+        weight = self.weight("out", c.num_kv_heads, c.group, c.head_dim, c.hidden_size)
+        return linear(out, weight, self.bias("out_bias", c.out_bias, c.hidden_size), contract=3), cache
+
+    def mlp(self, h: Float[Array, "*t e"], layer: Layer) -> Float[Array, "*t e"]:
+        c = self.config
+        if c.is_gated:
+            weight = self.weight("gate_up", c.hidden_size, 2, c.intermediate_size)
+            bias = self.bias("gate_up_bias", c.mlp_bias, 2, c.intermediate_size)
+            if layer.gate_up_stack is None:
+                h = gate(c.activation, linear(h, weight, bias))
+            else:
+                h = gated_linear(h, layer.gate_up_stack, layer.number)
+        else:
+            weight = self.weight("up", c.hidden_size, c.intermediate_size)
+            h = ACTIVATIONS[c.activation](
+                linear(h, weight, self.bias("up_bias", c.mlp_bias, c.intermediate_size))
+            )
+        down = self.weight("down", c.intermediate_size, c.hidden_size)
+        return linear(h, down, self.bias("down_bias", c.mlp_bias, c.hidden_size))
+
+    def norm(self, name: str, x: Float[Array, "*t e"]) -> Float[Array, "*t e"]:
+        """The model's norm of rows; its parameters are `name` and, with biases, `name`_bias."""
+        c = self.config
+        weight = self.weight(name, c.hidden_size) if c.has_norm_weight else None
+        return normalize(c, x, weight, self.bias(f"{name}_bias", c.has_norm_bias, c.hidden_size))
+
+    def qk_norm(self, name: str, heads: Float[Array, "*t hk g d"]) -> Float[Array, "*t hk g d"]:
+        """The norm of queries or of keys, as `ModelConfig.qk_norm` says."""
+        c = self.config
+        shape = heads.shape[-1:] if c.qk_norm == "head" else heads.shape[-3:]
+        bias = self.bias(f"{name}_bias", c.has_qk_norm_bias, *shape)
+        return normalize(c, heads, self.weight(name, *shape), bias, num_axes=3 if c.qk_norm == "full" else 1)
+
+    def add(self, x: Float[Array, "*t e"], out: Float[Array, "*t e"]) -> Float[Array, "*t e"]:
+        """The residual connection."""
+        scale = self.config.residual_scale
+        return x + out if scale == 1 else x + out * jnp.asarray(scale, out.dtype)
+
+    def weight(self, name: str, *shape: int) -> Array:
+        """A parameter: at first random, or where its name ends in "norm" what multiplies with one."""
+        one = nn.initializers.constant(1 - self.config.norm_offset)
+        return self.param(name, one if name.endswith("norm") else normal, shape, self.dtype)
+
+    def bias(self, name: str, is_there: bool, *shape: int) -> Array | None:
+        return self.param(name, nn.initializers.zeros, shape, self.dtype) if is_there else None

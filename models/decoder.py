@@ -1,0 +1,153 @@
+"""A decoder-only model as pure functions over a parameter tree: what the engine runs.
+
+An architecture is a subclass of `Decoder`: its `read_config`, its `weight_table`, and where its layers differ
+its `block`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pjengine.models.attention import Attend, PagedAttend, Rotary, dense_attend
+from pjengine.models.block import Block, Layer, normal
+from pjengine.models.config import ModelConfig
+from pjengine.models.config_reader import ConfigReader
+from pjengine.models.fused_decode import fused_layers, is_fused
+from pjengine.models.layers import normalize, rotary_table, soft_cap, unembed
+from pjengine.models.rope import RopeConfig
+from pjengine.models.state import KVCache
+from pjengine.models.weight_table import WeightTable
+
+type Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Pure functions over a parameter tree whose layers are stacked on a leading axis."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    block: ClassVar[type[Block]] = Block
+
+    @staticmethod
+    def read_config(reader: ConfigReader) -> ModelConfig:
+        """What a checkpoint's config.json says; every key that the architecture has is read.
+
+        Raises:
+          ValueError: a key is missing, or holds a value of the wrong type.
+          NotImplementedError: the config asks for something this engine does not do.
+        """
+        raise NotImplementedError
+
+    def weight_table(self) -> WeightTable:
+        """Where each parameter comes from in a Hugging Face checkpoint."""
+        raise NotImplementedError
+
+    def init(self, key: Array) -> Params:
+        """Random parameters; under `jax.eval_shape`, their shapes."""
+        c = self.config
+        embed_key, head_key, layer_key = jax.random.split(key, 3)
+        x = jnp.zeros((1, c.hidden_size), self.dtype)
+        position = jnp.zeros((1,), jnp.int32)
+        layer = Layer(0, dense_attend, self.rotary_tables(position, position)[0])
+        block = self.block(c, self.dtype)
+
+        def init_layer(layer_key: Array) -> Params:
+            return block.init(layer_key, x, layer)["params"]
+
+        params: Params = {
+            "embed": normal(embed_key, (c.vocab_size, c.hidden_size), self.dtype),
+            "layers": jax.vmap(init_layer)(jax.random.split(layer_key, c.num_layers)),
+        }
+        names = ("embed_norm",) * c.has_embedding_norm + ("final_norm",) * c.has_final_norm
+        for name in names:
+            if c.has_norm_weight:
+                params[name] = jnp.full((c.hidden_size,), 1 - c.norm_offset, self.dtype)
+            if c.has_norm_bias:
+                params[f"{name}_bias"] = jnp.zeros((c.hidden_size,), self.dtype)
+        if c.has_learned_positions:
+            shape = (c.max_position_embeddings + c.position_offset, c.hidden_size)
+            params["positions"] = normal(jax.random.fold_in(embed_key, 1), shape, self.dtype)
+        if not c.tie_word_embeddings:
+            params["head"] = normal(head_key, (c.vocab_size, c.hidden_size), self.dtype)
+        if c.head_bias:
+            params["head_bias"] = jnp.zeros((c.vocab_size,), self.dtype)
+        return params
+
+    def forward(
+        self,
+        params: Params,
+        tokens: Int[Array, "*t"],
+        positions: Int[Array, "*t"],
+        rope_lens: Int[Array, "*t"],
+        cache: KVCache | None,
+        attend: Attend,
+    ) -> tuple[Float[Array, "*t e"], KVCache | None]:
+        """Token ids to final hidden states, before the last norm.
+
+        Layers are unrolled and take static slices of the stacked weights: a scan would make XLA
+        copy every layer's weights each step.
+        """
+        c = self.config
+        x = self.embed(params, tokens, positions)
+        rotary = self.rotary_tables(positions, rope_lens)
+        if isinstance(attend, PagedAttend) and cache is not None and self.block is Block:
+            table = rotary[0]
+            if table is not None and is_fused(c, x, attend):
+                return fused_layers(params, c, x, table, cache, attend)
+        # A backend that is named for all ops keeps to the reference here; `jax_triton` is of attention only.
+        is_free = isinstance(attend, PagedAttend) and attend.backend in (None, "jax_triton")
+        has_kernel = c.is_gated and c.activation == "silu" and not c.mlp_bias
+        gate_up_stack = params["layers"].get("gate_up") if is_free and has_kernel else None
+        block = self.block(c, self.dtype)
+        for number in range(c.num_layers):
+            weights = jax.tree.map(lambda stacked, number=number: stacked[number], params["layers"])
+            layer = Layer(number, attend, rotary[number], cache, gate_up_stack)
+            with jax.named_scope(f"layer_{number}"):
+                output: Any = block.apply({"params": weights}, x, layer)
+                x, cache = output
+        return x, cache
+
+    def embed(
+        self, params: Params, tokens: Int[Array, "*t"], positions: Int[Array, "*t"]
+    ) -> Float[Array, "*t e"]:
+        """What goes into the first layer."""
+        c = self.config
+        x = params["embed"][tokens]
+        if c.embedding_scale != 1:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        if c.has_learned_positions:
+            x = x + params["positions"][positions + c.position_offset]
+        return self.normalize(params, "embed_norm", x) if c.has_embedding_norm else x
+
+    def logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t v"]:
+        """Final hidden states to float32 logits."""
+        c = self.config
+        h = self.normalize(params, "final_norm", hidden) if c.has_final_norm else hidden
+        logits = unembed(h, params["embed" if c.tie_word_embeddings else "head"], params.get("head_bias"))
+        if c.logit_scale != 1:
+            logits = logits * c.logit_scale
+        return logits if c.logit_softcap is None else soft_cap(logits, c.logit_softcap)
+
+    def dense_logits(self, params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
+        """Logits of whole sequences without a cache: for training and scoring, differentiable."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        rope_lens = jnp.full(tokens.shape, tokens.shape[1], jnp.int32)
+        hidden, _ = self.forward(params, tokens, positions, rope_lens, None, dense_attend)
+        return self.logits(params, hidden)
+
+    def normalize(self, params: Params, name: str, x: Float[Array, "*t e"]) -> Float[Array, "*t e"]:
+        """The norm called `name`, which is of no layer."""
+        return normalize(self.config, x, params.get(name), params.get(f"{name}_bias"))
+
+    def rotary_tables(self, positions: Int[Array, "*t"], rope_lens: Int[Array, "*t"]) -> list[Rotary | None]:
+        """The tokens' rotations, layer by layer; each kind is computed once."""
+        ropes = [self.config.rope_of(number) for number in range(self.config.num_layers)]
+        tables: dict[RopeConfig | None, Rotary | None] = {None: None}
+        for rope in ropes:
+            if rope is not None and rope not in tables:
+                tables[rope] = rotary_table(rope, positions, rope_lens)
+        return [tables[rope] for rope in ropes]

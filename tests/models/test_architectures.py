@@ -1,0 +1,201 @@
+"""Every architecture against what transformers computes: logits, and tokens through the whole engine."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjengine import models
+from pjengine.models import registry
+from pjengine.models.checkpoint import open_checkpoint
+from pjengine.models.config import ModelConfig
+from pjengine.models.config_reader import ConfigReader
+from pjengine.models.decoder import Decoder
+from pjengine.models.llama import Llama
+from pjengine.models.loader import load_params
+from pjengine.models.registry import build_model, known_architectures, parse_config
+from tests.golden import golden as goldens
+from tests.models.torch_file import write_torch_file
+
+CASES = [name for name, architecture in goldens.CASES.items() if architecture in known_architectures()]
+ON_GPU = [
+    *("mqa", "mha", "yarn"),
+    *(names[0] for names in goldens.BY_ARCHITECTURE.values() if names[0] in CASES),
+]
+FLOAT32 = jnp.dtype("float32")
+# What old versions stored beside the weights; each stands for "of layer 0".
+BUFFERS = {
+    "GPT2LMHeadModel": ("h.0.attn.bias", "h.0.attn.masked_bias"),
+    "GPTNeoXForCausalLM": (
+        "layers.0.attention.bias", "layers.0.attention.masked_bias", "layers.0.attention.rotary_emb.inv_freq",
+    ),
+    "Gemma2ForCausalLM": ("layers.0.self_attn.rotary_emb.inv_freq",),
+    "LlamaForCausalLM": ("layers.0.self_attn.rotary_emb.inv_freq",),
+}  # fmt: skip
+
+
+def load(folder: Path, config: dict[str, Any]) -> tuple[Decoder, Any]:
+    model = build_model(parse_config(config), FLOAT32)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    table, num_layers = model.weight_table(), model.config.num_layers
+    return model, load_params(open_checkpoint(folder), table, abstract, num_layers=num_layers)
+
+
+def last_logits(model: Decoder, params: Any, golden: goldens.Golden) -> np.ndarray:
+    return np.asarray(jax.jit(model.dense_logits)(params, jnp.asarray([golden.prompt], jnp.int32)))[0, -4:]
+
+
+def test_every_architecture_has_golden_cases() -> None:
+    aliases = {"LLaMAForCausalLM"}
+    assert set(known_architectures()) - aliases <= set(goldens.CASES.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dense_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    """From torch's own file, names without their prefix and with the buffers that old versions stored."""
+    golden = goldens.load(name)
+    weights = golden.weights()
+    prefixes = build_model(parse_config(golden.config), FLOAT32).weight_table().prefixes
+    for prefix in prefixes:
+        weights = {key.removeprefix(prefix): array for key, array in weights.items()}
+    weights |= dict.fromkeys(BUFFERS.get(goldens.CASES[name], ()), np.ones((1, 1), np.float32))
+    write_torch_file(tmp_path / "pytorch_model.bin", weights)
+    model, params = load(tmp_path, golden.config_v4)
+    np.testing.assert_allclose(last_logits(model, params, golden), golden.last_logits, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.gpu, id=f"gpu-{name}") for name in ON_GPU)]
+)
+def test_the_engine_gives_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
+    """From safetensors; the prompt in chunks, then again with its pages in the prefix cache."""
+    from pjengine import LLM, SamplingParams
+
+    golden = goldens.load(name)
+    goldens.write_checkpoint(golden, tmp_path)
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "warm_up": False, "skip_tokenizer_init": True}
+    params = SamplingParams(temperature=0, max_tokens=len(golden.tokens), ignore_eos=True)
+    assert len(golden.prompt) > 32  # several chunks, and pages to share
+    with LLM(tmp_path, dtype="float32", **sizes) as llm:
+        [first] = llm.generate([golden.prompt], params, use_tqdm=False)
+        [again] = llm.generate([golden.prompt], params, use_tqdm=False)
+    assert first.outputs[0].token_ids == golden.tokens
+    assert again.outputs[0].token_ids == golden.tokens
+    assert again.num_cached_tokens >= 32
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_forms_of_config_json_mean_the_same(name: str) -> None:
+    golden = goldens.load(name)
+    assert parse_config(golden.config) == parse_config(golden.config_v4)
+
+
+# As published, without what has no effect; the number of parameters as their authors or the Hub count them.
+LLAMA_3_8B = dict(
+    architectures=["LlamaForCausalLM"], vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+    num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+)  # fmt: skip
+GPT2 = dict(
+    architectures=["GPT2LMHeadModel"], vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024
+)
+PYTHIA_12B = dict(
+    architectures=["GPTNeoXForCausalLM"], vocab_size=50688, hidden_size=5120, intermediate_size=20480,
+    num_hidden_layers=36, num_attention_heads=40, rotary_pct=0.25, use_parallel_residual=True,
+)  # fmt: skip
+NEOX_20B = {
+    **PYTHIA_12B, "vocab_size": 50432, "hidden_size": 6144, "intermediate_size": 24576,
+    "num_hidden_layers": 44, "num_attention_heads": 64, "hidden_act": "gelu_fast",
+}  # fmt: skip
+GEMMA2_9B = dict(
+    architectures=["Gemma2ForCausalLM"], vocab_size=256000, hidden_size=3584, intermediate_size=14336,
+    num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, head_dim=256, sliding_window=4096,
+)  # fmt: skip
+PUBLISHED = {
+    "Llama-3-8B": (LLAMA_3_8B, 8_030_261_248),
+    "GPT-2": (GPT2, 124_439_808),
+    "GPT-2 XL": ({**GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
+    "Pythia-12B": (PYTHIA_12B, 11_846_072_320),
+    "GPT-NeoX-20B": (NEOX_20B, 20_554_567_680),
+    "Gemma-2-9B": (GEMMA2_9B, 9_241_705_984),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_full_size_models_have_the_published_number_of_parameters(name: str) -> None:
+    config, published = PUBLISHED[name]
+    model = build_model(parse_config(config), jnp.dtype("bfloat16"))
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == published
+    paths = [
+        jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(abstract)
+    ]
+    assert set(paths) == set(model.weight_table().leaves)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "layer_idx must be None or False, got True"),
+        ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn must be None or False, got"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention must be None or False, got True"),
+        ("gpt2", {"activation_function": "mish"}, "activation_function must be one of silu.* got 'mish'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "bidirectional_attention must be None or False"),
+        ("gemma2", {"layer_types": ["linear_attention"] * 4}, "sliding_attention, got 'linear_attention'"),
+    ],
+)  # fmt: skip
+def test_unsupported_flags_are_refused_by_name(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        parse_config({**goldens.load(name).config, **fields})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("gpt2", {"hidden_size": 64}, "one value for n_embd and hidden_size, got .*60.*64"),
+        ("gpt_neox", {"rope_ratio": 2}, "rope_ratio=2, which .* not know for GPTNeoXForCausalLM"),
+        ("gpt_neox", {"rotary_pct": 3.0, "rope_parameters": None}, "rotary_dim must be at most head_dim"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must name 4 layers, got 1"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_or_is_unknown_is_named(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_config({**goldens.load(name).config, **fields})
+
+
+def test_learned_positions_are_a_hard_limit(tmp_path: Path) -> None:
+    from pjengine import LLM
+
+    goldens.write_checkpoint(goldens.load("gpt2"), tmp_path)
+    with pytest.raises(ValueError, match="max_model_len=97 is beyond the 96 positions"):
+        LLM(tmp_path, max_model_len=97, skip_tokenizer_init=True, warm_up=False)
+
+
+class Doubled(Llama):
+    """Llama whose config.json may scale the embeddings."""
+
+    @staticmethod
+    def read_config(reader: ConfigReader) -> ModelConfig:
+        scale = reader.number("embedding_multiplier", default=1.0)
+        return dataclasses.replace(Llama.read_config(reader), embedding_scale=scale)
+
+
+def test_an_architecture_from_outside_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    golden = goldens.load("gqa")
+    config = {**golden.config, "architectures": ["DoubledForCausalLM"], "embedding_multiplier": 1.0}
+    with pytest.raises(ValueError, match=r"one of the architectures .*LlamaForCausalLM"):
+        parse_config(config)
+    models.register("DoubledForCausalLM", Doubled)
+    goldens.write_checkpoint(golden, tmp_path)
+    model, params = load(tmp_path, config)
+    assert isinstance(model, Doubled)
+    np.testing.assert_allclose(last_logits(model, params, golden), golden.last_logits, atol=2e-4, rtol=0)
+    model, params = load(tmp_path, {**config, "embedding_multiplier": 2.0})
+    assert np.abs(last_logits(model, params, golden) - golden.last_logits).max() > 0.1
+    with pytest.raises(TypeError, match="must be a subclass of Decoder, got <class 'str'>"):
+        models.register("OtherForCausalLM", str)
