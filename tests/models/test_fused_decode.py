@@ -63,7 +63,12 @@ def run_from(
     return tuple(jnp.stack(arrays) for arrays in (hidden, *zip(*((c.k, c.v) for c in caches), strict=True)))
 
 
-@pytest.mark.parametrize("has_biases", [False, True])
+BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+# As Qwen 2 and Mistral have them, and as nobody does.
+LIKE_LLAMA = {"qkv_bias": True, "layer_windows": (5, None), "attention_softcap": 2.0, "has_sinks": True}
+
+
+@pytest.mark.parametrize("fields", [{}, BIASES, LIKE_LLAMA], ids=["llama", "biases", "like llama"])
 @pytest.mark.parametrize(
     ("num_seqs", "backend"),
     [
@@ -73,9 +78,9 @@ def run_from(
     ],
 )
 def test_fused_layers_are_no_less_exact_than_the_block(
-    num_seqs: int, has_biases: bool, backend: str | None
+    num_seqs: int, fields: dict[str, Any], backend: str | None
 ) -> None:
-    config = dataclasses.replace(CONFIG, qkv_bias=has_biases, out_bias=has_biases, mlp_bias=has_biases)
+    config = dataclasses.replace(CONFIG, **fields)
     model, exact = Llama(config, jnp.dtype("bfloat16")), Llama(config, jnp.dtype("float32"))
     params, cache = random_params(model), random_cache(model, "bfloat16")
     assert fused_decode.is_fused(
@@ -102,6 +107,14 @@ def test_fused_only_where_the_kernels_can_and_were_measured_to_pay() -> None:
     x = jnp.zeros((4, 256), jnp.bfloat16)
     decode = PagedAttend(_no_batch(), NUM_PAGES, "triton_interpret")
     assert fused_decode.is_fused(CONFIG, x, decode)
+    others: list[dict[str, Any]] = [
+        {"norm": "layer"}, {"norm_offset": 1.0}, {"has_post_norms": True}, {"is_parallel": True},
+        {"rope": RopeConfig(kind="default", theta=10000.0, rotary_dim=16)}, {"layer_ropes": (None, CONFIG.rope)},
+        {"qk_norm": "head"}, {"clip_qkv": 8.0}, {"activation": "gelu"}, {"is_gated": False},
+        {"residual_scale": 0.5},
+    ]  # fmt: skip
+    for fields in others:
+        assert not fused_decode.is_fused(dataclasses.replace(CONFIG, **fields), x, decode), fields
     assert not fused_decode.is_fused(CONFIG, x.astype(jnp.float32), decode)
     assert not fused_decode.is_fused(CONFIG, x.astype(jnp.float16), decode)
     assert not fused_decode.is_fused(CONFIG, jnp.zeros((64, 256), jnp.bfloat16), decode)

@@ -333,3 +333,118 @@ def test_dummy_parameters_need_no_temporaries() -> None:
     compiled = jax.jit(lambda seed: loader._dummy("w", struct, seed)).lower(np.uint32(0)).compile()
     memory = compiled.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < struct.size * 2 / 8
+
+
+def load_one(leaf: Any, tensors: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    from pjengine.models.loader import WeightTable, load_params
+
+    abstract = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    table = WeightTable(leaves={"w": leaf})
+    return np.asarray(load_params(checkpoint_of(tensors), table, abstract, num_layers=1)["w"])
+
+
+def grid(*shape: int) -> np.ndarray:
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def fused_config(**fields: Any) -> Any:
+    from dataclasses import replace
+
+    from pjengine.models.shapes import SHAPES
+
+    sizes = {"hidden_size": HIDDEN, "num_heads": KV * GROUP, "num_kv_heads": KV, "head_dim": DIM}
+    return replace(SHAPES["tiny"], rope=None, qkv_bias=True, **sizes, **fields)
+
+
+@pytest.mark.parametrize("is_conv", [False, True])
+@pytest.mark.parametrize("layout", ["blocks", "groups"])
+def test_fused_queries_keys_and_values_are_taken_apart(layout: Any, is_conv: bool) -> None:
+    from pjengine.models import layouts
+
+    rows = (KV * GROUP + 2 * KV) * DIM
+    leaves = layouts.fused_qkv(fused_config(), "qkv", layout, is_conv=is_conv)
+    weight, bias = grid(rows, HIDDEN), grid(rows)
+    if layout == "groups":
+        wanted = weight.reshape(KV, GROUP + 2, DIM, HIDDEN)
+        wanted_bias = bias.reshape(KV, GROUP + 2, DIM)
+    else:
+        ends = [0, KV * GROUP * DIM, KV * (GROUP + 1) * DIM, rows]
+        parts = [slice(*ends[i : i + 2]) for i in range(3)]
+        wanted = np.concatenate([weight[part].reshape(KV, -1, DIM, HIDDEN) for part in parts], axis=1)
+        wanted_bias = np.concatenate([bias[part].reshape(KV, -1, DIM) for part in parts], axis=1)
+    tensors = {"qkv.weight": weight.T if is_conv else weight}
+    found = load_one(leaves["layers/qkv"], tensors, (HIDDEN, KV, GROUP + 2, DIM))
+    np.testing.assert_array_equal(found, wanted.transpose(3, 0, 1, 2))
+    found = load_one(leaves["layers/qkv_bias"], {"qkv.bias": bias}, (KV, GROUP + 2, DIM))
+    np.testing.assert_array_equal(found, wanted_bias)
+
+
+def test_a_fused_tensor_of_another_size_is_refused() -> None:
+    from pjengine.models import layouts
+
+    leaf = layouts.fused_qkv(fused_config(), "qkv", "blocks")["layers/qkv"]
+    with pytest.raises(ValueError, match=r"qkv.weight: wanted 32 along axis 0, got \(48, 16\)"):
+        load_one(leaf, {"qkv.weight": grid(48, HIDDEN)}, (HIDDEN, KV, GROUP + 2, DIM))
+
+
+def test_gates_and_ups_in_one_tensor_are_taken_apart() -> None:
+    from pjengine.models import layouts
+
+    config = fused_config(intermediate_size=MLP, mlp_bias=True)
+    leaves = layouts.fused_gated_mlp(config, "gate_up", "down")
+    weight, bias = grid(2 * MLP, HIDDEN), grid(2 * MLP)
+    found = load_one(leaves["layers/gate_up"], {"gate_up.weight": weight}, (HIDDEN, 2, MLP))
+    np.testing.assert_array_equal(found[:, 1], weight[MLP:].T)
+    found = load_one(leaves["layers/gate_up_bias"], {"gate_up.bias": bias}, (2, MLP))
+    np.testing.assert_array_equal(found[0], bias[:MLP])
+
+
+@pytest.mark.parametrize("num_paired", [DIM, DIM - 2])
+def test_paired_heads_are_rotated_as_if_in_pairs(num_paired: int) -> None:
+    """GPT-J rotates dimensions 2i and 2i + 1: the same scores as ours, once the rows are in order."""
+    from pjengine.models import layouts
+    from pjengine.pallas_kernels.rope_kv_write import rotate
+
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"attn.{name}.{kind}": rng.standard_normal((heads * DIM, *tail)).astype(np.float32)
+        for name, heads in (("q", KV * GROUP), ("k", KV), ("v", KV))
+        for kind, tail in (("weight", (HIDDEN,)), ("bias", ()))
+    }
+    leaves = layouts.separate_qkv(fused_config(), "attn", ("q", "k", "v"), num_paired)
+    weights = {name: array for name, array in tensors.items() if name.endswith("weight")}
+    biases = {name: array for name, array in tensors.items() if name.endswith("bias")}
+    qkv = load_one(leaves["layers/qkv"], weights, (HIDDEN, KV, GROUP + 2, DIM))
+    bias = load_one(leaves["layers/qkv_bias"], biases, (KV, GROUP + 2, DIM))
+
+    x = rng.standard_normal((5, HIDDEN)).astype(np.float32)
+    angle = (
+        np.arange(5, dtype=np.float32)[:, None] * np.array([1.0, 0.1], np.float32)[None, : num_paired // 2]
+    )
+    cos, sin = np.cos(angle), np.sin(angle)
+    ours = np.einsum("te,ehgd->thgd", x, qkv) + bias
+    table = jnp.asarray(cos), jnp.asarray(sin)
+    q = np.asarray(rotate(jnp.asarray(ours[:, :, :GROUP].reshape(5, -1, DIM)), *table))
+    k = np.asarray(rotate(jnp.asarray(ours[:, :, GROUP]), *table))
+
+    def paired(name: str) -> np.ndarray:
+        out = (x @ tensors[f"attn.{name}.weight"].T + tensors[f"attn.{name}.bias"]).reshape(5, -1, DIM)
+        even, odd = out[..., 0:num_paired:2], out[..., 1:num_paired:2]
+        c, s = cos[:, None], sin[:, None]
+        turned = np.stack([even * c - odd * s, odd * c + even * s], axis=-1).reshape(5, -1, num_paired)
+        return np.concatenate([turned, out[..., num_paired:]], axis=-1)
+
+    wanted = np.einsum("qhgd,khd->hgqk", paired("q").reshape(5, KV, GROUP, DIM), paired("k"))
+    found = np.einsum("qhgd,khd->hgqk", q.reshape(5, KV, GROUP, DIM), k)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    value = x @ tensors["attn.v.weight"].T + tensors["attn.v.bias"]
+    np.testing.assert_allclose(ours[:, :, GROUP + 1], value.reshape(5, KV, DIM), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_brought_to_unit_length() -> None:
+    from pjengine.models.loader import Leaf, Source
+
+    table = np.random.default_rng(0).standard_normal((VOCAB, HIDDEN)).astype(np.float32)
+    found = load_one(Leaf(sources=(Source(name="head", has_unit_rows=True),)), {"head": table}, table.shape)
+    wanted = table / np.linalg.norm(table, axis=-1, keepdims=True)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
