@@ -118,6 +118,6 @@ class ModelConfig:
         return self.layer_windows[layer % len(self.layer_windows)]
 
     def rope_excess(self, prompt_len: int) -> int:
-        """How many tokens of a prompt change the rotation of all others: 0 but under dynamic scaling."""
+        """A number that prompts of different lengths share only if their tokens are rotated alike."""
         ropes = (self.rope, *self.layer_ropes)
         return max(0 if rope is None else rope.excess(prompt_len) for rope in ropes)

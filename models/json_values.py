@@ -25,6 +25,9 @@ def _is_number(value: Any) -> bool:
 
 SIZE = Wanted("an integer > 0", lambda value: _is_int(value) and 0 < value < 2**63)
 NUMBER = Wanted("a finite number", _is_number)
+NUMBERS = Wanted(
+    "a list of finite numbers", lambda value: isinstance(value, list | tuple) and all(map(_is_number, value))
+)
 NON_NEGATIVE = Wanted("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
 FLAG = Wanted("true or false", lambda value: isinstance(value, bool))
 TEXT = Wanted("a text", lambda value: isinstance(value, str))

@@ -138,7 +138,13 @@ def rotary_table(
     `rope_lens` is the sequence length that dynamic scaling sees at each token: the prompt's length
     within the prompt, position + 1 after it; so a token's rotation never depends on the schedule.
     """
-    if rope.kind == "dynamic":
+    if rope.kind == "longrope":
+        short, amplitude = rope_frequencies(rope)
+        long, _ = rope_frequencies(rope, is_long=True)
+        shape = (*positions.shape, len(short))
+        is_long = jnp.broadcast_to((rope_lens > rope.original_max_position_embeddings)[..., None], shape)
+        inv_freq = jnp.where(is_long, jnp.broadcast_to(long, shape), jnp.broadcast_to(short, shape))
+    elif rope.kind == "dynamic":
         length = jnp.maximum(rope_lens, rope.original_max_position_embeddings).astype(jnp.float32)
         base = dynamic_rope_theta(rope, length)
         exponent = jnp.arange(0, rope.rotary_dim, 2, dtype=jnp.float32) / rope.rotary_dim

@@ -96,6 +96,17 @@ def fused_qkv(
     return leaves
 
 
+def qk_norms(c: ModelConfig, q: str, k: str, num_paired: int = 0) -> Leaves:
+    """The norms of queries and keys, each in one tensor; `num_paired` as in `separate_qkv`."""
+    leaves: Leaves = {}
+    for path, name, group in (("q_norm", q, c.group), ("k_norm", k, 1)):
+        shape = (c.head_dim,) if c.qk_norm == "head" else (c.num_kv_heads, group, c.head_dim)
+        for kind, suffix in (("weight", ""), ("bias", "_bias"))[: 1 + c.has_qk_norm_bias]:
+            source = Source(name=f"{name}.{kind}", reshape=shape, num_paired=num_paired)
+            leaves[f"layers/{path}{suffix}"] = Leaf(sources=(source,))
+    return leaves
+
+
 def out_proj(c: ModelConfig, name: str, *, is_conv: bool = False) -> Leaves:
     """What attention's heads go through together."""
     heads = (c.num_kv_heads, c.group, c.head_dim)

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from pjengine.models.json_values import FLAG, NUMBER, OBJECT, SIZE, TEXT, check_values
+from pjengine.models.json_values import FLAG, NUMBER, NUMBERS, OBJECT, SIZE, TEXT, check_values
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,9 @@ class RopeConfig:
     """Rotary positions: the base frequencies and how they are stretched beyond the trained length.
 
     `linear` and `dynamic` read `factor`; `dynamic` also `original_max_position_embeddings`, the length up to
-    which it does not scale at all; `llama3` also the two `_freq_factor`s; `yarn` all but those.
+    which it does not scale at all; `llama3` also the two `_freq_factor`s; `yarn` all but those. `longrope`
+    divides each plane's frequency by its `short_factor`, and in sequences that are longer than
+    `original_max_position_embeddings` by its `long_factor`.
     """
 
     kind: RopeKind
@@ -34,6 +36,8 @@ class RopeConfig:
     attention_factor: float = (
         1.0  # multiplies cos and sin; `parse_rope` has derived it from mscale where yarn asks
     )
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
     truncate: bool = True  # yarn: round the ramp's ends outwards to whole dimensions
 
     def __post_init__(self) -> None:
@@ -42,22 +46,33 @@ class RopeConfig:
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"rope {name} must be > 0, got {getattr(self, name)}")
-        if self.kind in ("dynamic", "llama3", "yarn") and self.original_max_position_embeddings <= 0:
+        for factors in (self.short_factor, self.long_factor) if self.kind == "longrope" else ():
+            if len(factors) != self.rotary_dim // 2 or not all(factor > 0 for factor in factors):
+                raise ValueError(
+                    f"rope longrope wants {self.rotary_dim // 2} positive numbers in short_factor and in "
+                    f"long_factor, got {reprlib.repr(factors)}"
+                )
+        if (
+            self.kind in ("dynamic", "llama3", "yarn", "longrope")
+            and self.original_max_position_embeddings <= 0
+        ):
             raise ValueError(
                 f"rope {self.kind} needs original_max_position_embeddings > 0, "
                 f"got {self.original_max_position_embeddings}"
             )
 
     def excess(self, prompt_len: int) -> int:
-        """How many tokens of a prompt change the rotation of all others: 0 but under dynamic scaling."""
-        return max(0, prompt_len - self.original_max_position_embeddings) if self.kind == "dynamic" else 0
+        """A number that prompts of different lengths share only if their tokens are rotated alike."""
+        excess = max(0, prompt_len - self.original_max_position_embeddings)
+        return {"dynamic": excess, "longrope": min(excess, 1)}.get(self.kind, 0)
 
 
-def rope_frequencies(rope: RopeConfig) -> tuple[Float[np.ndarray, " half"], float]:
+def rope_frequencies(rope: RopeConfig, *, is_long: bool = False) -> tuple[Float[np.ndarray, " half"], float]:
     """Returns the inverse frequencies of the rotary_dim / 2 planes and the factor on cos and sin.
 
     For `dynamic` these are the unscaled frequencies, right up to `original_max_position_embeddings` tokens;
-    beyond, the base grows with the length: see `dynamic_rope_theta`.
+    beyond, the base grows with the length: see `dynamic_rope_theta`. For `longrope` they are those of short
+    sequences; `is_long` gives the others.
 
     Source: transformers.modeling_rope_utils 5.17; agrees with it to the last float32 bit or one off.
     """
@@ -72,6 +87,9 @@ def rope_frequencies(rope: RopeConfig) -> tuple[Float[np.ndarray, " half"], floa
             inv_freq = _llama3_frequencies(rope, inv_freq)
         case "yarn":
             inv_freq = _yarn_frequencies(rope, wavelength)
+        case "longrope":
+            factors = rope.long_factor if is_long else rope.short_factor
+            inv_freq = np.float32(1.0) / (np.asarray(factors, np.float32) * wavelength)
     return inv_freq, rope.attention_factor
 
 
@@ -132,6 +150,7 @@ _SCALING_VALUES = {
     "rope_type": TEXT,
     "original_max_position_embeddings": SIZE,
     **dict.fromkeys(("truncate", "finetuned"), FLAG),
+    **dict.fromkeys(("short_factor", "long_factor"), NUMBERS),
     **dict.fromkeys(
         "rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor attention_factor beta_fast "
         "beta_slow mscale mscale_all_dim".split(),
@@ -148,6 +167,9 @@ _SCALING_KEYS: Mapping[RopeKind, tuple[str, ...]] = {
     "yarn": tuple(
         "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
         "truncate finetuned".split()
+    ),
+    "longrope": tuple(
+        "short_factor long_factor factor original_max_position_embeddings attention_factor".split()
     ),
 }
 
@@ -175,7 +197,9 @@ def parse_rope(
     check_values(given, _SCALING_VALUES, "the rope scaling of config.json")
     scaling = {key: value for key, value in given.items() if value is not None}
     old_kind = scaling.pop("type", "default")
-    kind = scaling.pop("rope_type", old_kind)
+    kind: Any = scaling.pop("rope_type", old_kind)
+    if kind == "su":  # its name in the first checkpoints
+        kind = "longrope"
     base = float(scaling.pop("rope_theta", config.get("rope_theta") or theta))
     if kind not in get_args(RopeKind):
         raise NotImplementedError(
@@ -193,7 +217,13 @@ def parse_rope(
     mscale, mscale_all_dim = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
     if kind == "yarn" and "attention_factor" not in scaling:
         scaling["attention_factor"] = _yarn_attention_factor(scaling["factor"], mscale, mscale_all_dim)
+    if kind == "longrope" and "attention_factor" not in scaling:
+        stretch = scaling.get("factor", max_position_embeddings / original)
+        scaling["attention_factor"] = math.sqrt(1 + math.log(max(stretch, 1)) / math.log(max(original, 2)))
     truncate = bool(scaling.pop("truncate", True))
+    short_factor, long_factor = (
+        tuple(map(float, scaling.pop(name, ()))) for name in ("short_factor", "long_factor")
+    )
     numbers = {key: float(value) for key, value in scaling.items()}
     return RopeConfig(
         kind=kind,
@@ -201,6 +231,8 @@ def parse_rope(
         rotary_dim=int(head_dim * share),
         original_max_position_embeddings=int(original),
         truncate=truncate,
+        short_factor=short_factor,
+        long_factor=long_factor,
         **numbers,
     )
 
@@ -211,7 +243,7 @@ def _check_scaling(kind: RopeKind, scaling: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"rope scaling {kind!r} knows {_SCALING_KEYS[kind]}, got {key}={reprlib.repr(value)}"
             )
-    required = {"llama3": 3, "default": 0}.get(kind, 1)
+    required = {"llama3": 3, "default": 0, "longrope": 2}.get(kind, 1)
     for key in _SCALING_KEYS[kind][:required]:
         if key not in scaling:
             raise ValueError(

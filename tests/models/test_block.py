@@ -1,6 +1,7 @@
 """The pieces that architectures share: each field of ModelConfig counts, over pages as in whole sequences."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjengine.models.config import ModelConfig
+from pjengine.models.config import Activation, ModelConfig
 from pjengine.models.decoder import Decoder
 from pjengine.models.layers import ACTIVATIONS, layer_norm, rms_norm
 from pjengine.models.rope import RopeConfig
@@ -105,7 +106,8 @@ def test_norms_are_those_of_their_formulas() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 2, 8)).astype(np.float32) + 1
     weight, bias = rng.standard_normal((2, 8)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
-    eps, options = 1e-3, {"rtol": 1e-5, "atol": 1e-5}
+    eps = 1e-3
+    options: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
     array, w, b = map(jnp.asarray, (x, weight, bias))
     rms = x / np.sqrt((x**2).mean((1, 2), keepdims=True) + eps)
     np.testing.assert_allclose(rms_norm(array, w, eps=eps, num_axes=2), rms * weight, **options)
@@ -121,7 +123,7 @@ def test_norms_are_those_of_their_formulas() -> None:
 def test_activations_are_those_of_their_formulas() -> None:
     from math import erf, exp, pi, sqrt, tanh
 
-    formulas = {
+    formulas: dict[Activation, Callable[[float], float]] = {
         "silu": lambda x: x / (1 + exp(-x)),
         "gelu": lambda x: x / 2 * (1 + erf(x / sqrt(2))),
         "gelu_tanh": lambda x: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))),

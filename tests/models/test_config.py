@@ -163,7 +163,7 @@ def test_absent_and_null_token_ids_differ_as_in_transformers() -> None:
         ({"sliding_window": 4096}, "sliding_window must be None, got 4096"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .*awq"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor .* got 0.5"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type .* got 'longrope'"),
+        ({"rope_parameters": {"rope_type": "mrope"}}, "rope_type .* got 'mrope'"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor",
@@ -195,6 +195,14 @@ def test_what_the_engine_does_not_do_is_refused(fields: dict[str, Any], message:
         ({"rope_parameters": {"rope_type": "linear"}}, "'linear' needs factor"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs low_freq_factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "slope": 1}}, "slope=1"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "longrope wants 4 positive numbers",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
+            "'longrope' needs long_factor",
+        ),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor must be > 0, got 0.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -234,6 +242,28 @@ def test_dynamic_base_grows_as_in_transformers() -> None:
             theta = dynamic_rope_theta(rope, max(float(length), rope.original_max_position_embeddings))
             exponent = np.arange(0, rope.rotary_dim, 2) / rope.rotary_dim
             np.testing.assert_allclose(1 / theta**exponent, file[f"dynamic_{length}"], rtol=1e-6)
+
+
+def test_long_sequences_have_frequencies_of_their_own() -> None:
+    """As Phi-3 does it, whose factors are by plane: the formula, and which of the tokens take which."""
+    import jax.numpy as jnp
+
+    from pjengine.models.layers import rotary_table
+
+    short, long = [1.0, 1.5, 2.0, 2.5], [2.0, 4.0, 8.0, 16.0]
+    scaling = {"type": "su", "short_factor": short, "long_factor": long}
+    config = {**golden.load("gqa").config_v4, "rope_scaling": scaling, "original_max_position_embeddings": 32}
+    rope = rope_of({**config, "head_dim": 8})
+    assert rope == rope_of({**config, "head_dim": 8, "rope_scaling": {**scaling, "type": "longrope"}})
+    assert [rope.excess(length) for length in (1, 32, 33, 99)] == [0, 0, 1, 1]
+    amplitude = np.sqrt(1 + np.log(256 / 32) / np.log(32))
+    positions = np.array([3, 3, 31, 40], np.int32)
+    lens = np.array([32, 33, 32, 41], np.int32)
+    cos, sin = rotary_table(rope, jnp.asarray(positions), jnp.asarray(lens))
+    for i, factors in enumerate((short, long, short, long)):
+        angle = positions[i] / (np.array(factors) * 10000.0 ** (np.arange(0, 8, 2) / 8))
+        np.testing.assert_allclose(cos[i], amplitude * np.cos(angle), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(sin[i], amplitude * np.sin(angle), rtol=1e-5, atol=1e-6)
 
 
 def test_named_shapes_have_the_size_that_their_names_say() -> None:

@@ -63,9 +63,14 @@ def run_from(
     return tuple(jnp.stack(arrays) for arrays in (hidden, *zip(*((c.k, c.v) for c in caches), strict=True)))
 
 
-BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+BIASES: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 # As Qwen 2 and Mistral have them, and as nobody does.
-LIKE_LLAMA = {"qkv_bias": True, "layer_windows": (5, None), "attention_softcap": 2.0, "has_sinks": True}
+LIKE_LLAMA: dict[str, Any] = {
+    "qkv_bias": True,
+    "layer_windows": (5, None),
+    "attention_softcap": 2.0,
+    "has_sinks": True,
+}
 
 
 @pytest.mark.parametrize("fields", [{}, BIASES, LIKE_LLAMA], ids=["llama", "biases", "like llama"])
@@ -109,7 +114,8 @@ def test_fused_only_where_the_kernels_can_and_were_measured_to_pay() -> None:
     assert fused_decode.is_fused(CONFIG, x, decode)
     others: list[dict[str, Any]] = [
         {"norm": "layer"}, {"norm_offset": 1.0}, {"has_post_norms": True}, {"is_parallel": True},
-        {"rope": RopeConfig(kind="default", theta=10000.0, rotary_dim=16)}, {"layer_ropes": (None, CONFIG.rope)},
+        {"rope": RopeConfig(kind="default", theta=10000.0, rotary_dim=16)},
+        {"layer_ropes": (None, CONFIG.rope)},
         {"qk_norm": "head"}, {"clip_qkv": 8.0}, {"activation": "gelu"}, {"is_gated": False},
         {"residual_scale": 0.5},
     ]  # fmt: skip

@@ -352,7 +352,7 @@ def fused_config(**fields: Any) -> Any:
 
     from pjengine.models.shapes import SHAPES
 
-    sizes = {"hidden_size": HIDDEN, "num_heads": KV * GROUP, "num_kv_heads": KV, "head_dim": DIM}
+    sizes: Any = {"hidden_size": HIDDEN, "num_heads": KV * GROUP, "num_kv_heads": KV, "head_dim": DIM}
     return replace(SHAPES["tiny"], rope=None, qkv_bias=True, **sizes, **fields)
 
 
