@@ -221,9 +221,7 @@ def parse_rope(
         stretch = scaling.get("factor", max_position_embeddings / original)
         scaling["attention_factor"] = math.sqrt(1 + math.log(max(stretch, 1)) / math.log(max(original, 2)))
     truncate = bool(scaling.pop("truncate", True))
-    short_factor, long_factor = (
-        tuple(map(float, scaling.pop(name, ()))) for name in ("short_factor", "long_factor")
-    )
+    planes = {key: tuple(map(float, scaling.pop(key, ()))) for key in ("short_factor", "long_factor")}
     numbers = {key: float(value) for key, value in scaling.items()}
     return RopeConfig(
         kind=kind,
@@ -231,8 +229,7 @@ def parse_rope(
         rotary_dim=int(head_dim * share),
         original_max_position_embeddings=int(original),
         truncate=truncate,
-        short_factor=short_factor,
-        long_factor=long_factor,
+        **planes,
         **numbers,
     )
 

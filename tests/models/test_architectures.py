@@ -20,6 +20,7 @@ from pjengine.models.llama import Llama
 from pjengine.models.loader import load_params
 from pjengine.models.registry import build_model, known_architectures, parse_config
 from tests.golden import golden as goldens
+from tests.models.published import PUBLISHED
 from tests.models.torch_file import write_torch_file
 
 CASES = [name for name, architecture in goldens.CASES.items() if architecture in known_architectures()]
@@ -28,15 +29,6 @@ ON_GPU = [
     *(names[0] for names in goldens.BY_ARCHITECTURE.values() if names[0] in CASES),
 ]
 FLOAT32 = jnp.dtype("float32")
-# What old versions stored beside the weights; each stands for "of layer 0".
-BUFFERS = {
-    "GPT2LMHeadModel": ("h.0.attn.bias", "h.0.attn.masked_bias"),
-    "GPTNeoXForCausalLM": (
-        "layers.0.attention.bias", "layers.0.attention.masked_bias", "layers.0.attention.rotary_emb.inv_freq",
-    ),
-    "Gemma2ForCausalLM": ("layers.0.self_attn.rotary_emb.inv_freq",),
-    "LlamaForCausalLM": ("layers.0.self_attn.rotary_emb.inv_freq",),
-}  # fmt: skip
 
 
 def load(folder: Path, config: dict[str, Any]) -> tuple[Decoder, Any]:
@@ -55,9 +47,10 @@ def assert_logits(model: Decoder, params: Any, golden: goldens.Golden) -> None:
     np.testing.assert_allclose(last_logits(model, params, golden), golden.last_logits, atol=2e-4, rtol=0)
 
 
-def test_every_architecture_has_golden_cases() -> None:
-    aliases = {"LLaMAForCausalLM"}
-    assert set(known_architectures()) - aliases <= set(goldens.CASES.values())
+def test_every_architecture_has_golden_cases_and_a_published_size() -> None:
+    architectures = set(known_architectures()) - {"LLaMAForCausalLM"}  # another name of Llama
+    assert architectures <= set(goldens.CASES.values())
+    assert architectures == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -68,7 +61,7 @@ def test_dense_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     prefixes = build_model(parse_config(golden.config), FLOAT32).weight_table().prefixes
     for prefix in prefixes:
         weights = {key.removeprefix(prefix): array for key, array in weights.items()}
-    weights |= dict.fromkeys(BUFFERS.get(goldens.CASES[name], ()), np.ones((1, 1), np.float32))
+    weights |= dict.fromkeys(PUBLISHED[goldens.CASES[name]].buffers, np.ones((1, 1), np.float32))
     write_torch_file(tmp_path / "pytorch_model.bin", weights)
     model, params = load(tmp_path, golden.config_v4)
     assert_logits(model, params, golden)
@@ -100,76 +93,48 @@ def test_both_forms_of_config_json_mean_the_same(name: str) -> None:
     assert parse_config(golden.config) == parse_config(golden.config_v4)
 
 
-# As published, without what has no effect; the number of parameters as their authors or the Hub count them.
-LLAMA_3_8B = dict(
-    architectures=["LlamaForCausalLM"], vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-    num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-)  # fmt: skip
-GPT2 = dict(
-    architectures=["GPT2LMHeadModel"], vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024
-)
-PYTHIA_12B = dict(
-    architectures=["GPTNeoXForCausalLM"], vocab_size=50688, hidden_size=5120, intermediate_size=20480,
-    num_hidden_layers=36, num_attention_heads=40, rotary_pct=0.25, use_parallel_residual=True,
-)  # fmt: skip
-NEOX_20B = {
-    **PYTHIA_12B, "vocab_size": 50432, "hidden_size": 6144, "intermediate_size": 24576,
-    "num_hidden_layers": 44, "num_attention_heads": 64, "hidden_act": "gelu_fast",
-}  # fmt: skip
-GEMMA2_9B = dict(
-    architectures=["Gemma2ForCausalLM"], vocab_size=256000, hidden_size=3584, intermediate_size=14336,
-    num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, head_dim=256, sliding_window=4096,
-)  # fmt: skip
-PUBLISHED = {
-    "Llama-3-8B": (LLAMA_3_8B, 8_030_261_248),
-    "GPT-2": (GPT2, 124_439_808),
-    "GPT-2 XL": ({**GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
-    "Pythia-12B": (PYTHIA_12B, 11_846_072_320),
-    "GPT-NeoX-20B": (NEOX_20B, 20_554_567_680),
-    "Gemma-2-9B": (GEMMA2_9B, 9_241_705_984),
+SIZES = {
+    name: ({"architectures": [architecture], **config}, count)
+    for architecture, published in PUBLISHED.items()
+    for name, (config, count) in published.sizes.items()
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SIZES)
 def test_full_size_models_have_the_published_number_of_parameters(name: str) -> None:
-    config, published = PUBLISHED[name]
+    config, published = SIZES[name]
     model = build_model(parse_config(config), jnp.dtype("bfloat16"))
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == published
-    paths = [
-        jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(abstract)
+
+
+def changes(kind: str) -> list[Any]:
+    """(architecture, changed fields, message), by what is changed."""
+    return [
+        pytest.param(name, fields, message, id=f"{name}-{'-'.join(fields)}")
+        for name, published in PUBLISHED.items()
+        for fields, message in getattr(published, kind)
     ]
-    assert set(paths) == set(model.weight_table().leaves)
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "message"),
-    [
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "layer_idx must be None or False, got True"),
-        ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn must be None or False, got"),
-        ("gpt2", {"add_cross_attention": True}, "add_cross_attention must be None or False, got True"),
-        ("gpt2", {"activation_function": "mish"}, "activation_function must be one of silu.* got 'mish'"),
-        ("gemma2", {"use_bidirectional_attention": True}, "bidirectional_attention must be None or False"),
-        ("gemma2", {"layer_types": ["linear_attention"] * 4}, "sliding_attention, got 'linear_attention'"),
-    ],
-)  # fmt: skip
-def test_unsupported_flags_are_refused_by_name(name: str, fields: dict[str, Any], message: str) -> None:
+def changed(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {**goldens.load(goldens.BY_ARCHITECTURE[architecture][0]).config, **fields}
+
+
+@pytest.mark.parametrize(("architecture", "fields", "message"), changes("unsupported"))
+def test_unsupported_flags_are_refused_by_name(
+    architecture: str, fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(NotImplementedError, match=message):
-        parse_config({**goldens.load(name).config, **fields})
+        parse_config(changed(architecture, fields))
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "message"),
-    [
-        ("gpt2", {"hidden_size": 64}, "one value for n_embd and hidden_size, got .*60.*64"),
-        ("gpt_neox", {"rope_ratio": 2}, "rope_ratio=2, which .* not know for GPTNeoXForCausalLM"),
-        ("gpt_neox", {"rotary_pct": 3.0, "rope_parameters": None}, "rotary_dim must be at most head_dim"),
-        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must name 4 layers, got 1"),
-    ],
-)  # fmt: skip
-def test_what_contradicts_or_is_unknown_is_named(name: str, fields: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("architecture", "fields", "message"), changes("wrong"))
+def test_what_contradicts_or_is_unknown_is_named(
+    architecture: str, fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_config({**goldens.load(name).config, **fields})
+        parse_config(changed(architecture, fields))
 
 
 def test_learned_positions_are_a_hard_limit(tmp_path: Path) -> None:

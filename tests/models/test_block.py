@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjengine.models.alibi import alibi_slopes
 from pjengine.models.config import Activation, ModelConfig
 from pjengine.models.decoder import Decoder
 from pjengine.models.layers import ACTIVATIONS, layer_norm, rms_norm
@@ -135,3 +136,8 @@ def test_activations_are_those_of_their_formulas() -> None:
     for name, formula in formulas.items():
         wanted = [formula(float(x)) for x in xs]
         np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(xs)), wanted, atol=2e-6, err_msg=name)
+
+
+def test_slopes_fall_by_halves_and_lie_between_for_other_numbers_of_heads() -> None:
+    assert alibi_slopes(8) == tuple(0.5**i for i in range(1, 9))
+    assert alibi_slopes(6) == (0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125)

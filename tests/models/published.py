@@ -1,0 +1,83 @@
+"""What is known of each architecture beside its golden files, by its name in the registry."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+type Config = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Example checkpoints, oddities of old ones, and what is refused."""
+
+    # config.json as published, without what has no effect, and the number of parameters.
+    sizes: Mapping[str, tuple[Config, int]]
+    # Names of tensors that old versions stored beside the weights, without their prefix.
+    buffers: tuple[str, ...] = ()
+    # What is changed in the first golden case's config.json, and what NotImplementedError then says.
+    unsupported: tuple[tuple[Config, str], ...] = ()
+    # The same for ValueError.
+    wrong: tuple[tuple[Config, str], ...] = field(default=())
+
+
+_GPT2 = dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024)
+_PYTHIA = dict(
+    vocab_size=50688, hidden_size=5120, intermediate_size=20480, num_hidden_layers=36,
+    num_attention_heads=40, rotary_pct=0.25, use_parallel_residual=True,
+)  # fmt: skip
+_NEOX_20B = dict(
+    vocab_size=50432, hidden_size=6144, intermediate_size=24576, num_hidden_layers=44,
+    num_attention_heads=64, rotary_pct=0.25, hidden_act="gelu_fast",
+)  # fmt: skip
+_GEMMA2_9B = dict(
+    vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+    num_attention_heads=16, num_key_value_heads=8, head_dim=256, sliding_window=4096,
+)  # fmt: skip
+_LLAMA_3_8B = dict(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8,
+)  # fmt: skip
+# In the order of the alphabet.
+PUBLISHED: Mapping[str, Published] = {
+    "GPT2LMHeadModel": Published(
+        sizes={
+            "GPT-2": (_GPT2, 124_439_808),
+            "GPT-2 XL": ({**_GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
+        },
+        buffers=("h.0.attn.bias", "h.0.attn.masked_bias"),
+        unsupported=(
+            ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx .*False, got True"),
+            ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn must be None or False, got True"),
+            ({"add_cross_attention": True}, "add_cross_attention must be None or False, got True"),
+            ({"activation_function": "mish"}, "activation_function must be one of silu.* got 'mish'"),
+        ),
+        wrong=(({"hidden_size": 64}, "one value for n_embd and hidden_size, got .*60.*64"),),
+    ),
+    "GPTNeoXForCausalLM": Published(
+        sizes={"Pythia-12B": (_PYTHIA, 11_846_072_320), "GPT-NeoX-20B": (_NEOX_20B, 20_554_567_680)},
+        buffers=(
+            "layers.0.attention.bias",
+            "layers.0.attention.masked_bias",
+            "layers.0.attention.rotary_emb.inv_freq",
+        ),
+        wrong=(
+            ({"rope_ratio": 2}, "rope_ratio=2, which .* not know for GPTNeoXForCausalLM"),
+            ({"rotary_pct": 3.0, "rope_parameters": None}, "rotary_dim must be at most head_dim"),
+        ),
+    ),
+    "Gemma2ForCausalLM": Published(
+        sizes={"Gemma-2-9B": (_GEMMA2_9B, 9_241_705_984)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be None or False"),
+            ({"layer_types": ["linear_attention"] * 4}, "sliding_attention, got 'linear_attention'"),
+        ),
+        wrong=(({"layer_types": ["full_attention"]}, "layer_types must name 4 layers, got 1"),),
+    ),
+    "LlamaForCausalLM": Published(
+        sizes={"Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+    ),
+}
