@@ -221,16 +221,16 @@ def parse_rope(
         stretch = scaling.get("factor", max_position_embeddings / original)
         scaling["attention_factor"] = math.sqrt(1 + math.log(max(stretch, 1)) / math.log(max(original, 2)))
     truncate = bool(scaling.pop("truncate", True))
-    planes = {key: tuple(map(float, scaling.pop(key, ()))) for key in ("short_factor", "long_factor")}
-    numbers = {key: float(value) for key, value in scaling.items()}
+    lists = {key: scaling.pop(key, ()) for key in ("short_factor", "long_factor")}
+    fields: dict[str, Any] = {key: float(value) for key, value in scaling.items()}
+    fields |= {key: tuple(map(float, factors)) for key, factors in lists.items()}
     return RopeConfig(
         kind=kind,
         theta=base,
         rotary_dim=int(head_dim * share),
         original_max_position_embeddings=int(original),
         truncate=truncate,
-        **planes,
-        **numbers,
+        **fields,
     )
 
 

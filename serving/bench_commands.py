@@ -51,7 +51,7 @@ def _add_bench(kinds: Any, name: str, run: Any, *, help: str, description: str) 
         "--shape",
         metavar="SHAPE",
         help="random weights in a named shape, with --load-format dummy: "
-        "llama-8b, llama2-13b, opt-125m-llama or tiny",
+        "llama-8b, llama2-13b, gemma2-9b, gpt2-xl, opt-125m-llama or tiny",
     )
     command.add_argument("--output", metavar="FILE", help="append the results to this file too")
     add_engine_options(command)

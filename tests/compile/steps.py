@@ -14,6 +14,7 @@ from pjengine.config import RunnerConfig
 from pjengine.edit_sizes import NO_SIZES, EditSizes
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.llama import Llama
+from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import KVCache, kv_shape, page_bytes
 from pjengine.step import step
@@ -34,7 +35,7 @@ class Step:
     is_decode: bool
     depth: int = 1
     edits: EditSizes = NO_SIZES
-    make_model: Callable[..., Decoder] = Llama
+    make_model: Callable[..., Decoder] = build_model
 
     @functools.cached_property
     def model(self) -> Decoder:
@@ -122,6 +123,8 @@ STEPS: Mapping[str, Step] = {
     "llama-8b decode 256": Step("llama-8b", 256, True),
     "llama-8b decode 32 edits": Step("llama-8b", 32, True, edits=EDITS),
     "llama-8b mixed 1024": Step("llama-8b", 1024, False),
+    # Soft caps, windows and heads of 256.
+    "gemma2-9b decode 1": Step("gemma2-9b", 1, True),
     "opt-125m-llama decode 32 times 4": Step("opt-125m-llama", 32, True, depth=4),
     "opt-125m-llama mixed 1024": Step("opt-125m-llama", 1024, False),
     "opt-125m-llama mixed 32 edits": Step("opt-125m-llama", 32, False, edits=PROMPT_EDITS),
