@@ -128,7 +128,7 @@ def compute_tokens(
 
 
 def draw_tokens(
-    params: Params, hidden: Float[Array, "s e"], own: dict[str, Array], *, model: Llama, backend: str | None
+    params: Params, hidden: Float[Array, "s e"], own: dict[str, Array], *, model: Decoder, backend: str | None
 ) -> Int[Array, " s"]:
     """Hidden states and the parameters of their rows to tokens, without edits."""
     logits = model.logits(params, hidden)
