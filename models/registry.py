@@ -19,6 +19,7 @@ _OURS: Mapping[str, str] = {
     "Gemma2ForCausalLM": "gemma2.Gemma2",
     "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "LlamaForCausalLM": "llama.Llama",
+    "Qwen2ForCausalLM": "qwen2.Qwen2",
 }
 _registered: dict[str, type[Decoder]] = {}
 

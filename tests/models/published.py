@@ -38,6 +38,14 @@ _LLAMA_3_8B = dict(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
     num_attention_heads=32, num_key_value_heads=8,
 )  # fmt: skip
+_QWEN25_7B = dict(
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+    num_attention_heads=28, num_key_value_heads=4,
+)  # fmt: skip
+_QWEN25_HALF_B = dict(
+    vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+    num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -79,5 +87,26 @@ PUBLISHED: Mapping[str, Published] = {
         sizes={"Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248)},
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+    ),
+    "Qwen2ForCausalLM": Published(
+        sizes={
+            "Qwen2.5-7B": (_QWEN25_7B, 7_615_616_512),
+            "Qwen2.5-0.5B": (_QWEN25_HALF_B, 494_032_768),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"use_mrope": True}, "use_mrope must be None or False, got True"),
+            (
+                {"dual_chunk_attention_config": {"chunk_size": 8192}},
+                "dual_chunk_attention_config must be None",
+            ),
+            ({"layer_types": ["chunked_attention"] * 3}, "sliding_attention, got 'chunked_attention'"),
+        ),
+        wrong=(
+            (
+                {"layer_types": ["sliding_attention"] * 3, "sliding_window": 16},
+                "needs use_sliding_window=true .* got use_sliding_window=False and sliding_window=16",
+            ),
+        ),
     ),
 }
