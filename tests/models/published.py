@@ -46,6 +46,14 @@ _QWEN25_HALF_B = dict(
     vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
     num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
 )  # fmt: skip
+_QWEN3_8B = dict(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+)  # fmt: skip
+_QWEN3_0_6B = dict(
+    vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+    num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -108,5 +116,14 @@ PUBLISHED: Mapping[str, Published] = {
                 "needs use_sliding_window=true .* got use_sliding_window=False and sliding_window=16",
             ),
         ),
+    ),
+    "Qwen3ForCausalLM": Published(
+        sizes={
+            "Qwen3-8B": (_QWEN3_8B, 8_190_735_360),
+            "Qwen3-0.6B": (_QWEN3_0_6B, 596_049_920),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"use_mrope": True}, "use_mrope must be None or False, got True"),),
+        wrong=(({"mlp_bias": True}, "mlp_bias=True, which .* not know for Qwen3ForCausalLM"),),
     ),
 }
