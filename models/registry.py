@@ -19,6 +19,7 @@ _OURS: Mapping[str, str] = {
     "Gemma2ForCausalLM": "gemma2.Gemma2",
     "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "LlamaForCausalLM": "llama.Llama",
+    "MistralForCausalLM": "mistral.Mistral",
     "Qwen2ForCausalLM": "qwen2.Qwen2",
     "Qwen3ForCausalLM": "qwen3.Qwen3",
 }

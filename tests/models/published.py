@@ -54,6 +54,14 @@ _QWEN3_0_6B = dict(
     vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
     num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
 )  # fmt: skip
+_MISTRAL_7B = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8,
+)  # fmt: skip
+_MISTRAL_NEMO = dict(
+    vocab_size=131072, hidden_size=5120, intermediate_size=14336, num_hidden_layers=40,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -95,6 +103,17 @@ PUBLISHED: Mapping[str, Published] = {
         sizes={"Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248)},
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+    ),
+    "MistralForCausalLM": Published(
+        sizes={
+            "Mistral-7B": (_MISTRAL_7B, 7_241_732_096),
+            "Mistral-Nemo": (_MISTRAL_NEMO, 12_247_782_400),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        wrong=(
+            ({"sliding_window": 0}, "sliding_window as an integer > 0, got 0"),
+            ({"attention_bias": True}, "attention_bias=True, which .* not know for MistralForCausalLM"),
+        ),
     ),
     "Qwen2ForCausalLM": Published(
         sizes={
