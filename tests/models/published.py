@@ -62,6 +62,14 @@ _MISTRAL_NEMO = dict(
     vocab_size=131072, hidden_size=5120, intermediate_size=14336, num_hidden_layers=40,
     num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None,
 )  # fmt: skip
+_PHI_1_5 = dict(
+    vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
+    num_attention_heads=32,
+)  # fmt: skip
+_PHI_2 = dict(
+    vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
+    num_attention_heads=32, partial_rotary_factor=0.4,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -113,6 +121,14 @@ PUBLISHED: Mapping[str, Published] = {
         wrong=(
             ({"sliding_window": 0}, "sliding_window as an integer > 0, got 0"),
             ({"attention_bias": True}, "attention_bias=True, which .* not know for MistralForCausalLM"),
+        ),
+    ),
+    "PhiForCausalLM": Published(
+        sizes={"Phi-1.5": (_PHI_1_5, 1_418_270_720), "Phi-2": (_PHI_2, 2_779_683_840)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"hidden_act": "mish"}, "hidden_act must be one of silu.* got 'mish'"),),
+        wrong=(
+            ({"sliding_window_size": 16}, "sliding_window_size=16, which .* not know for PhiForCausalLM"),
         ),
     ),
     "Qwen2ForCausalLM": Published(
