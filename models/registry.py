@@ -20,6 +20,7 @@ _OURS: Mapping[str, str] = {
     "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "LlamaForCausalLM": "llama.Llama",
     "MistralForCausalLM": "mistral.Mistral",
+    "Phi3ForCausalLM": "phi3.Phi3",
     "PhiForCausalLM": "phi.Phi",
     "Qwen2ForCausalLM": "qwen2.Qwen2",
     "Qwen3ForCausalLM": "qwen3.Qwen3",

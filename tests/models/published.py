@@ -70,6 +70,21 @@ _PHI_2 = dict(
     vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
     num_attention_heads=32, partial_rotary_factor=0.4,
 )  # fmt: skip
+_PHI_3_MINI = dict(
+    vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+    num_attention_heads=32, sliding_window=2047,
+)  # fmt: skip
+_PHI_4 = dict(
+    vocab_size=100352, hidden_size=5120, intermediate_size=17920, num_hidden_layers=40,
+    num_attention_heads=40, num_key_value_heads=10, rope_theta=250000,
+)  # fmt: skip
+_PHI_4_MINI = dict(
+    vocab_size=200064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+    num_attention_heads=24, num_key_value_heads=8, partial_rotary_factor=0.75,
+    tie_word_embeddings=True, sliding_window=262144, max_position_embeddings=131072,
+    original_max_position_embeddings=4096,
+    rope_scaling=dict(type="longrope", short_factor=[1.0] * 48, long_factor=[2.0] * 48),
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -121,6 +136,34 @@ PUBLISHED: Mapping[str, Published] = {
         wrong=(
             ({"sliding_window": 0}, "sliding_window as an integer > 0, got 0"),
             ({"attention_bias": True}, "attention_bias=True, which .* not know for MistralForCausalLM"),
+        ),
+    ),
+    "Phi3ForCausalLM": Published(
+        sizes={
+            "Phi-3-mini": (_PHI_3_MINI, 3_821_079_552),
+            "Phi-4": (_PHI_4, 14_659_507_200),
+            "Phi-4-mini": (_PHI_4_MINI, 3_836_021_760),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"lm_head_bias": True}, "lm_head_bias must be None or False, got True"),
+            ({"mlp_bias": True}, "mlp_bias must be None or False, got True"),
+            ({"attention_bias": True}, "attention_bias must be None or False, got True"),
+            ({"full_attn_mod": 2}, "full_attn_mod must be None or 1, got 2"),
+            ({"interpolate_factor": 4}, "interpolate_factor must be None or 1, got 4"),
+        ),
+        wrong=(
+            (
+                {
+                    "rope_parameters": {
+                        "rope_type": "longrope",
+                        "short_factor": [1.0] * 8,
+                        "long_factor": [1.0] * 8,
+                    },
+                    "original_max_position_embeddings": None,
+                },
+                "must hold original_max_position_embeddings as an integer > 0, got None",
+            ),
         ),
     ),
     "PhiForCausalLM": Published(
