@@ -85,6 +85,14 @@ _PHI_4_MINI = dict(
     original_max_position_embeddings=4096,
     rope_scaling=dict(type="longrope", short_factor=[1.0] * 48, long_factor=[2.0] * 48),
 )  # fmt: skip
+_GEMMA_2B = dict(
+    vocab_size=256000, hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
+    num_attention_heads=8, num_key_value_heads=1,
+)  # fmt: skip
+_GEMMA_7B = dict(
+    vocab_size=256000, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
+    num_attention_heads=16, num_key_value_heads=16,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -121,6 +129,14 @@ PUBLISHED: Mapping[str, Published] = {
             ({"layer_types": ["linear_attention"] * 4}, "sliding_attention, got 'linear_attention'"),
         ),
         wrong=(({"layer_types": ["full_attention"]}, "layer_types must name 4 layers, got 1"),),
+    ),
+    "GemmaForCausalLM": Published(
+        sizes={"Gemma-2B": (_GEMMA_2B, 2_506_172_416), "Gemma-7B": (_GEMMA_7B, 8_537_680_896)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be None or False"),
+            ({"hidden_activation": "mish"}, "hidden_activation must be one of silu.* got 'mish'"),
+        ),
     ),
     "LlamaForCausalLM": Published(
         sizes={"Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248)},
