@@ -17,6 +17,7 @@ _OURS: Mapping[str, str] = {
     "GPT2LMHeadModel": "gpt2.GPT2",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",
+    "Gemma3ForCausalLM": "gemma3.Gemma3",
     "GemmaForCausalLM": "gemma.Gemma",
     "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "LlamaForCausalLM": "llama.Llama",

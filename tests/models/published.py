@@ -93,6 +93,10 @@ _GEMMA_7B = dict(
     vocab_size=256000, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
     num_attention_heads=16, num_key_value_heads=16,
 )  # fmt: skip
+_GEMMA3_1B = dict(
+    vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
+    num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -129,6 +133,22 @@ PUBLISHED: Mapping[str, Published] = {
             ({"layer_types": ["linear_attention"] * 4}, "sliding_attention, got 'linear_attention'"),
         ),
         wrong=(({"layer_types": ["full_attention"]}, "layer_types must name 4 layers, got 1"),),
+    ),
+    "Gemma3ForCausalLM": Published(
+        sizes={"Gemma-3-1B": (_GEMMA3_1B, 999_885_952)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be None or False"),
+            ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be None, got 50.0"),
+            ({"layer_types": ["linear_attention"] * 4}, "sliding_attention, got 'linear_attention'"),
+        ),
+        wrong=(
+            (
+                {"rope_parameters": {"rope_theta": 1e6}},
+                "sliding_attention and full_attention, got rope_theta",
+            ),
+            ({"rope_parameters": {"full_attention": 1}}, "must hold full_attention as a JSON object, got 1"),
+        ),
     ),
     "GemmaForCausalLM": Published(
         sizes={"Gemma-2B": (_GEMMA_2B, 2_506_172_416), "Gemma-7B": (_GEMMA_7B, 8_537_680_896)},
