@@ -26,6 +26,7 @@ _OURS: Mapping[str, str] = {
     "PhiForCausalLM": "phi.Phi",
     "Qwen2ForCausalLM": "qwen2.Qwen2",
     "Qwen3ForCausalLM": "qwen3.Qwen3",
+    "StableLmForCausalLM": "stablelm.StableLM",
 }
 _registered: dict[str, type[Decoder]] = {}
 

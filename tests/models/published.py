@@ -97,6 +97,19 @@ _GEMMA3_1B = dict(
     vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
     num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,
 )  # fmt: skip
+_STABLELM_3B = dict(
+    vocab_size=50304, hidden_size=2560, intermediate_size=6912, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=32,
+)  # fmt: skip
+_STABLELM_2_1_6B = dict(
+    vocab_size=100352, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
+    num_attention_heads=32, num_key_value_heads=32, use_qkv_bias=True,
+)  # fmt: skip
+_STABLELM_2_12B = dict(
+    vocab_size=100352, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+    num_attention_heads=32, num_key_value_heads=8, use_parallel_residual=True,
+    qk_layernorm=True,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -239,5 +252,16 @@ PUBLISHED: Mapping[str, Published] = {
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"use_mrope": True}, "use_mrope must be None or False, got True"),),
         wrong=(({"mlp_bias": True}, "mlp_bias=True, which .* not know for Qwen3ForCausalLM"),),
+    ),
+    "StableLmForCausalLM": Published(
+        sizes={
+            "StableLM-3B": (_STABLELM_3B, 2_795_443_200),
+            "StableLM-2-1.6B": (_STABLELM_2_1_6B, 1_644_515_328),
+            # As transformers counts them: 419,840 less than its card says.
+            "StableLM-2-12B": (_STABLELM_2_12B, 12_143_185_920),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"sliding_window": 16}, "sliding_window must be None, got 16"),),
+        wrong=(({"attention_bias": True}, "attention_bias=True, which .* not know for StableLmForCausalLM"),),
     ),
 }
