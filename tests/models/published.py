@@ -38,6 +38,14 @@ _LLAMA_3_8B = dict(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
     num_attention_heads=32, num_key_value_heads=8,
 )  # fmt: skip
+_STARCODER2_3B = dict(
+    vocab_size=49152, hidden_size=3072, intermediate_size=12288, num_hidden_layers=30,
+    num_attention_heads=24, num_key_value_heads=2, sliding_window=4096,
+)  # fmt: skip
+_STARCODER2_15B = dict(
+    vocab_size=49152, hidden_size=6144, intermediate_size=24576, num_hidden_layers=40,
+    num_attention_heads=48, num_key_value_heads=4, sliding_window=4096, tie_word_embeddings=False,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -79,5 +87,17 @@ PUBLISHED: Mapping[str, Published] = {
         sizes={"Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248)},
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+    ),
+    "Starcoder2ForCausalLM": Published(
+        sizes={
+            "StarCoder2-3B": (_STARCODER2_3B, 3_030_371_328),
+            "StarCoder2-15B": (_STARCODER2_15B, 15_957_889_024),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"mlp_type": "gated"}, "mlp_type must be None or 'default', got 'gated'"),
+            ({"norm_type": "rms_norm"}, "norm_type must be None or 'layer_norm', got 'rms_norm'"),
+            ({"scale_attn_weights": False}, "scale_attn_weights must be None or True, got False"),
+        ),
     ),
 }
