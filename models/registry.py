@@ -19,6 +19,7 @@ _OURS: Mapping[str, str] = {
     "Gemma2ForCausalLM": "gemma2.Gemma2",
     "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "LlamaForCausalLM": "llama.Llama",
+    "Olmo2ForCausalLM": "olmo2.Olmo2",
     "Starcoder2ForCausalLM": "starcoder2.Starcoder2",
 }
 _registered: dict[str, type[Decoder]] = {}

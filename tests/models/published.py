@@ -46,6 +46,14 @@ _STARCODER2_15B = dict(
     vocab_size=49152, hidden_size=6144, intermediate_size=24576, num_hidden_layers=40,
     num_attention_heads=48, num_key_value_heads=4, sliding_window=4096, tie_word_embeddings=False,
 )  # fmt: skip
+_OLMO2_7B = dict(
+    vocab_size=100352, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32,
+)  # fmt: skip
+_OLMO2_32B = dict(
+    vocab_size=100352, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+    num_attention_heads=40, num_key_value_heads=8,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -87,6 +95,12 @@ PUBLISHED: Mapping[str, Published] = {
         sizes={"Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248)},
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+    ),
+    "Olmo2ForCausalLM": Published(
+        sizes={"OLMo-2-7B": (_OLMO2_7B, 7_298_617_344), "OLMo-2-32B": (_OLMO2_32B, 32_234_279_936)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+        wrong=(({"clip_qkv": 8.0}, "clip_qkv=8.0, which .* not know for Olmo2ForCausalLM"),),
     ),
     "Starcoder2ForCausalLM": Published(
         sizes={
