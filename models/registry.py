@@ -17,6 +17,7 @@ _OURS: Mapping[str, str] = {
     "GPT2LMHeadModel": "gpt2.GPT2",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",
+    "GraniteForCausalLM": "granite.Granite",
     "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "LlamaForCausalLM": "llama.Llama",
     "Olmo2ForCausalLM": "olmo2.Olmo2",

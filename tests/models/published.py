@@ -54,6 +54,12 @@ _OLMO2_32B = dict(
     vocab_size=100352, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
     num_attention_heads=40, num_key_value_heads=8,
 )  # fmt: skip
+_GRANITE_8B = dict(
+    vocab_size=49155, hidden_size=4096, intermediate_size=12800, num_hidden_layers=40,
+    num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
+    attention_multiplier=0.0078125, embedding_multiplier=12.0, logits_scaling=16.0,
+    residual_multiplier=0.22,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -90,6 +96,12 @@ PUBLISHED: Mapping[str, Published] = {
             ({"layer_types": ["linear_attention"] * 4}, "sliding_attention, got 'linear_attention'"),
         ),
         wrong=(({"layer_types": ["full_attention"]}, "layer_types must name 4 layers, got 1"),),
+    ),
+    "GraniteForCausalLM": Published(
+        sizes={"Granite-3.0-8B": (_GRANITE_8B, 8_170_848_256)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+        wrong=(({"logits_scaling": 0}, "logits_scaling as a finite number > 0, got 0"),),
     ),
     "LlamaForCausalLM": Published(
         sizes={"Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248)},
