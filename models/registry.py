@@ -21,6 +21,7 @@ _OURS: Mapping[str, str] = {
     "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "LlamaForCausalLM": "llama.Llama",
     "Olmo2ForCausalLM": "olmo2.Olmo2",
+    "SmolLM3ForCausalLM": "smollm3.SmolLM3",
     "Starcoder2ForCausalLM": "starcoder2.Starcoder2",
 }
 _registered: dict[str, type[Decoder]] = {}

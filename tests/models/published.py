@@ -60,6 +60,10 @@ _GRANITE_8B = dict(
     attention_multiplier=0.0078125, embedding_multiplier=12.0, logits_scaling=16.0,
     residual_multiplier=0.22,
 )  # fmt: skip
+_SMOLLM3_3B = dict(
+    vocab_size=128256, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+    num_attention_heads=16, num_key_value_heads=4, max_window_layers=28, pretraining_tp=2,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "GPT2LMHeadModel": Published(
@@ -113,6 +117,14 @@ PUBLISHED: Mapping[str, Published] = {
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
         wrong=(({"clip_qkv": 8.0}, "clip_qkv=8.0, which .* not know for Olmo2ForCausalLM"),),
+    ),
+    "SmolLM3ForCausalLM": Published(
+        sizes={"SmolLM3-3B": (_SMOLLM3_3B, 3_075_098_624)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"layer_types": ["linear_attention"] * 4}, "full_attention or sliding_attention, got 'linear"),
+        ),
+        wrong=(({"no_rope_layers": [1, 0, 1]}, "no_rope_layers must name 4 layers, got 3"),),
     ),
     "Starcoder2ForCausalLM": Published(
         sizes={
