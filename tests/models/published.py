@@ -64,8 +64,50 @@ _SMOLLM3_3B = dict(
     vocab_size=128256, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
     num_attention_heads=16, num_key_value_heads=4, max_window_layers=28, pretraining_tp=2,
 )  # fmt: skip
+_COMMAND_R = dict(
+    vocab_size=256000, hidden_size=8192, intermediate_size=22528, num_hidden_layers=40,
+    num_attention_heads=64, max_position_embeddings=8192, model_max_length=131072,
+)  # fmt: skip
+_COMMAND_R_PLUS = dict(
+    vocab_size=256000, hidden_size=12288, intermediate_size=33792, num_hidden_layers=64,
+    num_attention_heads=96, num_key_value_heads=8, use_qk_norm=True,
+)  # fmt: skip
+_COMMAND_R7B = dict(
+    vocab_size=256000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+)  # fmt: skip
+_COMMAND_A = dict(
+    vocab_size=256000, hidden_size=12288, intermediate_size=36864, num_hidden_layers=64,
+    num_attention_heads=96, num_key_value_heads=8,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
+    "Cohere2ForCausalLM": Published(
+        sizes={"Command R7B": (_COMMAND_R7B, 8_028_033_024), "Command A": (_COMMAND_A, 111_057_580_032)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"order_of_interleaved_layers": "global_attn_first"}, "must be None or 'local_attn_first'"),
+            ({"position_embedding_type": "alibi"}, "position_embedding_type must be None or 'rope_gptj'"),
+            ({"rotary_pct": 0.5}, "rotary_pct must be None or 1.0, got 0.5"),
+            ({"use_embedding_sharing": False}, "use_embedding_sharing must be None or True"),
+            ({"use_gated_activation": False}, "use_gated_activation must be None or True"),
+            ({"use_parallel_block": False}, "use_parallel_block must be None or True"),
+            ({"use_parallel_embedding": True}, "use_parallel_embedding must be None or False"),
+            ({"use_qk_norm": True}, "use_qk_norm must be None or False"),
+        ),
+        wrong=(
+            (
+                {"sliding_window_pattern": 4, "layer_switch": 2},
+                "one value for sliding_window_pattern and layer_switch",
+            ),
+        ),
+    ),
+    "CohereForCausalLM": Published(
+        sizes={"Command R": (_COMMAND_R, 34_980_831_232), "Command R+": (_COMMAND_R_PLUS, 103_810_674_688)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+        wrong=(({"use_parallel_block": True}, "use_parallel_block=True, which .* for CohereForCausalLM"),),
+    ),
     "GPT2LMHeadModel": Published(
         sizes={
             "GPT-2": (_GPT2, 124_439_808),
