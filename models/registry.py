@@ -19,6 +19,8 @@ _OURS: Mapping[str, str] = {
     "GPT2LMHeadModel": "gpt2.GPT2",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",
+    "Glm4ForCausalLM": "glm.Glm4",
+    "GlmForCausalLM": "glm.Glm",
     "GraniteForCausalLM": "granite.Granite",
     "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "LlamaForCausalLM": "llama.Llama",

@@ -80,6 +80,14 @@ _COMMAND_A = dict(
     vocab_size=256000, hidden_size=12288, intermediate_size=36864, num_hidden_layers=64,
     num_attention_heads=96, num_key_value_heads=8,
 )  # fmt: skip
+_GLM4_9B = dict(
+    vocab_size=151552, hidden_size=4096, intermediate_size=13696, num_hidden_layers=40,
+    num_attention_heads=32, num_key_value_heads=2,
+)  # fmt: skip
+_GLM4_32B = dict(
+    vocab_size=151552, hidden_size=6144, intermediate_size=23040, num_hidden_layers=61,
+    num_attention_heads=48, num_key_value_heads=2, attention_bias=False,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "Cohere2ForCausalLM": Published(
@@ -142,6 +150,17 @@ PUBLISHED: Mapping[str, Published] = {
             ({"layer_types": ["linear_attention"] * 4}, "sliding_attention, got 'linear_attention'"),
         ),
         wrong=(({"layer_types": ["full_attention"]}, "layer_types must name 4 layers, got 1"),),
+    ),
+    "Glm4ForCausalLM": Published(
+        sizes={"GLM-4-9B-0414": (_GLM4_9B, 9_400_279_040), "GLM-4-32B-0414": (_GLM4_32B, 32_566_081_536)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"hidden_act": "mish"}, "hidden_act must be one of silu.* got 'mish'"),),
+    ),
+    "GlmForCausalLM": Published(
+        sizes={"GLM-4-9B": (_GLM4_9B, 9_399_951_360)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+        wrong=(({"rope_ratio": 500}, "rope_ratio=500, which .* not know for GlmForCausalLM"),),
     ),
     "GraniteForCausalLM": Published(
         sizes={"Granite-3.0-8B": (_GRANITE_8B, 8_170_848_256)},
