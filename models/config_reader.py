@@ -188,7 +188,7 @@ class ConfigReader:
             )
         return types
 
-    def base(self, *, bos: int | None, eos: int | None, tie: bool) -> dict[str, Any]:
+    def base(self, *, bos: int | None, eos: int | Sequence[int] | None, tie: bool) -> dict[str, Any]:
         """The fields that every architecture has: its name, token ids, whether embeddings are tied, dtype.
 
         Args:

@@ -28,6 +28,7 @@ NUMBER = Wanted("a finite number", _is_number)
 NUMBERS = Wanted(
     "a list of finite numbers", lambda value: isinstance(value, list | tuple) and all(map(_is_number, value))
 )
+POSITIVE = Wanted("a finite number > 0", lambda value: _is_number(value) and value > 0)
 NON_NEGATIVE = Wanted("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
 FLAG = Wanted("true or false", lambda value: isinstance(value, bool))
 TEXT = Wanted("a text", lambda value: isinstance(value, str))

@@ -14,19 +14,27 @@ from pjengine.models.json_values import TEXTS, check_values
 
 # "module.Class" within this package, imported when it is first asked for.
 _OURS: Mapping[str, str] = {
+    "Cohere2ForCausalLM": "cohere.Cohere2",
+    "CohereForCausalLM": "cohere.Cohere",
     "GPT2LMHeadModel": "gpt2.GPT2",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",
     "Gemma3ForCausalLM": "gemma3.Gemma3",
     "GemmaForCausalLM": "gemma.Gemma",
-    "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
+    "Glm4ForCausalLM": "glm.Glm4",
+    "GlmForCausalLM": "glm.Glm",
+    "GraniteForCausalLM": "granite.Granite",
     "LlamaForCausalLM": "llama.Llama",
+    "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "MistralForCausalLM": "mistral.Mistral",
+    "Olmo2ForCausalLM": "olmo2.Olmo2",
     "Phi3ForCausalLM": "phi3.Phi3",
     "PhiForCausalLM": "phi.Phi",
     "Qwen2ForCausalLM": "qwen2.Qwen2",
     "Qwen3ForCausalLM": "qwen3.Qwen3",
+    "SmolLM3ForCausalLM": "smollm3.SmolLM3",
     "StableLmForCausalLM": "stablelm.StableLM",
+    "Starcoder2ForCausalLM": "starcoder2.Starcoder2",
 }
 _registered: dict[str, type[Decoder]] = {}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pjengine.models.json_values import read_json_object
+from pjengine.sentencepiece_model import read_sentencepiece
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _JSON_FILES = (*_FILES, "added_tokens.json", "config.json", "special_tokens_map.json")
@@ -173,29 +174,17 @@ def load_tokenizer(folder: str | Path, *, chat_template: str | None = None) -> T
 
     Raises:
       OSError: the folder holds no tokenizer.
-      ValueError: a file of the tokenizer is broken, or the tokenizer needs code of its own.
+      ValueError: a file of the tokenizer is broken.
+      NotImplementedError: the tokenizer is nothing but code of the checkpoint's own, or a kind of
+        SentencePiece model that is not supported.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in _FILES):
         raise OSError(f"{folder}: wanted a tokenizer, found none of {', '.join(_FILES)}: pass tokenizer=...")
     # It advises to install PyTorch, whenever it is imported without.
     logging.getLogger("transformers").addFilter(_is_no_advice)
-    from transformers import AutoTokenizer
-
-    path = folder / "tokenizer_config.json"
-    settings = read_json_object(path) if path.is_file() else {}
-    is_llama = settings.get("tokenizer_class") in (
-        None,
-        "LlamaTokenizer",
-        "LlamaTokenizerFast",
-        "LLaMATokenizer",
-    )
-    is_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     try:
-        if is_llama and is_sentencepiece:
-            hf = _load_sentencepiece(folder, settings)
-        else:
-            hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        hf = _load(folder)
     except Exception as error:  # the Rust library raises Exception itself, transformers many kinds
         raise _explain(folder, error) from error
     hf.model_max_length = 2**62  # the engine has its own limit, and refuses; this one only warns
@@ -214,7 +203,7 @@ def _explain(folder: Path, error: Exception) -> Exception:
                 read_json_object(path)
             except ValueError as broken:
                 return broken
-    if isinstance(error, ImportError | OSError):
+    if isinstance(error, ImportError | OSError | NotImplementedError):
         return error
     files = ", ".join(name for name in _FILES if (folder / name).is_file())
     reason = f"{type(error).__name__}: {str(error)[:500]}"
@@ -223,27 +212,34 @@ def _explain(folder: Path, error: Exception) -> Exception:
     )
 
 
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = folder / "tokenizer_config.json"
+    settings = read_json_object(path) if path.is_file() else {}
+    if (folder / "tokenizer.json").is_file():
+        if "auto_map" in settings:  # code of the checkpoint's own, which tokenizer.json makes needless
+            return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    elif (folder / "tokenizer.model").is_file():
+        return _load_sentencepiece(folder, settings)
+    elif "auto_map" in settings:
+        raise NotImplementedError(
+            f"{folder}: the tokenizer is code of the checkpoint's own, which is not run: add a "
+            "tokenizer.json or a SentencePiece tokenizer.model, or pass tokenizer=... that has one"
+        )
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+
+
 def _load_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> Any:
-    """Loads a tokenizer.model as transformers 4 did, and as SentencePiece itself encodes.
+    """Loads a tokenizer.model, whatever class is named to read it: a slow one, or the checkpoint's own."""
+    from transformers import PreTrainedTokenizerFast
 
-    transformers 5 would add no BOS where the config does not ask for it, keep a leading space from being a
-    token of its own, and fail on the empty special tokens of the first Llama conversions.
-    """
-    from tokenizers import normalizers
-    from transformers import LlamaTokenizer
-
-    names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    hf = LlamaTokenizer.from_pretrained(
-        str(folder),
-        add_bos_token=settings.get("add_bos_token", True),
-        add_eos_token=settings.get("add_eos_token", False),
-        **{key: name for key, name in names.items() if settings.get(key, name) == ""},
-    )
-    backend = getattr(hf, "backend_tokenizer", None)
-    if backend is not None and settings.get("legacy", True) and settings.get("add_prefix_space", True):
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        backend.pre_tokenizer = None
-    return hf
+    path = folder / "special_tokens_map.json"
+    settings = {**(read_json_object(path) if path.is_file() else {}), **settings}
+    backend, names = read_sentencepiece(folder, settings)
+    path = folder / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
 
 
 def _is_byte_level(backend: Any) -> bool:

@@ -285,6 +285,7 @@ SMOLLM3 = Family(
     cases={
         "smollm3": {},
         "smollm3_no_rope_layers": {"no_rope_layers": [0, 1, 1, 0], "tie_word_embeddings": False},
+        "smollm3_window": {"use_sliding_window": True, "sliding_window": 16},  # where nothing turns
     },
     old=lambda config: v4(config, max_window_layers=28, pretraining_tp=2),  # neither is read
     draws=TIED,

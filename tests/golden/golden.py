@@ -43,7 +43,7 @@ BY_ARCHITECTURE: dict[str, list[str]] = {
         "Starcoder2ForCausalLM": "starcoder2 starcoder2_window",
         "Olmo2ForCausalLM": "olmo2",
         "GraniteForCausalLM": "granite granite_bias",
-        "SmolLM3ForCausalLM": "smollm3 smollm3_no_rope_layers",
+        "SmolLM3ForCausalLM": "smollm3 smollm3_no_rope_layers smollm3_window",
         "CohereForCausalLM": "cohere cohere_qk_norm",
         "Cohere2ForCausalLM": "cohere2",
         "GlmForCausalLM": "glm",

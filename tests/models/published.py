@@ -110,8 +110,84 @@ _STABLELM_2_12B = dict(
     num_attention_heads=32, num_key_value_heads=8, use_parallel_residual=True,
     qk_layernorm=True,
 )  # fmt: skip
+_STARCODER2_3B = dict(
+    vocab_size=49152, hidden_size=3072, intermediate_size=12288, num_hidden_layers=30,
+    num_attention_heads=24, num_key_value_heads=2, sliding_window=4096,
+)  # fmt: skip
+_STARCODER2_15B = dict(
+    vocab_size=49152, hidden_size=6144, intermediate_size=24576, num_hidden_layers=40,
+    num_attention_heads=48, num_key_value_heads=4, sliding_window=4096, tie_word_embeddings=False,
+)  # fmt: skip
+_OLMO2_7B = dict(
+    vocab_size=100352, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32,
+)  # fmt: skip
+_OLMO2_32B = dict(
+    vocab_size=100352, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+    num_attention_heads=40, num_key_value_heads=8,
+)  # fmt: skip
+_GRANITE_8B = dict(
+    vocab_size=49155, hidden_size=4096, intermediate_size=12800, num_hidden_layers=40,
+    num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
+    attention_multiplier=0.0078125, embedding_multiplier=12.0, logits_scaling=16.0,
+    residual_multiplier=0.22,
+)  # fmt: skip
+_SMOLLM3_3B = dict(
+    vocab_size=128256, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+    num_attention_heads=16, num_key_value_heads=4, max_window_layers=28, pretraining_tp=2,
+)  # fmt: skip
+_COMMAND_R = dict(
+    vocab_size=256000, hidden_size=8192, intermediate_size=22528, num_hidden_layers=40,
+    num_attention_heads=64, max_position_embeddings=8192, model_max_length=131072,
+)  # fmt: skip
+_COMMAND_R_PLUS = dict(
+    vocab_size=256000, hidden_size=12288, intermediate_size=33792, num_hidden_layers=64,
+    num_attention_heads=96, num_key_value_heads=8, use_qk_norm=True,
+)  # fmt: skip
+_COMMAND_R7B = dict(
+    vocab_size=256000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+)  # fmt: skip
+_COMMAND_A = dict(
+    vocab_size=256000, hidden_size=12288, intermediate_size=36864, num_hidden_layers=64,
+    num_attention_heads=96, num_key_value_heads=8,
+)  # fmt: skip
+_GLM4_9B = dict(
+    vocab_size=151552, hidden_size=4096, intermediate_size=13696, num_hidden_layers=40,
+    num_attention_heads=32, num_key_value_heads=2,
+)  # fmt: skip
+_GLM4_32B = dict(
+    vocab_size=151552, hidden_size=6144, intermediate_size=23040, num_hidden_layers=61,
+    num_attention_heads=48, num_key_value_heads=2, attention_bias=False,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
+    "Cohere2ForCausalLM": Published(
+        sizes={"Command R7B": (_COMMAND_R7B, 8_028_033_024), "Command A": (_COMMAND_A, 111_057_580_032)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"order_of_interleaved_layers": "global_attn_first"}, "must be None or 'local_attn_first'"),
+            ({"position_embedding_type": "alibi"}, "position_embedding_type must be None or 'rope_gptj'"),
+            ({"rotary_pct": 0.5}, "rotary_pct must be None or 1.0, got 0.5"),
+            ({"use_embedding_sharing": False}, "use_embedding_sharing must be None or True"),
+            ({"use_gated_activation": False}, "use_gated_activation must be None or True"),
+            ({"use_parallel_block": False}, "use_parallel_block must be None or True"),
+            ({"use_parallel_embedding": True}, "use_parallel_embedding must be None or False"),
+            ({"use_qk_norm": True}, "use_qk_norm must be None or False"),
+        ),
+        wrong=(
+            (
+                {"sliding_window_pattern": 4, "layer_switch": 2},
+                "one value for sliding_window_pattern and layer_switch",
+            ),
+        ),
+    ),
+    "CohereForCausalLM": Published(
+        sizes={"Command R": (_COMMAND_R, 34_980_831_232), "Command R+": (_COMMAND_R_PLUS, 103_810_674_688)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+        wrong=(({"use_parallel_block": True}, "use_parallel_block=True, which .* for CohereForCausalLM"),),
+    ),
     "GPT2LMHeadModel": Published(
         sizes={
             "GPT-2": (_GPT2, 124_439_808),
@@ -171,6 +247,23 @@ PUBLISHED: Mapping[str, Published] = {
             ({"hidden_activation": "mish"}, "hidden_activation must be one of silu.* got 'mish'"),
         ),
     ),
+    "Glm4ForCausalLM": Published(
+        sizes={"GLM-4-9B-0414": (_GLM4_9B, 9_400_279_040), "GLM-4-32B-0414": (_GLM4_32B, 32_566_081_536)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"hidden_act": "mish"}, "hidden_act must be one of silu.* got 'mish'"),),
+    ),
+    "GlmForCausalLM": Published(
+        sizes={"GLM-4-9B": (_GLM4_9B, 9_399_951_360)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+        wrong=(({"rope_ratio": 500}, "rope_ratio=500, which .* not know for GlmForCausalLM"),),
+    ),
+    "GraniteForCausalLM": Published(
+        sizes={"Granite-3.0-8B": (_GRANITE_8B, 8_170_848_256)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+        wrong=(({"logits_scaling": 0}, "logits_scaling as a finite number > 0, got 0"),),
+    ),
     "LlamaForCausalLM": Published(
         sizes={"Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248)},
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
@@ -186,6 +279,12 @@ PUBLISHED: Mapping[str, Published] = {
             ({"sliding_window": 0}, "sliding_window as an integer > 0, got 0"),
             ({"attention_bias": True}, "attention_bias=True, which .* not know for MistralForCausalLM"),
         ),
+    ),
+    "Olmo2ForCausalLM": Published(
+        sizes={"OLMo-2-7B": (_OLMO2_7B, 7_298_617_344), "OLMo-2-32B": (_OLMO2_32B, 32_234_279_936)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+        wrong=(({"clip_qkv": 8.0}, "clip_qkv=8.0, which .* not know for Olmo2ForCausalLM"),),
     ),
     "Phi3ForCausalLM": Published(
         sizes={
@@ -253,6 +352,14 @@ PUBLISHED: Mapping[str, Published] = {
         unsupported=(({"use_mrope": True}, "use_mrope must be None or False, got True"),),
         wrong=(({"mlp_bias": True}, "mlp_bias=True, which .* not know for Qwen3ForCausalLM"),),
     ),
+    "SmolLM3ForCausalLM": Published(
+        sizes={"SmolLM3-3B": (_SMOLLM3_3B, 3_075_098_624)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"layer_types": ["linear_attention"] * 4}, "full_attention or sliding_attention, got 'linear"),
+        ),
+        wrong=(({"no_rope_layers": [1, 0, 1]}, "no_rope_layers must name 4 layers, got 3"),),
+    ),
     "StableLmForCausalLM": Published(
         sizes={
             "StableLM-3B": (_STABLELM_3B, 2_795_443_200),
@@ -263,5 +370,17 @@ PUBLISHED: Mapping[str, Published] = {
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"sliding_window": 16}, "sliding_window must be None, got 16"),),
         wrong=(({"attention_bias": True}, "attention_bias=True, which .* not know for StableLmForCausalLM"),),
+    ),
+    "Starcoder2ForCausalLM": Published(
+        sizes={
+            "StarCoder2-3B": (_STARCODER2_3B, 3_030_371_328),
+            "StarCoder2-15B": (_STARCODER2_15B, 15_957_889_024),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"mlp_type": "gated"}, "mlp_type must be None or 'default', got 'gated'"),
+            ({"norm_type": "rms_norm"}, "norm_type must be None or 'layer_norm', got 'rms_norm'"),
+            ({"scale_attn_weights": False}, "scale_attn_weights must be None or True, got False"),
+        ),
     ),
 }
