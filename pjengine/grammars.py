@@ -28,11 +28,13 @@ class Matcher:
     """How far an output is within its grammar. It follows the tokens that the host has read."""
 
     state: Any  # llguidance's
+    name: str  # of the field that wants the grammar, and the beginning of what it wants
 
     @property
     def error(self) -> str:
-        """Why it cannot go on; empty: it can."""
-        return error_of(self.state)
+        """Why it cannot go on, beginning with its name; empty: it can."""
+        reason = error_of(self.state)
+        return reason and f"{self.name} cannot be followed any further: {reason}"
 
     @property
     def is_complete(self) -> bool:
@@ -45,7 +47,7 @@ class Matcher:
 
     def fork(self) -> "Matcher":
         """Another one at the same place, which goes its own way."""
-        return Matcher(self.state.deep_copy())
+        return Matcher(self.state.deep_copy(), self.name)
 
 
 class Grammars:
@@ -86,7 +88,7 @@ class Grammars:
             state, error = with_deep_stack(lambda: compile_grammar(tokenizer, grammar))
         if error:
             raise _refusal(wanted, error)
-        return Matcher(state)
+        return Matcher(state, _name(wanted))
 
     @cached_property
     def _setup(self) -> tuple[str, list[int]]:
@@ -171,8 +173,12 @@ def num_words(num_tokens: int) -> int:
 
 
 def _refusal(wanted: StructuredOutputsParams, reason: str) -> ValueError:
+    return ValueError(f"{_name(wanted)} cannot be followed: {reason}")
+
+
+def _name(wanted: StructuredOutputsParams) -> str:
     source = wanted.json_text if wanted.kind == "json" else getattr(wanted, wanted.kind)
-    return ValueError(f"structured_outputs.{wanted.kind}={source!r:.80} cannot be followed: {reason}")
+    return f"structured_outputs.{wanted.kind}={source!r:.80}"
 
 
 def _source(wanted: StructuredOutputsParams) -> str:

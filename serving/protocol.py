@@ -259,4 +259,4 @@ TokenizeRequest = Annotated[
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: _TokenIds

@@ -119,9 +119,7 @@ class Service:
                     watch.see(output)
                     for completion in output.outputs:
                         if completion.finish_reason == "error":
-                            # What nothing fulfils is the caller's mistake, though it is found on the way.
-                            status = 400 if completion.stop_reason == NO_TOKEN[FORBIDDEN] else 500
-                            raise ApiError(status, f"the request failed: {completion.stop_reason}")
+                            raise _failure(str(completion.stop_reason), call)
                         if completion.finish_reason == "abort":
                             raise ApiError(503, "the server is shutting down, and has ended this request")
                     yield output
@@ -205,6 +203,16 @@ class Service:
 
 def service_of(request: Request) -> Service:
     return request.app.state.service
+
+
+def _failure(reason: str, call: Call) -> ApiError:
+    """What a request has failed with, on its way.
+
+    A form that nothing fulfils, or that turns out to be too large, is the caller's mistake even there.
+    """
+    error = bad_request(ValueError(reason), ("structured_outputs",), call.fields)
+    is_callers = reason == NO_TOKEN[FORBIDDEN] or error.param is not None
+    return ApiError(400 if is_callers else 500, f"the request failed: {error.message}", param=error.param)
 
 
 def _changed(params: SamplingParams) -> dict[str, Any]:

@@ -97,6 +97,25 @@ def test_the_plain_route_takes_structured_outputs(client: Client) -> None:
     assert (status, error["param"]) == (400, "response_format")
 
 
+# Simple at first; the number of states that come later is beyond all bounds.
+GROWING = r"""start: /x{200}/ LATER
+LATER: /(?s:.*a.{100}b.*)/ & /(?s:.*c.{90}d.*)/ & ~/(?s:.*b.{80} .*)/
+"""
+
+
+def test_a_grammar_that_fails_part_way_is_the_callers_mistake(client: Client) -> None:
+    fields = {**BODIES[COMPLETIONS], "structured_outputs": {"grammar": GROWING}}
+    status, error = client.error(COMPLETIONS, **fields)
+    assert (status, error["param"]) == (400, "structured_outputs")
+    assert "structured_outputs.grammar='start: /x{200}/ LATER" in error["message"]
+    assert "cannot be followed any further" in error["message"] and "too many" in error["message"]
+    *parts, last = client.events(COMPLETIONS, **fields)
+    assert "".join(part["choices"][0]["text"] for part in parts) == "x" * 200
+    assert last == {"error": error}
+    [choice] = client.answer(COMPLETIONS, prompt="x", structured_outputs={"choice": ["yes"]})["choices"]
+    assert choice["text"] == "yes"
+
+
 def test_a_grammar_that_takes_long_to_compile_holds_up_nobody_else(llm: Any) -> None:
     from pjengine import SamplingParams, StructuredOutputsParams
 
