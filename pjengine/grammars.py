@@ -41,6 +41,13 @@ class Matcher:
         """The output is what the grammar wants, and nothing can be added to it."""
         return self.state.is_stopped() and not self.state.is_error()
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether an output has gone beyond its limits, which those forked from the same start share."""
+        ahead = self.state.deep_copy()
+        ahead.compute_bitmask()
+        return ahead.is_error()
+
     def consume(self, token: int) -> None:
         """Takes the next token of the output; `error` says so if it may not come here."""
         self.state.consume_token(token)
@@ -76,7 +83,9 @@ class Grammars:
         with self._lock:
             self._check_open()
             found = self._compiled.pop(grammar, None)
-            self._compiled[grammar] = found = found or self._compile(wanted, grammar)
+            if found is None or found.is_spent:
+                found = self._compile(wanted, grammar)
+            self._compiled[grammar] = found
             if len(self._compiled) > MAX_CACHED:
                 self._compiled.popitem(last=False)
             return found.fork()
