@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fastapi import Request
@@ -25,6 +25,7 @@ from pjengine.serving.errors import ApiError, bad_request
 from pjengine.serving.metrics import Metrics
 from pjengine.serving.prompt_reader import GivenPrompt, PromptReader
 from pjengine.serving.server_config import ServerConfig
+from pjengine.structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Call:
         GivenPrompt | Callable[[], GivenPrompt]
     ]  # or what reads them, on the tokenizer's thread
     params: SamplingParams
+    # The form of an answer, where it depends on the prompt's text; None: that of `params`.
+    form: Callable[[str], StructuredOutputsParams | None] = lambda prompt: None
     priority: int = 0
     cache_salt: str = ""
     user: str | None = None
@@ -114,6 +117,8 @@ class Service:
         params, output = call.params, None
         watch = self.metrics.watch(params)
         try:
+            if (form := call.form(prompt.get("prompt", ""))) is not None:
+                params = replace(params, structured_outputs=form)
             async with aclosing(self.llm.generate(prompt, params, priority=call.priority)) as outputs:
                 async for output in outputs:
                     watch.see(output)

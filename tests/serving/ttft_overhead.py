@@ -188,10 +188,10 @@ def show(rate: float | None, index: int | None, found_s: dict[str, list[float]],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-clients", type=int, default=64)
-    parser.add_argument("--num-requests", type=int, default=4, help="of each client in a round")
-    parser.add_argument("--rates", default="10,full", help="requests a second, and `full` for all at once")
+    parser.add_argument("--num-requests", type=int, default=3, help="of each client in a round")
+    parser.add_argument("--rates", default="5,full", help="requests a second, and `full` for all at once")
     chosen = parser.parse_args()
     settings = {**SETTINGS, "max_num_seqs": chosen.num_clients}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not False]
@@ -201,7 +201,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = ("--model=demo", "--port=0", "--disable-uvicorn-access-log", *flags)
         with start_server(Path(folder), *arguments) as server:
-            ways = {"api": Api(llm), "http": Http(*server.address)}
+            ways: dict[str, Api | Http] = {"api": Api(llm), "http": Http(*server.address)}
             for rate in chosen.rates.split(","):
                 asyncio.run(compare(ways, chosen, None if rate == "full" else float(rate)))
     llm.close()
