@@ -31,7 +31,10 @@ from tests.serving.process import start_server
 PROMPT_LEN = 32
 OUTPUT_LENS = range(1, 17)
 MEAN_OUTPUT_LEN = 8  # where the machine is full: of all requests, which therefore end together
+# One layer of random weights: its steps take little of the machine, so that HTTP's share of it shows.
 SETTINGS: dict[str, Any] = {
+    "load_format": "dummy",
+    "hf_overrides": {"num_hidden_layers": 1},
     "dtype": "float32",
     "max_model_len": 64,
     "max_num_batched_tokens": 256,
@@ -186,16 +189,22 @@ def show(rate: float | None, index: int | None, found_s: dict[str, list[float]],
     print(json.dumps(figures | more), flush=True)
 
 
+def _flag(name: str, value: Any) -> str:
+    name = name.replace("_", "-")
+    if value is False:
+        return f"--no-{name}"
+    return f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-clients", type=int, default=64)
-    parser.add_argument("--num-requests", type=int, default=3, help="of each client in a round")
-    parser.add_argument("--rates", default="5,full", help="requests a second, and `full` for all at once")
+    parser.add_argument("--num-requests", type=int, default=4, help="of each client in a round")
+    parser.add_argument("--rates", default="10,full", help="requests a second, and `full` for all at once")
     chosen = parser.parse_args()
     settings = {**SETTINGS, "max_num_seqs": chosen.num_clients}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not False]
-    flags += [f"--no-{name.replace('_', '-')}" for name, value in settings.items() if value is False]
+    flags = [_flag(name, value) for name, value in settings.items()]
     llm = AsyncLLM("demo", **settings)
     llm.engine.runner.wait_until_warm()
     with tempfile.TemporaryDirectory() as folder:
