@@ -17,7 +17,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +59,16 @@ type Plan = Sequence[Sequence[Demand]]  # by client
 
 
 def plan(seed: int, num_clients: int, num_requests: int, rate: float | None) -> Plan:
-    """`num_requests` for each client, at `rate` a second together; None: each as soon as it can."""
-    chance = random.Random(seed)
-
-    def demands() -> Iterator[Demand]:
-        due_s = 0.0
-        for _ in range(num_requests):
-            due_s += chance.expovariate(rate / num_clients) if rate else 0.0
-            length = chance.choice(OUTPUT_LENS) if rate else MEAN_OUTPUT_LEN
-            yield Demand(due_s, [chance.randrange(10, 4096) for _ in range(PROMPT_LEN)], length)
-
-    return [list(demands()) for _ in range(num_clients)]
+    """`num_requests` for each client, on average: at `rate` a second together, or each as soon as it can."""
+    chance, due_s = random.Random(seed), 0.0
+    demands: list[list[Demand]] = [[] for _ in range(num_clients)]
+    for index in range(num_clients * num_requests):
+        due_s += chance.expovariate(rate) if rate else 0.0
+        length = chance.choice(OUTPUT_LENS) if rate else MEAN_OUTPUT_LEN
+        prompt = [chance.randrange(10, 4096) for _ in range(PROMPT_LEN)]
+        whose = chance.randrange(num_clients) if rate else index % num_clients
+        demands[whose].append(Demand(due_s, prompt, length))
+    return demands
 
 
 class Api:
