@@ -103,7 +103,6 @@ class AsyncLLM:
             has_grammar=getattr(sampling_params, "structured_outputs", None) is not None,
         )
         try:
-            await asyncio.wrap_future(stream.prepared)
             is_finished = False
             while not is_finished:
                 output = await stream.next_output()
@@ -165,12 +164,12 @@ class _Stream:
     """One request, between the engine's thread and the task that waits for it.
 
     The engine's thread writes `generation`, `error` and `is_ended`, then calls `_signal`; at most one
-    signal is under way, however slow the task is.
+    signal is under way, however slow the task is. What is refused before the engine has it, the task's own
+    thread is told (`_refuse`).
     """
 
     request_id: str
     loop: asyncio.AbstractEventLoop
-    prepared: Future[None] = field(init=False)
     arrival_s: float = field(default_factory=time.perf_counter)
     generation: Generation | None = None  # None: not queued yet
     error: Exception | None = None
@@ -244,20 +243,21 @@ class _EngineThread:
                 raise ValueError(f"request id {request_id!r} is in use; choose another or leave it out")
             self._open[request_id] = stream
             preparer = self._compiler if has_grammar else self._preparer
-            stream.prepared = preparer.submit(self._prepare, stream, prepare)
+            preparer.submit(self._prepare, stream, prepare)
         return stream
 
     def _prepare(self, stream: _Stream, prepare: Callable[[], Generation]) -> None:
-        if not self.is_closed:
-            try:
-                generation = prepare()
-            except Exception:
-                if self.is_closed:  # which may be why; all that are open are told so
-                    return
-                raise
-            for completion in generation.completions:
-                completion.request.metrics.arrival_s = stream.arrival_s
-            self.inbox.put(lambda: self._submit(stream, generation))
+        if self.is_closed or self._open.get(stream.request_id) is not stream:  # nobody waits any more
+            return
+        try:
+            generation = prepare()
+        except Exception as error:
+            if not self.is_closed:  # which may be why; all that are open are told so
+                self._call_loop(stream.loop, [stream], partial(_refuse, stream, error))
+            return
+        for completion in generation.completions:
+            completion.request.metrics.arrival_s = stream.arrival_s
+        self.inbox.put(lambda: self._submit(stream, generation))
 
     def num_unread(self) -> int:
         with self._lock:
@@ -418,11 +418,22 @@ class _EngineThread:
                 stream.is_signalled = True
                 by_loop.setdefault(stream.loop, []).append(stream)
         for loop, own in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_wake, own)
-            except RuntimeError:  # closed since
-                for stream in own:
-                    self.release(stream)
+            self._call_loop(loop, own, partial(_wake, own))
+
+    def _call_loop(
+        self, loop: asyncio.AbstractEventLoop, streams: list[_Stream], call: Callable[[], None]
+    ) -> None:
+        """Has the loop of some streams make a call; if it is closed, nobody waits for them any more."""
+        try:
+            loop.call_soon_threadsafe(call)
+        except RuntimeError:
+            for stream in streams:
+                self.release(stream)
+
+
+def _refuse(stream: _Stream, error: Exception) -> None:
+    stream.error = stream.error or error
+    stream.changed.set()
 
 
 def _wake(streams: list[_Stream]) -> None:

@@ -28,16 +28,25 @@ class Matcher:
     """How far an output is within its grammar. It follows the tokens that the host has read."""
 
     state: Any  # llguidance's
+    name: str  # of the field that wants the grammar, and the beginning of what it wants
 
     @property
     def error(self) -> str:
-        """Why it cannot go on; empty: it can."""
-        return error_of(self.state)
+        """Why it cannot go on, beginning with its name; empty: it can."""
+        reason = error_of(self.state)
+        return reason and f"{self.name} cannot be followed any further: {reason}"
 
     @property
     def is_complete(self) -> bool:
         """The output is what the grammar wants, and nothing can be added to it."""
         return self.state.is_stopped() and not self.state.is_error()
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether an output has gone beyond its limits, which those forked from the same start share."""
+        ahead = self.state.deep_copy()
+        ahead.compute_bitmask()
+        return ahead.is_error()
 
     def consume(self, token: int) -> None:
         """Takes the next token of the output; `error` says so if it may not come here."""
@@ -45,7 +54,7 @@ class Matcher:
 
     def fork(self) -> "Matcher":
         """Another one at the same place, which goes its own way."""
-        return Matcher(self.state.deep_copy())
+        return Matcher(self.state.deep_copy(), self.name)
 
 
 class Grammars:
@@ -74,7 +83,9 @@ class Grammars:
         with self._lock:
             self._check_open()
             found = self._compiled.pop(grammar, None)
-            self._compiled[grammar] = found = found or self._compile(wanted, grammar)
+            if found is None or found.is_spent:
+                found = self._compile(wanted, grammar)
+            self._compiled[grammar] = found
             if len(self._compiled) > MAX_CACHED:
                 self._compiled.popitem(last=False)
             return found.fork()
@@ -86,7 +97,7 @@ class Grammars:
             state, error = with_deep_stack(lambda: compile_grammar(tokenizer, grammar))
         if error:
             raise _refusal(wanted, error)
-        return Matcher(state)
+        return Matcher(state, _name(wanted))
 
     @cached_property
     def _setup(self) -> tuple[str, list[int]]:
@@ -171,8 +182,12 @@ def num_words(num_tokens: int) -> int:
 
 
 def _refusal(wanted: StructuredOutputsParams, reason: str) -> ValueError:
+    return ValueError(f"{_name(wanted)} cannot be followed: {reason}")
+
+
+def _name(wanted: StructuredOutputsParams) -> str:
     source = wanted.json_text if wanted.kind == "json" else getattr(wanted, wanted.kind)
-    return ValueError(f"structured_outputs.{wanted.kind}={source!r:.80} cannot be followed: {reason}")
+    return f"structured_outputs.{wanted.kind}={source!r:.80}"
 
 
 def _source(wanted: StructuredOutputsParams) -> str:

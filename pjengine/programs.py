@@ -93,6 +93,14 @@ class Programs[L: Hashable, P]:
             self.ready[layout] = program
             self._changed.notify_all()
 
+    def drop(self, layout: L) -> None:
+        """Lets go of a program, or does not make it after all."""
+        with self._changed:
+            self.ready.pop(layout, None)
+            self.failed.pop(layout, None)
+            self._tasks = [task for task in self._tasks if task.layout != layout]
+            self._changed.notify_all()
+
     def wait(self, layouts: Sequence[L], show: Show = lambda num_ready, total: None) -> None:
         """Returns once all of `layouts` are ready; makes them before any others, and shows how many are.
 
@@ -172,12 +180,14 @@ class Programs[L: Hashable, P]:
         self, task: _Task[L], program: P | None = None, failure: BaseException | None = None
     ) -> None:
         with self._changed:
+            if not any(task is other for other in self._tasks):  # dropped, or all are closed
+                return
             task.is_running = False
             task.stage = Stage.LOWER if task.stage is Stage.LOAD else Stage.COMPILE
             if failure is not None:
                 self.failed[task.layout] = failure
                 logger.error("the program for %s could not be made: %r", task.layout, failure)
-            elif program is not None and not self._is_closed:
+            elif program is not None:
                 self.ready[task.layout] = program
             if program is not None or failure is not None:
                 self._tasks = [other for other in self._tasks if other is not task]

@@ -8,6 +8,7 @@ from pjengine.edits import NO_EDITS, Edits, max_asked, most_logprobs
 from pjengine.sampling_params import MAX_BIAS, SamplingParams, shown
 from pjengine.tokenizer import Tokenizer
 
+MAX_BAD_WORD_CHARS = 65_536  # all are encoded, twice, while other requests wait for their turn
 # What a model's generation_config.json says about sampling, under our names.
 _DEFAULTS = {
     "temperature": "temperature",
@@ -123,6 +124,11 @@ class Resolver:
 
         And after a space, where that makes another first token of the same number, as vLLM has it.
         """
+        words = list(words)
+        if (num_chars := sum(map(len, words))) > MAX_BAD_WORD_CHARS:
+            raise ValueError(
+                f"bad_words must have at most {MAX_BAD_WORD_CHARS} characters together, got {num_chars}"
+            )
         for word in words:
             if self.tokenizer is None:
                 raise ValueError("bad_words need a tokenizer, and skip_tokenizer_init=True")

@@ -37,6 +37,7 @@ from pjengine.step_compiler import StepCompiler
 type Program = Callable[..., tuple[KVCache, Rows, StepOutput]]
 
 PATIENCE = 32  # steps that run as larger ones before their own program is made
+MAX_EDITING = 64  # programs with room for edits that are kept; each may take 10 MB of the host's memory
 EARLY_UPDATES = 1024  # page updates entered at once by the program that runs before a step
 
 
@@ -81,6 +82,7 @@ class Runner:
         self.compile_s = 0.0  # that a caller waited for programs
         self._asked: set[Layout] = set()
         self._num_misses: Counter[Layout] = Counter()
+        self._editing: dict[Layout, None] = {}  # programs with room for edits; those used last are at the end
 
     def _new_state(self) -> tuple[KVCache, Rows]:
         config, dtype = self.config, self.model.dtype
@@ -175,7 +177,24 @@ class Runner:
             else:
                 self._make([layout])
                 self._wait([layout])
+        self._keep([layout])
         return layout, self.programs[layout]
+
+    def _keep(self, layouts: Sequence[Layout]) -> None:
+        """Notes that programs are of use. Of those with room for edits, only the last MAX_EDITING stay.
+
+        What requests may ask for makes thousands of different ones.
+        """
+        for layout in layouts:
+            if layout.edits != NO_SIZES:
+                self._editing.pop(layout, None)
+                self._editing[layout] = None
+        while len(self._editing) > MAX_EDITING:
+            oldest = next(iter(self._editing))
+            del self._editing[oldest]
+            self._programs.drop(oldest)
+            self._asked.discard(oldest)
+            self._num_misses.pop(oldest, None)
 
     def can_edit(self, now: np.ndarray, soon: Callable[[], np.ndarray]) -> bool:
         """Whether every step that needs so much (see `edits.NEEDS`) has a program.
@@ -186,7 +205,9 @@ class Runner:
           CompilationError: they could not be made; the next call tries again.
         """
         wanted, ready = self._largest(now), list(self.programs)
-        if all(any(program.covers(layout) for program in ready) for layout in wanted):
+        found = [next((own for own in ready if own.covers(layout)), None) for layout in wanted]
+        if None not in found:
+            self._keep([own for own in found if own is not None])
             return True
         if self._programs.is_under_way(self._asked):
             return False
@@ -221,6 +242,7 @@ class Runner:
         self._asked.update(new)
         self.recompiles_after_warmup += self._is_warming * len(set(new).difference(self.layouts()))
         self._programs.start(layouts)
+        self._keep(layouts)
 
     def warm_up(self, *, use_tqdm: bool = False) -> None:
         """Begins to make every program; returns when a first short request finds what it needs.

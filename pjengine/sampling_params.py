@@ -4,7 +4,7 @@ import enum
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from types import NoneType
 from typing import Any
@@ -67,17 +67,25 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None  # the form that the output must have
 
     def __post_init__(self) -> None:
-        for name, types in _TYPES.items():
-            _check_type(name, getattr(self, name), types)
-        for name, item_type in _ITEMS.items():
-            _check_items(name, self.stop_strings if name == "stop" else getattr(self, name) or (), item_type)
+        given = self._given
+        for name, value in given.items():
+            if (types := _TYPES.get(name)) is not None:
+                _check_type(name, value, types)
+        for name, value in given.items():
+            if (item_type := _ITEMS.get(name)) is not None:
+                _check_items(name, self.stop_strings if name == "stop" else value or (), item_type)
         for name, is_valid, wanted in _RANGES:
-            if (value := getattr(self, name)) is not None and not is_valid(value):
+            if (value := given.get(name)) is not None and not is_valid(value):
                 raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
         self._check_together()
         if 0 < self.temperature < MIN_TEMPERATURE:
             logger.warning("temperature=%s is raised to %s", self.temperature, MIN_TEMPERATURE)
             object.__setattr__(self, "temperature", MIN_TEMPERATURE)
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The fields that are not as they are by default, and so need to be looked at."""
+        return {name: value for name, value in vars(self).items() if value is not _DEFAULTS.get(name)}
 
     def _check_together(self) -> None:
         """Raises ValueError where one field does not go with another."""
@@ -123,6 +131,8 @@ class SamplingParams:
             return self.prompt_logprobs is None
         return not self.skip_reading_prefix_cache
 
+
+_DEFAULTS = {own.name: own.default for own in fields(SamplingParams)}
 
 _NUMBER = (int, float)
 _FLAG = (bool,)

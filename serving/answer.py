@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from starlette.responses import Response
@@ -14,7 +15,7 @@ from pjengine.outputs import RequestOutput
 from pjengine.serving.protocol import GenerationFields
 from pjengine.serving.request_id import REQUEST_ID_HEADER
 from pjengine.serving.service import Call, Service
-from pjengine.serving.stream import EventStream, JsonAnswer, event
+from pjengine.serving.stream import EventStream, JsonAnswer, dumps
 
 type Choice = dict[str, Any]
 
@@ -81,7 +82,7 @@ class Answer:
                 extras |= self.form.extras(output)
                 self.usage.add(index, output)
         choices.sort(key=lambda choice: choice["index"])
-        return self._object(choices, usage=self.usage.as_dict(), **extras)
+        return {**self._head, "choices": choices, "usage": self.usage.as_dict(), **extras}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yields one part for each output: an event for each choice that it adds to."""
@@ -96,19 +97,26 @@ class Answer:
                 if options is not None and options.continuous_usage_stats:
                     usage = {"usage": self.usage.as_dict()}
                 first, *others = choices
-                events = [event(self._object([first], **usage, **self.form.extras(output)))]
-                events += [event(self._object([choice], **usage)) for choice in others]
+                events = [self._event([first], **usage, **self.form.extras(output))]
+                events += [self._event([choice], **usage) for choice in others]
                 yield b"".join(events)
         if usage:
-            yield event(self._object([], usage=self.usage.as_dict()))
+            yield self._event([], usage=self.usage.as_dict())
 
-    def _object(self, choices: list[Choice], **more: Any) -> dict[str, Any]:
+    def _event(self, choices: list[Choice], **more: Any) -> bytes:
+        """A server-sent event; what is the same in all of them is written once."""
+        return self._beginning + dumps({"choices": choices, **more})[1:] + b"\n\n"
+
+    @cached_property
+    def _beginning(self) -> bytes:
+        return b"data: " + dumps(self._head)[:-1] + b","
+
+    @cached_property
+    def _head(self) -> dict[str, Any]:
         return {
             "id": self.call.request_id,
             "object": self.kind,
             "created": self.created,
             "model": self.body.model or self.service.model_names[0],
             "system_fingerprint": f"pjengine-{pjengine.__version__}",
-            "choices": choices,
-            **more,
         }

@@ -47,6 +47,7 @@ def _call(body: ChatRequest, service: Service, request_id: str, message_form: Me
         request_id=request_id,
         prompts=[partial(service.prompts.read_chat, body)],
         params=message_form.sampling_params(params, service.prompts),
+        form=message_form.form_after,
         priority=body.priority,
         cache_salt=body.cache_salt,
         user=body.user,

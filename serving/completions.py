@@ -77,7 +77,7 @@ def _infill(body: CompletionRequest, service: Service) -> Infill:
         if getattr(body, name):
             reason = "it is for a prompt that the answer follows, and here a suffix stands between"
             raise ApiError(400, f"{name} with suffix is refused: {reason}", param=name)
-    return find_infill(service.prompts.tokenizer)
+    return find_infill(service.prompts.tokenizer, service.prompts.max_tokens)
 
 
 def _prompt(

@@ -55,9 +55,10 @@ class Infill:
     middle_id: int | None
     end_ids: tuple[int, ...]  # after any of these the middle is complete
     markers: tuple[str, ...]
+    max_tokens: int | None = None  # of all together; none: any number
 
     def read(self, prompt: str, suffix: str, *, add_special_tokens: bool) -> GivenPrompt:
-        """Raises ApiError if one of the texts cannot be encoded."""
+        """Raises ApiError if one of the texts is too long, or cannot be encoded."""
         before = [self.prefix_id, *self._encode(prompt, "prompt")]
         after = [self.suffix_id, *self._encode(suffix, "suffix", is_continuation=True)]
         bos = self._bos() if add_special_tokens else []
@@ -78,8 +79,10 @@ class Infill:
 
         Other special tokens are what they are in every prompt.
         """
-        first, *others = re.split("|".join(map(_inside, self.markers)), text)
         try:
+            if self.max_tokens is not None:
+                self.tokenizer.check_length(text, self.max_tokens)
+            first, *others = re.split("|".join(map(_inside, self.markers)), text)
             token_ids = self._continued(first) if is_continuation else self._plain(first)
             for part in others:
                 token_ids += self._continued(part)
@@ -103,8 +106,8 @@ class Infill:
         return special[:1] if special[:1] == [self.tokenizer.hf.bos_token_id] else []
 
 
-def find_infill(tokenizer: Tokenizer | None) -> Infill:
-    """How the model of this tokenizer is asked.
+def find_infill(tokenizer: Tokenizer | None, max_tokens: int | None = None) -> Infill:
+    """How the model of this tokenizer is asked; a prompt has at most `max_tokens`.
 
     Raises:
       ApiError: it has no marker tokens, or there is no tokenizer.
@@ -126,6 +129,7 @@ def find_infill(tokenizer: Tokenizer | None) -> Infill:
             middle_id=middle[0] if middle else None,
             end_ids=(*known, *(token for token in ends if token is not None)),
             markers=markers,
+            max_tokens=max_tokens,
         )
     tried = ", ".join(family.prefix for family in _FAMILIES)
     raise ApiError(

@@ -1,11 +1,12 @@
 """The text of an answer -> the message that it is: reasoning, content, tool calls."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from pjengine.sampling_params import SamplingParams
 from pjengine.serving.errors import ApiError
-from pjengine.serving.forced_calls import NamedCallParser, RequiredCallsParser
+from pjengine.serving.forced_calls import NamedCallParser, RequiredCallsParser, forced_form
 from pjengine.serving.prompt_reader import PromptReader
 from pjengine.serving.protocol import ChatRequest
 from pjengine.serving.reasoning import REASONING_PARSERS, ReasoningParser
@@ -16,8 +17,6 @@ from pjengine.serving.tool_parser import ToolParser
 from pjengine.serving.tool_parsers import TOOL_PARSERS
 from pjengine.serving.tool_schemas import calls_schema
 from pjengine.structured_outputs import StructuredOutputsParams
-
-_SPACES = " ?"  # between the tokens of forced JSON; small models that may add more never end
 
 
 class MessageReader:
@@ -60,8 +59,8 @@ class MessageForm:
         self._make_id = (own or ToolParser).new_id
         forced = {"required": RequiredCallsParser, "named": NamedCallParser}.get(body.way)
         self._calls: type[ToolParser] | None = forced or (own if body.way == "auto" else None)
-        # What is forced has no room for reasoning.
-        self._reasoning = None if forced else REASONING_PARSERS.get(config.reasoning_parser or "")
+        self._is_forced = forced is not None
+        self._reasoning = REASONING_PARSERS.get(config.reasoning_parser or "")
         self.shows_reasoning = config.reasoning_parser is not None and body.include_reasoning
         if body.way == "auto" and not config.enable_auto_tool_choice:
             raise ApiError(
@@ -80,16 +79,22 @@ class MessageForm:
     def reader(self, prompt: str) -> MessageReader:
         """For one answer to a prompt."""
         body = self._body
-        begun = body.messages[-1].text if body.continue_final_message else ""
         schemas = {own.name: own.schema_of_arguments for own in body.callable_functions}
         return MessageReader(
-            None if self._reasoning is None else self._reasoning(prompt, begun),
+            self._reasoning_after(prompt),
             None if self._calls is None else self._calls(schemas, self._make_id),
             is_parallel=body.parallel_tool_calls,
         )
 
+    def _reasoning_after(self, prompt: str) -> ReasoningParser | None:
+        body = self._body
+        begun = body.messages[-1].text if body.continue_final_message else ""
+        return None if self._reasoning is None else self._reasoning(prompt, begun)
+
     def sampling_params(self, params: SamplingParams, prompts: PromptReader) -> SamplingParams:
         """Those of the request: marks must be seen, and calls may have to hold to schemas."""
+        if self._is_forced and self._reasoning is not None and prompts.has_special(self._reasoning.marks):
+            self._reasoning = None  # grammars know marks as text only: such a model does not think first
         parsers = (self._reasoning, self._calls)
         marks = [mark for parser in parsers if parser is not None for mark in parser.marks]
         are_special = prompts.has_special(marks)
@@ -120,12 +125,8 @@ class MessageForm:
     def _form_of_calls(self, *, are_marks_text: bool) -> StructuredOutputsParams:
         body, functions = self._body, self._body.callable_functions
         is_one = not body.parallel_tool_calls
-        if body.way == "named":
-            schema = functions[0].schema_of_arguments
-            return StructuredOutputsParams(json=schema, whitespace_pattern=_SPACES)
-        if body.way == "required":
-            schema = calls_schema(functions, is_one=is_one)
-            return StructuredOutputsParams(json=schema, whitespace_pattern=_SPACES)
+        if self._is_forced:
+            return forced_form(self._forced_schema())
         assert self._calls is not None
         grammar = strict_grammar(self._calls, functions, is_one=is_one) if are_marks_text else None
         if grammar is None:
@@ -136,6 +137,17 @@ class MessageForm:
                 param="tools",
             )
         return StructuredOutputsParams(grammar=grammar)
+
+    def _forced_schema(self) -> Mapping[str, Any]:
+        body, functions = self._body, self._body.callable_functions
+        if body.way == "named":
+            return functions[0].schema_of_arguments
+        return calls_schema(functions, is_one=not body.parallel_tool_calls)
+
+    def form_after(self, prompt: str) -> StructuredOutputsParams | None:
+        """The form of an answer to this prompt, which says whether reasoning comes first; None: no other."""
+        reasoning = self._reasoning_after(prompt) if self._is_forced else None
+        return None if reasoning is None else forced_form(self._forced_schema(), reasoning)
 
 
 def call_of(call: Call) -> dict[str, Any]:

@@ -42,6 +42,10 @@ class PromptReader:
 
     def decode(self, token_ids: list[int]) -> str:
         tokenizer = self._needed("detokenizing")
+        most = None if self.max_tokens is None else self.max_tokens + 1
+        if most is not None and len(token_ids) > most:
+            text = f"tokens must be at most max_model_len={most}, got {len(token_ids)}"
+            raise ApiError(400, text, param="tokens")
         if outside := [token for token in token_ids if not 0 <= token < len(tokenizer)]:
             raise ApiError(400, f"token id {outside[0]} is out of the vocabulary", param="tokens")
         return tokenizer.decode(token_ids, skip_special_tokens=False)

@@ -22,6 +22,7 @@ _MANY = Field(max_length=4096, fail_fast=True)
 _TokenIds = Annotated[list[int], Field(fail_fast=True)]
 MAX_MESSAGES = 65_536  # with the parts of their contents and their tool calls
 _LISTS_OF_MESSAGES = ("content", "tool_calls")
+_SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _OF_VOCABULARY = Field(max_length=2**19)  # no vocabulary is as large
 
 
@@ -74,7 +75,7 @@ class SamplingFields(Body):
             raise ApiError(
                 400, f"best_of={self.best_of} is not supported here: leave it out", param="best_of"
             )
-        names = {field.name for field in dataclasses.fields(defaults)} & type(self).model_fields.keys()
+        names = self.model_fields_set & _SAMPLING
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
             given["logit_bias"] = _by_token(self.logit_bias)
@@ -258,4 +259,4 @@ TokenizeRequest = Annotated[
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: _TokenIds

@@ -25,6 +25,14 @@ class ReasoningParser(TextParser):
     def _is_thought(self, *, is_opened: bool) -> bool:
         """Whether a text begins with reasoning of which the prompt says nothing."""
 
+    @property
+    def rule(self) -> str:
+        """What may stand ahead of an answer whose form is forced: in the Lark language, with `thought`."""
+        if self._is_closed:
+            return ""
+        is_certain = self._is_open or self._is_thought(is_opened=False)
+        return "thought" if is_certain else f'("{self.marks[0]}" thought)?'
+
     def read(self) -> Reading[None]:
         feed, (opening, closing) = self.feed, self.marks
         if self._is_closed:

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fastapi import Request
@@ -25,6 +25,7 @@ from pjengine.serving.errors import ApiError, bad_request
 from pjengine.serving.metrics import Metrics
 from pjengine.serving.prompt_reader import GivenPrompt, PromptReader
 from pjengine.serving.server_config import ServerConfig
+from pjengine.structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Call:
         GivenPrompt | Callable[[], GivenPrompt]
     ]  # or what reads them, on the tokenizer's thread
     params: SamplingParams
+    # The form of an answer, where it depends on the prompt's text; None: that of `params`.
+    form: Callable[[str], StructuredOutputsParams | None] = lambda prompt: None
     priority: int = 0
     cache_salt: str = ""
     user: str | None = None
@@ -114,14 +117,14 @@ class Service:
         params, output = call.params, None
         watch = self.metrics.watch(params)
         try:
+            if (form := call.form(prompt.get("prompt", ""))) is not None:
+                params = replace(params, structured_outputs=form)
             async with aclosing(self.llm.generate(prompt, params, priority=call.priority)) as outputs:
                 async for output in outputs:
                     watch.see(output)
                     for completion in output.outputs:
                         if completion.finish_reason == "error":
-                            # What nothing fulfils is the caller's mistake, though it is found on the way.
-                            status = 400 if completion.stop_reason == NO_TOKEN[FORBIDDEN] else 500
-                            raise ApiError(status, f"the request failed: {completion.stop_reason}")
+                            raise _failure(str(completion.stop_reason), call)
                         if completion.finish_reason == "abort":
                             raise ApiError(503, "the server is shutting down, and has ended this request")
                     yield output
@@ -205,6 +208,16 @@ class Service:
 
 def service_of(request: Request) -> Service:
     return request.app.state.service
+
+
+def _failure(reason: str, call: Call) -> ApiError:
+    """What a request has failed with, on its way.
+
+    A form that nothing fulfils, or that turns out to be too large, is the caller's mistake even there.
+    """
+    error = bad_request(ValueError(reason), ("structured_outputs",), call.fields)
+    is_callers = reason == NO_TOKEN[FORBIDDEN] or error.param is not None
+    return ApiError(400 if is_callers else 500, f"the request failed: {error.message}", param=error.param)
 
 
 def _changed(params: SamplingParams) -> dict[str, Any]:

@@ -15,8 +15,11 @@ _SEND_S = 60.0  # for one part of a stream: a client that does not read holds pa
 _LAST_WORDS_S = 5.0  # for the end of a stream, where its client may have ceased to read
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def dumps(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _JSON.encode(value).encode()
 
 
 def event(value: Any) -> bytes:
@@ -132,15 +135,20 @@ class ObjectStream(StreamAnswer):
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Runs `work`; if the client leaves, ends it at once and returns when it has ended."""
+    limit = asyncio.timeout(None)
 
-    async def disconnected() -> None:
+    async def end_when_left() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        limit.reschedule(0)
 
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(disconnected())]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async with limit:
+            watcher = asyncio.create_task(end_when_left())
+            try:
+                await work
+            finally:
+                watcher.cancel()
+    except TimeoutError:
+        if not limit.expired():
+            raise

@@ -104,6 +104,18 @@ def test_what_the_cache_holds_is_not_traced(programs: Any, maker: GatedMaker) ->
     assert maker.lowered() == ["b"]
 
 
+def test_what_is_dropped_while_it_is_made_never_becomes_ready(programs: Any, maker: GatedMaker) -> None:
+    programs.start(["a", "b"])
+    assert maker.begun.acquire(timeout=TIMEOUT_S)  # the trace of a is under way
+    programs.drop("a")
+    maker.open_all()
+    programs.wait(["b"])
+    programs.drop("b")
+    assert not programs.ready and not programs.is_under_way(["a", "b"])
+    programs.wait(["a", "b"])  # they are made anew
+    assert programs.ready.keys() == {"a", "b"}
+
+
 def test_a_failure_is_told_to_who_waits_for_it_and_is_tried_again(
     programs: Any, maker: GatedMaker, caplog: pytest.LogCaptureFixture
 ) -> None:

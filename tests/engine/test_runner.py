@@ -138,6 +138,34 @@ def test_edits_can_be_made_once_their_largest_programs_are_there() -> None:
     runner.close()
 
 
+def test_of_programs_with_room_for_edits_only_those_used_last_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pjengine import runner as module
+    from pjengine.edits import Edits
+
+    monkeypatch.setattr(module, "MAX_EDITING", 4)
+    runner = make_runner(max_num_seqs=1, max_num_batched_tokens=16)
+    plain, _ = runner.layouts()
+    runner.program_for(plain)
+
+    def ask(edits: Edits) -> set[Any]:
+        needs = needs_of(edits)
+        while not runner.can_edit(needs, lambda: needs):
+            runner.wait_for_programs()
+        assert plain in runner.programs and len(runner.programs) <= 1 + 4
+        return set(runner.programs)
+
+    first = ask(Edits(allowed=(1,)))
+    second = ask(Edits(bias={1: 1.0}))
+    assert second > first and len(second) == 5
+    assert ask(Edits(allowed=(1,))) == second  # used again, it outlives the other
+    assert ask(Edits(bad_words=((1,),))) & second == first
+    for num_logprobs in (1, 3, 7):
+        ask(Edits(num_logprobs=num_logprobs))
+    runner.close()
+
+
 def test_a_program_that_fails_is_told_once_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from pjengine.edits import Edits
     from pjengine.programs import CompilationError

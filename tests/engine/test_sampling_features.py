@@ -489,3 +489,6 @@ def test_equal_bad_words_are_encoded_once() -> None:
     resolver = Resolver(tokenizer=tokenizer, vocab_size=9, eos_token_ids=frozenset(), max_logprobs=0)
     edits = resolver.edits(SamplingParams(bad_words=["ab"] * 1000))
     assert (edits.bad_words, CountingEncoder.texts) == (((2,), (3,)), ["ab", " ab"])
+    with pytest.raises(ValueError, match="at most 65536 characters together, got 65540"):
+        resolver.edits(SamplingParams(bad_words=[f"{i:04}" for i in range(10_000)] + ["a" * 25_540]))
+    assert len(CountingEncoder.texts) == 2

@@ -180,6 +180,8 @@ def test_a_marker_ends_the_middle_as_eos_does(filling: Client) -> None:
         ({"echo": True}, "echo"),
         ({"truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
         ({"suffix": "\ud800"}, "suffix"),
+        ({"suffix": "a" * 1_000_000}, "suffix"),
+        ({"prompt": "a" * 1_000_000}, "prompt"),
     ],
 )
 def test_what_does_not_go_with_a_suffix_is_refused(

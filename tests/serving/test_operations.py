@@ -42,8 +42,10 @@ def test_texts_become_tokens_and_tokens_texts(client: Client) -> None:
     }
     assert client.answer("/tokenize", prompt="")["count"] == 0
     assert client.answer("/detokenize", tokens=[*tokens, 0])["prompt"] == "import os<|endoftext|>"
-    status, error = client.error("/detokenize", tokens=[4096])
-    assert (status, error["param"]) == (400, "tokens")
+    for refused in ([4096], [0] * 1025):
+        status, error = client.error("/detokenize", tokens=refused)
+        assert (status, error["param"]) == (400, "tokens")
+    assert "at most max_model_len=1024, got 1025" in error["message"]
 
 
 def read_metrics(client: Client, prefix: str = "pjengine") -> dict[str, float]:

@@ -97,6 +97,23 @@ def test_the_plain_route_takes_structured_outputs(client: Client) -> None:
     assert (status, error["param"]) == (400, "response_format")
 
 
+# Its states are few at first, and later beyond all bounds.
+GROWING = "x{60}([a-d]*a[a-d]{60}|[a-d]*b[a-d]{61}|[a-d]*c[a-d]{62}|[a-d]*d[a-d]{63}){9}"
+
+
+def test_a_grammar_that_fails_part_way_is_the_callers_mistake(client: Client) -> None:
+    fields = {**BODIES[COMPLETIONS], "structured_outputs": {"regex": GROWING}}
+    status, error = client.error(COMPLETIONS, **fields)
+    assert (status, error["param"]) == (400, "structured_outputs")
+    assert f"structured_outputs.regex={GROWING!r:.80} cannot be followed any further" in error["message"]
+    assert "too many" in error["message"]
+    *parts, last = client.events(COMPLETIONS, **fields)
+    assert "".join(part["choices"][0]["text"] for part in parts).startswith("x" * 60)
+    assert last == {"error": error}
+    [choice] = client.answer(COMPLETIONS, prompt="x", structured_outputs={"choice": ["yes"]})["choices"]
+    assert choice["text"] == "yes"
+
+
 def test_a_grammar_that_takes_long_to_compile_holds_up_nobody_else(llm: Any) -> None:
     from pjengine import SamplingParams, StructuredOutputsParams
 

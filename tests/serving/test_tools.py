@@ -401,6 +401,62 @@ def test_reasoning_is_split_or_left_out(llm: Any) -> None:
     assert "".join(chunk["delta"]["content"] for chunk in chunks) == "Yes."
 
 
+@pytest.mark.parametrize(
+    ("parser", "prompt", "good", "bad"),
+    [
+        ("deepseek_r1", "", "Hm. {\n</think>\n\nJSON", "JSON</think>JSON"),
+        ("deepseek_r1", "</think>\n", "JSON", "Hm."),
+        ("qwen3", "<think>\n", "Hm.</think>JSON", "Hm.</think>Yes."),
+        ("qwen3", "", "<think>Hm.</think>\nJSON", "Hm."),
+        ("qwen3", "", "JSON", "<think>Hm.</think>Yes."),
+    ],
+)
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_model_thinks_before_a_call_that_is_forced(
+    llm: Any, parser: str, prompt: str, good: str, bad: str, choice: Any
+) -> None:
+    from pjengine.serving.message_reader import MessageForm
+    from pjengine.serving.protocol import ChatRequest
+
+    config = make_client(llm, reasoning_parser=parser).service.config
+    body = ChatRequest.model_validate({"messages": [USER], "tools": [WEATHER], "tool_choice": choice})
+    form = MessageForm(body, config)
+    wanted = form.form_after(prompt)
+    assert wanted is not None
+    arguments = '{"city": "Paris"}'
+    call = f'[{{"name": "get_weather", "parameters": {arguments}}}]' if choice == "required" else arguments
+
+    def error(text: str) -> str:
+        matcher = llm.engine._preparation.grammars.matcher(wanted)
+        for token in llm.engine.tokenizer.encode(text, add_special_tokens=False):
+            matcher.consume(token)
+        return matcher.error
+
+    text = good.replace("JSON", call)
+    assert not error(text) and "doesn't satisfy" in error(bad.replace("JSON", call[1:]))
+    parts = form.reader(prompt).push(text, is_last=True)
+    assert (parts.reasoning.strip(), parts.content) == (
+        ("Hm. {" if "{" in good else "Hm.") * ("Hm" in good),
+        "",
+    )
+    assert [own.arguments for own in parts.calls] == [arguments]
+
+
+def test_a_forced_call_behind_reasoning_comes_from_the_engine(llm: Any) -> None:
+    client = make_client(llm, reasoning_parser="qwen3")
+    fields = {"tools": [CLOCK], "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1}
+    mark = llm.engine.tokenizer.encode("<", add_special_tokens=False)[0]
+    for bias, thinks in ((100, True), (-100, False)):
+        body = {"messages": [USER], "seed": 1, "max_tokens": 200, **fields, "logit_bias": {str(mark): bias}}
+        [choice] = client.answer(PATH, **body)["choices"]
+        message = choice["message"]
+        assert (message["reasoning"] is not None) == thinks, message
+        if not thinks:
+            [call] = message["tool_calls"]
+            assert call["function"] == {"name": "get_time", "arguments": "{}"}
+    client.assert_idle()
+
+
 def test_tokens_are_shown_even_where_they_settle_nothing(llm: Any) -> None:
     client = make_client(llm, **AUTO)
     chunks = Answers(client, tools=[CLOCK], stream=True, return_token_ids=True).stream("a<tool_box>")
