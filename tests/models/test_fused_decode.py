@@ -29,8 +29,11 @@ CONFIG = dataclasses.replace(
 def run(
     model: Llama, params: Any, cache: KVCache, num_seqs: int, backend: str | None, start: Any = 5
 ) -> tuple[Any, KVCache]:
-    """One decode step of sequences of `start` tokens, and one more, and so on, the last of them padding."""
-    positions = start + jnp.arange(num_seqs, dtype=jnp.int32)
+    """One decode step of sequences of `start` tokens, and one more, and so on, the last of them padding.
+
+    After those of 15, which fill their page, come those of none.
+    """
+    positions = (start + jnp.arange(num_seqs, dtype=jnp.int32)) % 16
     table = 1 + jnp.arange(num_seqs, dtype=jnp.int32)[:, None]
     is_padding = jnp.arange(num_seqs) == num_seqs - 1 if num_seqs > 1 else jnp.zeros(1, bool)
     batch = Batch(
