@@ -17,8 +17,11 @@ _OURS: Mapping[str, str] = {
     "GPT2LMHeadModel": "gpt2.GPT2",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",
-    "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "LlamaForCausalLM": "llama.Llama",
+}
+# What the first checkpoints of an architecture call it -> its name here.
+OLD_NAMES: Mapping[str, str] = {
+    "LLaMAForCausalLM": "LlamaForCausalLM",
 }
 _registered: dict[str, type[Decoder]] = {}
 
@@ -37,7 +40,7 @@ def register(name: str, architecture: type) -> None:
 
 
 def known_architectures() -> list[str]:
-    return sorted({*_OURS, *_registered})
+    return sorted({*_OURS, *OLD_NAMES, *_registered})
 
 
 def architecture(name: str) -> type[Decoder]:
@@ -48,6 +51,7 @@ def architecture(name: str) -> type[Decoder]:
     """
     if name in _registered:
         return _registered[name]
+    name = OLD_NAMES.get(name, name)
     if name not in _OURS:
         raise ValueError(
             f"architecture {name!r} is not supported; supported: {', '.join(known_architectures())}"
@@ -85,7 +89,7 @@ def parse_config(config: object) -> ModelConfig:
             f"config.json must name one of the architectures {', '.join(known)}, "
             f"got architectures={reprlib.repr(names)}"
         )
-    reader = ConfigReader(config, name)
+    reader = ConfigReader(config, name if name in _registered else OLD_NAMES.get(name, name))
     found = architecture(name).read_config(reader)
     refuse_unread(reader)
     return found
