@@ -138,7 +138,8 @@ FALCON_BASE: Config = dict(
 )
 RW: Config = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
 # transformers rounds to bfloat16 the slopes and then slope × position; it scales scores and ALiBi together
-# by 1/√head_dim. Slopes of up to 8 heads are powers of two: here nothing is rounded.
+# by 1/√head_dim. Slopes of up to 8 heads are powers of two: here nothing is rounded. Its eager attention adds
+# ALiBi twice, once with the mask; the published code and transformers' other kernels once.
 FALCON = Family(
     architecture="FalconForCausalLM",
     base=FALCON_BASE,
@@ -156,6 +157,7 @@ FALCON = Family(
     },
     old=_old_falcon,
     draws={"embedding_scale": 0.2},
+    attention="sdpa",
 )
 FALCON_11B = Family(  # younger than RWForCausalLM
     architecture="FalconForCausalLM",
