@@ -14,6 +14,8 @@ from pjengine.models.json_values import TEXTS, check_values
 
 # "module.Class" within this package, imported when it is first asked for.
 _OURS: Mapping[str, str] = {
+    "BaiChuanForCausalLM": "baichuan.Baichuan",  # of 7B, the first one
+    "BaichuanForCausalLM": "baichuan.Baichuan",
     "GPT2LMHeadModel": "gpt2.GPT2",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",

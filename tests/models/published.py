@@ -21,6 +21,15 @@ class Published:
     wrong: tuple[tuple[Config, str], ...] = field(default=())
 
 
+# Baichuan-7B has no `model_max_length`, and 13B no `max_position_embeddings`.
+_BAICHUAN_7B = dict(
+    vocab_size=64000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32, max_position_embeddings=4096,
+)  # fmt: skip
+_BAICHUAN_13B = dict(
+    vocab_size=64000, hidden_size=5120, intermediate_size=13696, num_hidden_layers=40,
+    num_attention_heads=40, model_max_length=4096,
+)  # fmt: skip
 _GPT2 = dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024)
 _PYTHIA = dict(
     vocab_size=50688, hidden_size=5120, intermediate_size=20480, num_hidden_layers=36,
@@ -40,6 +49,22 @@ _LLAMA_3_8B = dict(
 )  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
+    "BaiChuanForCausalLM": Published(
+        sizes={"Baichuan-7B": (_BAICHUAN_7B, 7_000_559_616)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        wrong=(
+            ({"hidden_size": 5120}, "a Baichuan of hidden_size 5120 has ALiBi"),
+            ({"rope_theta": 1e6}, "rope_theta=1000000.0, which .* not know for BaiChuanForCausalLM"),
+        ),
+    ),
+    "BaichuanForCausalLM": Published(
+        sizes={
+            "Baichuan-13B": (_BAICHUAN_13B, 13_264_901_120),
+            "Baichuan2-7B": ({**_BAICHUAN_7B, "vocab_size": 125696}, 7_505_973_248),
+            "Baichuan2-13B": ({**_BAICHUAN_13B, "vocab_size": 125696}, 13_896_668_160),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+    ),
     "GPT2LMHeadModel": Published(
         sizes={
             "GPT-2": (_GPT2, 124_439_808),
