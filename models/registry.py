@@ -16,6 +16,7 @@ from pjengine.models.json_values import TEXTS, check_values
 _OURS: Mapping[str, str] = {
     "BaiChuanForCausalLM": "baichuan.Baichuan",  # of 7B, the first one
     "BaichuanForCausalLM": "baichuan.Baichuan",
+    "BloomForCausalLM": "bloom.Bloom",
     "GPT2LMHeadModel": "gpt2.GPT2",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",

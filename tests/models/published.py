@@ -30,6 +30,7 @@ _BAICHUAN_13B = dict(
     vocab_size=64000, hidden_size=5120, intermediate_size=13696, num_hidden_layers=40,
     num_attention_heads=40, model_max_length=4096,
 )  # fmt: skip
+_BLOOM_7B = dict(vocab_size=250880, n_embed=4096, n_layer=30, num_attention_heads=32, pretraining_tp=4)
 _GPT2 = dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024)
 _PYTHIA = dict(
     vocab_size=50688, hidden_size=5120, intermediate_size=20480, num_hidden_layers=36,
@@ -64,6 +65,17 @@ PUBLISHED: Mapping[str, Published] = {
             "Baichuan2-13B": ({**_BAICHUAN_13B, "vocab_size": 125696}, 13_896_668_160),
         },
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+    ),
+    "BloomForCausalLM": Published(
+        sizes={
+            "BLOOM-7B1": (_BLOOM_7B, 7_069_016_064),
+            "BLOOM": (
+                {**_BLOOM_7B, "n_embed": 14336, "n_layer": 70, "num_attention_heads": 112},
+                176_247_271_424,
+            ),
+        },
+        unsupported=(({"n_inner": 100}, "n_inner must be None or 256, got 100"),),
+        wrong=(({"n_embed": 128}, "one value for hidden_size and n_embed, got .*64.*128"),),
     ),
     "GPT2LMHeadModel": Published(
         sizes={
