@@ -17,6 +17,7 @@ _OURS: Mapping[str, str] = {
     "BaiChuanForCausalLM": "baichuan.Baichuan",  # of 7B, the first one
     "BaichuanForCausalLM": "baichuan.Baichuan",
     "BloomForCausalLM": "bloom.Bloom",
+    "FalconForCausalLM": "falcon.Falcon",
     "GPT2LMHeadModel": "gpt2.GPT2",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",
@@ -25,6 +26,7 @@ _OURS: Mapping[str, str] = {
 # What the first checkpoints of an architecture call it -> its name here.
 OLD_NAMES: Mapping[str, str] = {
     "LLaMAForCausalLM": "LlamaForCausalLM",
+    "RWForCausalLM": "FalconForCausalLM",
 }
 _registered: dict[str, type[Decoder]] = {}
 

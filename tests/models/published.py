@@ -31,6 +31,19 @@ _BAICHUAN_13B = dict(
     num_attention_heads=40, model_max_length=4096,
 )  # fmt: skip
 _BLOOM_7B = dict(vocab_size=250880, n_embed=4096, n_layer=30, num_attention_heads=32, pretraining_tp=4)
+_FALCON_7B = dict(vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71)
+_FALCON_40B = dict(
+    vocab_size=65024, hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, num_kv_heads=8,
+    new_decoder_architecture=True,
+)  # fmt: skip
+_FALCON_11B = dict(
+    num_attention_heads=32, hidden_size=4096, num_ln_in_parallel_attn=1, tie_word_embeddings=False,
+    ffn_hidden_size=16384, ff_factor=4, max_position_embeddings=8192, rope_theta=500042.0,
+)  # fmt: skip
+_FALCON_RW = dict(
+    vocab_size=50304, hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, alibi=True,
+    multi_query=False, parallel_attn=False, bias=True,
+)  # fmt: skip
 _GPT2 = dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024)
 _PYTHIA = dict(
     vocab_size=50688, hidden_size=5120, intermediate_size=20480, num_hidden_layers=36,
@@ -76,6 +89,25 @@ PUBLISHED: Mapping[str, Published] = {
         },
         unsupported=(({"n_inner": 100}, "n_inner must be None or 256, got 100"),),
         wrong=(({"n_embed": 128}, "one value for hidden_size and n_embed, got .*64.*128"),),
+    ),
+    "FalconForCausalLM": Published(
+        sizes={
+            "Falcon-7B": (_FALCON_7B, 6_921_720_704),
+            "Falcon-40B": (_FALCON_40B, 41_303_293_952),
+            "Falcon-180B": (
+                {**_FALCON_40B, "hidden_size": 14848, "num_hidden_layers": 80, "num_attention_heads": 232},
+                178_557_088_768,
+            ),
+            "Falcon-11B": ({**_FALCON_40B, **_FALCON_11B}, 11_102_822_400),
+            "Falcon-RW-1B": (_FALCON_RW, 1_311_625_216),
+        },
+        buffers=("h.0.self_attention.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"apply_residual_connection_post_layernorm": True}, "apply_residual_.* must be None or False"),
+            ({"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn must be None or 1, got 2"),
+            ({"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn must be .* True"),
+        ),
+        wrong=(({"n_head": 8}, "one value for num_attention_heads and n_head, got .*7.*8"),),
     ),
     "GPT2LMHeadModel": Published(
         sizes={
