@@ -19,6 +19,7 @@ _OURS: Mapping[str, str] = {
     "BloomForCausalLM": "bloom.Bloom",
     "FalconForCausalLM": "falcon.Falcon",
     "GPT2LMHeadModel": "gpt2.GPT2",
+    "GPTBigCodeForCausalLM": "gpt_bigcode.GPTBigCode",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",
     "LlamaForCausalLM": "llama.Llama",

@@ -45,6 +45,10 @@ _FALCON_RW = dict(
     multi_query=False, parallel_attn=False, bias=True,
 )  # fmt: skip
 _GPT2 = dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024)
+_STARCODER = dict(
+    vocab_size=49152, n_embd=6144, n_layer=40, n_head=48, n_inner=24576, n_positions=8192,
+    activation_function="gelu", multi_query=True,
+)  # fmt: skip
 _PYTHIA = dict(
     vocab_size=50688, hidden_size=5120, intermediate_size=20480, num_hidden_layers=36,
     num_attention_heads=40, rotary_pct=0.25, use_parallel_residual=True,
@@ -122,6 +126,20 @@ PUBLISHED: Mapping[str, Published] = {
             ({"activation_function": "mish"}, "activation_function must be one of silu.* got 'mish'"),
         ),
         wrong=(({"hidden_size": 64}, "one value for n_embd and hidden_size, got .*60.*64"),),
+    ),
+    "GPTBigCodeForCausalLM": Published(
+        sizes={
+            "StarCoder": (_STARCODER, 15_517_456_384),
+            "SantaCoder": (
+                dict(vocab_size=49280, n_embd=2048, n_layer=24, n_head=16, n_inner=8192, n_positions=2048),
+                1_124_886_528,
+            ),
+        },
+        buffers=("h.0.attn.bias", "h.0.attn.masked_bias"),
+        unsupported=(
+            ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx .*False, got True"),
+            ({"num_key_value_heads": 5}, "num_key_value_heads must be None or 1, got 5"),
+        ),
     ),
     "GPTNeoXForCausalLM": Published(
         sizes={"Pythia-12B": (_PYTHIA, 11_846_072_320), "GPT-NeoX-20B": (_NEOX_20B, 20_554_567_680)},
