@@ -20,6 +20,7 @@ _OURS: Mapping[str, str] = {
     "FalconForCausalLM": "falcon.Falcon",
     "GPT2LMHeadModel": "gpt2.GPT2",
     "GPTBigCodeForCausalLM": "gpt_bigcode.GPTBigCode",
+    "GPTJForCausalLM": "gptj.GPTJ",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",
     "LlamaForCausalLM": "llama.Llama",

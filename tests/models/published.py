@@ -49,6 +49,7 @@ _STARCODER = dict(
     vocab_size=49152, n_embd=6144, n_layer=40, n_head=48, n_inner=24576, n_positions=8192,
     activation_function="gelu", multi_query=True,
 )  # fmt: skip
+_GPTJ_6B = dict(vocab_size=50400, n_embd=4096, n_layer=28, n_head=16, n_positions=2048, rotary_dim=64)
 _PYTHIA = dict(
     vocab_size=50688, hidden_size=5120, intermediate_size=20480, num_hidden_layers=36,
     num_attention_heads=40, rotary_pct=0.25, use_parallel_residual=True,
@@ -140,6 +141,15 @@ PUBLISHED: Mapping[str, Published] = {
             ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx .*False, got True"),
             ({"num_key_value_heads": 5}, "num_key_value_heads must be None or 1, got 5"),
         ),
+    ),
+    "GPTJForCausalLM": Published(
+        sizes={"GPT-J-6B": (_GPTJ_6B, 6_050_882_784)},
+        buffers=("h.0.attn.bias", "h.0.attn.masked_bias"),
+        unsupported=(
+            ({"rotary": False}, "rotary must be None or True, got False"),
+            ({"scale_attn_weights": False}, "scale_attn_weights must be None or True, got False"),
+        ),
+        wrong=(({"rotary_dim": 32}, "rotary_dim must be at most head_dim, got 32 and 16"),),
     ),
     "GPTNeoXForCausalLM": Published(
         sizes={"Pythia-12B": (_PYTHIA, 11_846_072_320), "GPT-NeoX-20B": (_NEOX_20B, 20_554_567_680)},
