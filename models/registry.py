@@ -24,10 +24,12 @@ _OURS: Mapping[str, str] = {
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "Gemma2ForCausalLM": "gemma2.Gemma2",
     "LlamaForCausalLM": "llama.Llama",
+    "MptForCausalLM": "mpt.MPT",
 }
 # What the first checkpoints of an architecture call it -> its name here.
 OLD_NAMES: Mapping[str, str] = {
     "LLaMAForCausalLM": "LlamaForCausalLM",
+    "MPTForCausalLM": "MptForCausalLM",
     "RWForCausalLM": "FalconForCausalLM",
 }
 _registered: dict[str, type[Decoder]] = {}

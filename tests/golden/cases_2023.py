@@ -355,6 +355,12 @@ MPT_PUBLISHED = Family(
             "attn_config": MPT_ATTENTION
             | {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "alibi_bias_max": 16},
         },
+        "mpt_learned_positions": {
+            "no_bias": False,
+            "logit_scale": "inv_sqrt_d_model",
+            "attn_config": MPT_ATTENTION
+            | {"attn_type": "multiquery_attention", "alibi": False, "qk_ln": True},
+        },
     },
     old=dict,
     draws={"embedding_scale": 0.2},

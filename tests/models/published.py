@@ -66,6 +66,8 @@ _LLAMA_3_8B = dict(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
     num_attention_heads=32, num_key_value_heads=8,
 )  # fmt: skip
+_MPT_7B = dict(vocab_size=50432, d_model=4096, n_layers=32, n_heads=32, attn_config={"alibi": True})
+_MPT_30B = {**_MPT_7B, "d_model": 7168, "n_layers": 48, "n_heads": 64, "max_seq_len": 8192}
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "BaiChuanForCausalLM": Published(
@@ -176,5 +178,18 @@ PUBLISHED: Mapping[str, Published] = {
         sizes={"Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248)},
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
+    ),
+    "MptForCausalLM": Published(
+        sizes={"MPT-7B": (_MPT_7B, 6_649_286_656), "MPT-30B": (_MPT_30B, 29_957_200_896)},
+        unsupported=(
+            ({"norm_type": "rmsnorm"}, "norm_type must be .*'low_precision_layernorm', got 'rmsnorm'"),
+            ({"attn_config": {"prefix_lm": True}}, "prefix_lm must be None or False, got True"),
+            ({"attn_config": {"attn_uses_sequence_id": True}}, "attn_uses_sequence_id must be None or False"),
+            ({"attn_config": {"attn_type": "other"}}, "attn_type must be .* got 'other'"),
+        ),
+        wrong=(
+            ({"attn_config": {"rope": True}}, "rope=True, which .* not know for attn_config of MptFor"),
+            ({"logit_scale": "other"}, "logit_scale as a finite number, got 'other'"),
+        ),
     ),
 }
