@@ -25,6 +25,7 @@ _OURS: Mapping[str, str] = {
     "Gemma2ForCausalLM": "gemma2.Gemma2",
     "LlamaForCausalLM": "llama.Llama",
     "MptForCausalLM": "mpt.MPT",
+    "OPTForCausalLM": "opt.OPT",
 }
 # What the first checkpoints of an architecture call it -> its name here.
 OLD_NAMES: Mapping[str, str] = {

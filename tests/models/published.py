@@ -68,6 +68,18 @@ _LLAMA_3_8B = dict(
 )  # fmt: skip
 _MPT_7B = dict(vocab_size=50432, d_model=4096, n_layers=32, n_heads=32, attn_config={"alibi": True})
 _MPT_30B = {**_MPT_7B, "d_model": 7168, "n_layers": 48, "n_heads": 64, "max_seq_len": 8192}
+_OPT_125M = dict(
+    vocab_size=50272, hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12,
+    word_embed_proj_dim=768,
+)  # fmt: skip
+_OPT_350M = dict(
+    vocab_size=50272, hidden_size=1024, ffn_dim=4096, num_hidden_layers=24, num_attention_heads=16,
+    word_embed_proj_dim=512, do_layer_norm_before=False,
+)  # fmt: skip
+_GALACTICA_7B = dict(
+    vocab_size=50000, hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32,
+    word_embed_proj_dim=4096, activation_function="gelu", learned_embeddings=True, scale_embeddings=False,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "BaiChuanForCausalLM": Published(
@@ -190,6 +202,18 @@ PUBLISHED: Mapping[str, Published] = {
         wrong=(
             ({"attn_config": {"rope": True}}, "rope=True, which .* not know for attn_config of MptFor"),
             ({"logit_scale": "other"}, "logit_scale as a finite number, got 'other'"),
+        ),
+    ),
+    "OPTForCausalLM": Published(
+        sizes={
+            "OPT-125M": (_OPT_125M, 125_239_296),
+            "OPT-350M": (_OPT_350M, 331_196_416),
+            "Galactica-6.7B": (_GALACTICA_7B, 6_657_359_872),
+        },
+        buffers=("decoder.version",),
+        unsupported=(
+            ({"learned_embeddings": False}, "learned_embeddings must be None or True, got False"),
+            ({"scale_embeddings": True}, "scale_embeddings must be None or False, got True"),
         ),
     ),
 }
