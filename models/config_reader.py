@@ -22,7 +22,7 @@ from pjengine.models.rope import ROPE_KEYS, RopeConfig, parse_rope
 # transformers 4 copied into every config.json, though their place is generation_config.json.
 IGNORED_KEYS = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path
+    _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _from_model_config _name_or_path
     _pre_quantization_dtype architectures attention_dropout attn_implementation auto_map bad_words_ids
     begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample
     early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task

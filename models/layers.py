@@ -32,6 +32,8 @@ def linear(
     out = lax.dot_general(x, weight, (axes, ((), ())), precision=precision, preferred_element_type=out_dtype)
     if bias is None:
         return out
+    # XLA would have cuBLAS add it, and for such products copies each layer's weights out of the stack.
+    out = lax.optimization_barrier(out)
     return out + lax.broadcast_in_dim(bias, out.shape, range(out.ndim - bias.ndim, out.ndim))
 
 

@@ -14,20 +14,27 @@ from pjengine.models.json_values import TEXTS, check_values
 
 # "module.Class" within this package, imported when it is first asked for.
 _OURS: Mapping[str, str] = {
+    "BaiChuanForCausalLM": "baichuan.Baichuan",  # of 7B, the first one
+    "BaichuanForCausalLM": "baichuan.Baichuan",
+    "BloomForCausalLM": "bloom.Bloom",
     "Cohere2ForCausalLM": "cohere.Cohere2",
     "CohereForCausalLM": "cohere.Cohere",
-    "GPT2LMHeadModel": "gpt2.GPT2",
-    "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
+    "FalconForCausalLM": "falcon.Falcon",
     "Gemma2ForCausalLM": "gemma2.Gemma2",
     "Gemma3ForCausalLM": "gemma3.Gemma3",
     "GemmaForCausalLM": "gemma.Gemma",
     "Glm4ForCausalLM": "glm.Glm4",
     "GlmForCausalLM": "glm.Glm",
+    "GPT2LMHeadModel": "gpt2.GPT2",
+    "GPTBigCodeForCausalLM": "gpt_bigcode.GPTBigCode",
+    "GPTJForCausalLM": "gptj.GPTJ",
+    "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
     "GraniteForCausalLM": "granite.Granite",
     "LlamaForCausalLM": "llama.Llama",
-    "LLaMAForCausalLM": "llama.Llama",  # the spelling of the first converted checkpoints
     "MistralForCausalLM": "mistral.Mistral",
+    "MptForCausalLM": "mpt.MPT",
     "Olmo2ForCausalLM": "olmo2.Olmo2",
+    "OPTForCausalLM": "opt.OPT",
     "Phi3ForCausalLM": "phi3.Phi3",
     "PhiForCausalLM": "phi.Phi",
     "Qwen2ForCausalLM": "qwen2.Qwen2",
@@ -35,6 +42,12 @@ _OURS: Mapping[str, str] = {
     "SmolLM3ForCausalLM": "smollm3.SmolLM3",
     "StableLmForCausalLM": "stablelm.StableLM",
     "Starcoder2ForCausalLM": "starcoder2.Starcoder2",
+}
+# What the first checkpoints of an architecture call it -> its name here.
+OLD_NAMES: Mapping[str, str] = {
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+    "MPTForCausalLM": "MptForCausalLM",
+    "RWForCausalLM": "FalconForCausalLM",
 }
 _registered: dict[str, type[Decoder]] = {}
 
@@ -53,7 +66,7 @@ def register(name: str, architecture: type) -> None:
 
 
 def known_architectures() -> list[str]:
-    return sorted({*_OURS, *_registered})
+    return sorted({*_OURS, *OLD_NAMES, *_registered})
 
 
 def architecture(name: str) -> type[Decoder]:
@@ -64,6 +77,7 @@ def architecture(name: str) -> type[Decoder]:
     """
     if name in _registered:
         return _registered[name]
+    name = OLD_NAMES.get(name, name)
     if name not in _OURS:
         raise ValueError(
             f"architecture {name!r} is not supported; supported: {', '.join(known_architectures())}"
@@ -101,7 +115,7 @@ def parse_config(config: object) -> ModelConfig:
             f"config.json must name one of the architectures {', '.join(known)}, "
             f"got architectures={reprlib.repr(names)}"
         )
-    reader = ConfigReader(config, name)
+    reader = ConfigReader(config, name if name in _registered else OLD_NAMES.get(name, name))
     found = architecture(name).read_config(reader)
     refuse_unread(reader)
     return found

@@ -125,6 +125,9 @@ STEPS: Mapping[str, Step] = {
     "llama-8b mixed 1024": Step("llama-8b", 1024, False),
     # Soft caps, windows and heads of 256.
     "gemma2-9b decode 1": Step("gemma2-9b", 1, True),
+    # Biases behind every product; and two products that read the same.
+    "bloom-7b decode 32": Step("bloom-7b", 32, True),
+    "falcon-7b decode 1": Step("falcon-7b", 1, True),
     "opt-125m-llama decode 32 times 4": Step("opt-125m-llama", 32, True, depth=4),
     "opt-125m-llama mixed 1024": Step("opt-125m-llama", 1024, False),
     "opt-125m-llama mixed 32 edits": Step("opt-125m-llama", 32, False, edits=PROMPT_EDITS),

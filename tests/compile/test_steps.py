@@ -27,6 +27,8 @@ KERNELS = {
     "llama-8b decode 256": {"rope_kv_write", "paged_decode", "gated_linear_mosaic", "keep_threshold"},
     "llama-8b mixed 1024": MIXED,
     "gemma2-9b decode 1": {"rope_kv_write", "paged_decode", "keep_threshold"},
+    "bloom-7b decode 32": {"paged_decode", "keep_threshold"},
+    "falcon-7b decode 1": {"rope_kv_write", "paged_decode", "paged_decode_merge", "keep_threshold"},
     "opt-125m-llama decode 32 times 4": FUSED,
     "opt-125m-llama mixed 1024": MIXED,
     "opt-125m-llama mixed 32 edits": {

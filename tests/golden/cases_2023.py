@@ -138,7 +138,8 @@ FALCON_BASE: Config = dict(
 )
 RW: Config = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
 # transformers rounds to bfloat16 the slopes and then slope × position; it scales scores and ALiBi together
-# by 1/√head_dim. Slopes of up to 8 heads are powers of two: here nothing is rounded.
+# by 1/√head_dim. Slopes of up to 8 heads are powers of two: here nothing is rounded. Its eager attention adds
+# ALiBi twice, once with the mask; the published code and transformers' other kernels once.
 FALCON = Family(
     architecture="FalconForCausalLM",
     base=FALCON_BASE,
@@ -156,6 +157,7 @@ FALCON = Family(
     },
     old=_old_falcon,
     draws={"embedding_scale": 0.2},
+    attention="sdpa",
 )
 FALCON_11B = Family(  # younger than RWForCausalLM
     architecture="FalconForCausalLM",
@@ -352,6 +354,12 @@ MPT_PUBLISHED = Family(
             "expansion_ratio": 3,
             "attn_config": MPT_ATTENTION
             | {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "alibi_bias_max": 16},
+        },
+        "mpt_learned_positions": {
+            "no_bias": False,
+            "logit_scale": "inv_sqrt_d_model",
+            "attn_config": MPT_ATTENTION
+            | {"attn_type": "multiquery_attention", "alibi": False, "qk_ln": True},
         },
     },
     old=dict,

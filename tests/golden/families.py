@@ -18,6 +18,7 @@ class Family:
     draws: Mapping[str, float] = field(default_factory=dict)  # what golden.make_weights takes beside a seed
     prompt_lengths: Mapping[str, int] = field(default_factory=dict)  # 40 tokens where not given
     new_tokens: int = 32
+    attention: str = "eager"  # which of transformers' implementations
 
 
 def v4(config: Config, *dropped: str, **fields: Any) -> Config:

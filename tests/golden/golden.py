@@ -29,7 +29,7 @@ BY_ARCHITECTURE: dict[str, list[str]] = {
         "GPTJForCausalLM": "gptj gptj_n_inner",
         "GPTNeoXForCausalLM": "gpt_neox gpt_neox_sequential gpt_neox_full_rotary gpt_neox_head_dim_24",
         "MptForCausalLM": "mpt mpt_clip_qkv mpt_6_heads",
-        "MPTForCausalLM": "mpt_qk_ln mpt_kv_n_heads",
+        "MPTForCausalLM": "mpt_qk_ln mpt_kv_n_heads mpt_learned_positions",
         "OPTForCausalLM": "opt opt_post_norm opt_no_bias opt_no_final_norm",
         "Qwen2ForCausalLM": "qwen2 qwen2_tied qwen2_window",
         "Qwen3ForCausalLM": "qwen3 qwen3_tied qwen3_window",

@@ -53,6 +53,7 @@ class Transformers:
             "architectures": [family.architecture]
         }
         self.hf_config = config
+        self.attention = family.attention
 
     def fill(self, weights: dict[str, np.ndarray]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +61,7 @@ class Transformers:
             tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
             save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
             self.model, info = self.kind.from_pretrained(
-                folder, attn_implementation="eager", output_loading_info=True
+                folder, attn_implementation=self.attention, output_loading_info=True
             )
         assert not any(info.values()), info
 

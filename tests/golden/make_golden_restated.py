@@ -104,9 +104,10 @@ def baichuan(config: dict[str, Any], weights: Weights, tokens: Tensor) -> Tensor
 
 def mpt_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
     hidden, inner = config["d_model"], config["d_model"] * config["expansion_ratio"]
-    num_kv_heads = config["attn_config"].get("kv_n_heads", config["n_heads"])
-    kv = hidden // config["n_heads"] * num_kv_heads
+    kv = hidden // config["n_heads"] * mpt_kv_heads(config)
     shapes = {"transformer.wte.weight": [config["vocab_size"], hidden], "transformer.norm_f.weight": [hidden]}
+    if not config["attn_config"]["alibi"]:
+        shapes["transformer.wpe.weight"] = [config["max_seq_len"], hidden]
     for i in range(config["n_layers"]):
         shapes |= {
             f"transformer.blocks.{i}.norm_1.weight": [hidden],
@@ -119,28 +120,39 @@ def mpt_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
         if config["attn_config"]["qk_ln"]:
             shapes[f"transformer.blocks.{i}.attn.q_ln.weight"] = [hidden]
             shapes[f"transformer.blocks.{i}.attn.k_ln.weight"] = [kv]
+    if not config["no_bias"]:
+        biases = {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()}
+        shapes |= {
+            name: shape for name, shape in biases.items() if ".wte." not in name and ".wpe." not in name
+        }
     return shapes
 
 
+def mpt_kv_heads(config: dict[str, Any]) -> int:
+    about = config["attn_config"]
+    default = 1 if about["attn_type"] == "multiquery_attention" else config["n_heads"]
+    return about.get("kv_n_heads", default)
+
+
 def mpt(config: dict[str, Any], weights: Weights, tokens: Tensor) -> Tensor:
-    """Norms have no bias (no_bias); qk_ln norms all heads' channels together, after the clamp of clip_qkv."""
+    """qk_ln norms all heads' channels together, after the clamp of clip_qkv; no_bias is of norms as well."""
     about, num_heads = config["attn_config"], config["n_heads"]
     head_dim = config["d_model"] // num_heads
-    num_kv_heads = about.get("kv_n_heads", num_heads)
-    slopes = mpt_slopes(num_heads, about["alibi_bias_max"])
+    num_kv_heads = mpt_kv_heads(config)
+    slopes = mpt_slopes(num_heads, about["alibi_bias_max"]) if about["alibi"] else None
+
+    def both(name: str) -> tuple[Tensor, Tensor | None]:
+        return weights[f"transformer.{name}.weight"], weights.get(f"transformer.{name}.bias")
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return functional.layer_norm(x, x.shape[-1:], weights[f"transformer.{name}.weight"])
+        return functional.layer_norm(x, x.shape[-1:], *both(name))
 
     x = weights["transformer.wte.weight"][tokens]
+    if slopes is None:
+        x = x + weights["transformer.wpe.weight"][: len(tokens)]
     for i in range(config["n_layers"]):
         block = f"blocks.{i}"
-        own = {
-            key.removeprefix(f"transformer.{block}."): value
-            for key, value in weights.items()
-            if key.startswith(f"transformer.{block}.")
-        }
-        qkv = norm(x, f"{block}.norm_1") @ own["attn.Wqkv.weight"].T
+        qkv = functional.linear(norm(x, f"{block}.norm_1"), *both(f"{block}.attn.Wqkv"))
         if about["clip_qkv"] is not None:
             qkv = qkv.clamp(-about["clip_qkv"], about["clip_qkv"])
         sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
@@ -149,10 +161,13 @@ def mpt(config: dict[str, Any], weights: Weights, tokens: Tensor) -> Tensor:
             q, k = norm(q, f"{block}.attn.q_ln"), norm(k, f"{block}.attn.k_ln")
         q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in (q, k, v))
         scale = head_dim**-0.5 if about["softmax_scale"] is None else about["softmax_scale"]
-        x = x + attend(q, k, v, scale=scale, slopes=slopes) @ own["attn.out_proj.weight"].T
-        inner = functional.gelu(norm(x, f"{block}.norm_2") @ own["ffn.up_proj.weight"].T)
-        x = x + inner @ own["ffn.down_proj.weight"].T
-    return norm(x, "norm_f") @ weights["transformer.wte.weight"].T
+        out = attend(q, k, v, scale=scale, slopes=slopes)
+        x = x + functional.linear(out, *both(f"{block}.attn.out_proj"))
+        inner = functional.gelu(functional.linear(norm(x, f"{block}.norm_2"), *both(f"{block}.ffn.up_proj")))
+        x = x + functional.linear(inner, *both(f"{block}.ffn.down_proj"))
+    logits = norm(x, "norm_f") @ weights["transformer.wte.weight"].T
+    scale = config["logit_scale"]
+    return logits * (config["d_model"] ** -0.5 if scale == "inv_sqrt_d_model" else scale or 1)
 
 
 Shapes = Callable[[dict[str, Any]], dict[str, list[int]]]

@@ -160,8 +160,77 @@ _GLM4_32B = dict(
     vocab_size=151552, hidden_size=6144, intermediate_size=23040, num_hidden_layers=61,
     num_attention_heads=48, num_key_value_heads=2, attention_bias=False,
 )  # fmt: skip
+# Baichuan-7B has no `model_max_length`, and 13B no `max_position_embeddings`.
+_BAICHUAN_7B = dict(
+    vocab_size=64000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32, max_position_embeddings=4096,
+)  # fmt: skip
+_BAICHUAN_13B = dict(
+    vocab_size=64000, hidden_size=5120, intermediate_size=13696, num_hidden_layers=40,
+    num_attention_heads=40, model_max_length=4096,
+)  # fmt: skip
+_BLOOM_7B = dict(vocab_size=250880, n_embed=4096, n_layer=30, num_attention_heads=32, pretraining_tp=4)
+_FALCON_7B = dict(vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71)
+_FALCON_40B = dict(
+    vocab_size=65024, hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, num_kv_heads=8,
+    new_decoder_architecture=True,
+)  # fmt: skip
+_FALCON_11B = dict(
+    num_attention_heads=32, hidden_size=4096, num_ln_in_parallel_attn=1, tie_word_embeddings=False,
+    ffn_hidden_size=16384, ff_factor=4, max_position_embeddings=8192, rope_theta=500042.0,
+)  # fmt: skip
+_FALCON_RW = dict(
+    vocab_size=50304, hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, alibi=True,
+    multi_query=False, parallel_attn=False, bias=True,
+)  # fmt: skip
+_STARCODER = dict(
+    vocab_size=49152, n_embd=6144, n_layer=40, n_head=48, n_inner=24576, n_positions=8192,
+    activation_function="gelu", multi_query=True,
+)  # fmt: skip
+_GPTJ_6B = dict(vocab_size=50400, n_embd=4096, n_layer=28, n_head=16, n_positions=2048, rotary_dim=64)
+_MPT_7B = dict(vocab_size=50432, d_model=4096, n_layers=32, n_heads=32, attn_config={"alibi": True})
+_MPT_30B = {**_MPT_7B, "d_model": 7168, "n_layers": 48, "n_heads": 64, "max_seq_len": 8192}
+_OPT_125M = dict(
+    vocab_size=50272, hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12,
+    word_embed_proj_dim=768,
+)  # fmt: skip
+_OPT_350M = dict(
+    vocab_size=50272, hidden_size=1024, ffn_dim=4096, num_hidden_layers=24, num_attention_heads=16,
+    word_embed_proj_dim=512, do_layer_norm_before=False,
+)  # fmt: skip
+_GALACTICA_7B = dict(
+    vocab_size=50000, hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32,
+    word_embed_proj_dim=4096, activation_function="gelu", learned_embeddings=True, scale_embeddings=False,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
+    "BaiChuanForCausalLM": Published(
+        sizes={"Baichuan-7B": (_BAICHUAN_7B, 7_000_559_616)},
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        wrong=(
+            ({"hidden_size": 5120}, "a Baichuan of hidden_size 5120 has ALiBi"),
+            ({"rope_theta": 1e6}, "rope_theta=1000000.0, which .* not know for BaiChuanForCausalLM"),
+        ),
+    ),
+    "BaichuanForCausalLM": Published(
+        sizes={
+            "Baichuan-13B": (_BAICHUAN_13B, 13_264_901_120),
+            "Baichuan2-7B": ({**_BAICHUAN_7B, "vocab_size": 125696}, 7_505_973_248),
+            "Baichuan2-13B": ({**_BAICHUAN_13B, "vocab_size": 125696}, 13_896_668_160),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+    ),
+    "BloomForCausalLM": Published(
+        sizes={
+            "BLOOM-7B1": (_BLOOM_7B, 7_069_016_064),
+            "BLOOM": (
+                {**_BLOOM_7B, "n_embed": 14336, "n_layer": 70, "num_attention_heads": 112},
+                176_247_271_424,
+            ),
+        },
+        unsupported=(({"n_inner": 100}, "n_inner must be None or 256, got 100"),),
+        wrong=(({"n_embed": 128}, "one value for hidden_size and n_embed, got .*64.*128"),),
+    ),
     "Cohere2ForCausalLM": Published(
         sizes={"Command R7B": (_COMMAND_R7B, 8_028_033_024), "Command A": (_COMMAND_A, 111_057_580_032)},
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
@@ -188,6 +257,25 @@ PUBLISHED: Mapping[str, Published] = {
         unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
         wrong=(({"use_parallel_block": True}, "use_parallel_block=True, which .* for CohereForCausalLM"),),
     ),
+    "FalconForCausalLM": Published(
+        sizes={
+            "Falcon-7B": (_FALCON_7B, 6_921_720_704),
+            "Falcon-40B": (_FALCON_40B, 41_303_293_952),
+            "Falcon-180B": (
+                {**_FALCON_40B, "hidden_size": 14848, "num_hidden_layers": 80, "num_attention_heads": 232},
+                178_557_088_768,
+            ),
+            "Falcon-11B": ({**_FALCON_40B, **_FALCON_11B}, 11_102_822_400),
+            "Falcon-RW-1B": (_FALCON_RW, 1_311_625_216),
+        },
+        buffers=("h.0.self_attention.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"apply_residual_connection_post_layernorm": True}, "apply_residual_.* must be None or False"),
+            ({"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn must be None or 1, got 2"),
+            ({"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn must be .* True"),
+        ),
+        wrong=(({"n_head": 8}, "one value for num_attention_heads and n_head, got .*7.*8"),),
+    ),
     "GPT2LMHeadModel": Published(
         sizes={
             "GPT-2": (_GPT2, 124_439_808),
@@ -201,6 +289,29 @@ PUBLISHED: Mapping[str, Published] = {
             ({"activation_function": "mish"}, "activation_function must be one of silu.* got 'mish'"),
         ),
         wrong=(({"hidden_size": 64}, "one value for n_embd and hidden_size, got .*60.*64"),),
+    ),
+    "GPTBigCodeForCausalLM": Published(
+        sizes={
+            "StarCoder": (_STARCODER, 15_517_456_384),
+            "SantaCoder": (
+                dict(vocab_size=49280, n_embd=2048, n_layer=24, n_head=16, n_inner=8192, n_positions=2048),
+                1_124_886_528,
+            ),
+        },
+        buffers=("h.0.attn.bias", "h.0.attn.masked_bias"),
+        unsupported=(
+            ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx .*False, got True"),
+            ({"num_key_value_heads": 5}, "num_key_value_heads must be None or 1, got 5"),
+        ),
+    ),
+    "GPTJForCausalLM": Published(
+        sizes={"GPT-J-6B": (_GPTJ_6B, 6_050_882_784)},
+        buffers=("h.0.attn.bias", "h.0.attn.masked_bias"),
+        unsupported=(
+            ({"rotary": False}, "rotary must be None or True, got False"),
+            ({"scale_attn_weights": False}, "scale_attn_weights must be None or True, got False"),
+        ),
+        wrong=(({"rotary_dim": 32}, "rotary_dim must be at most head_dim, got 32 and 16"),),
     ),
     "GPTNeoXForCausalLM": Published(
         sizes={"Pythia-12B": (_PYTHIA, 11_846_072_320), "GPT-NeoX-20B": (_NEOX_20B, 20_554_567_680)},
@@ -278,6 +389,31 @@ PUBLISHED: Mapping[str, Published] = {
         wrong=(
             ({"sliding_window": 0}, "sliding_window as an integer > 0, got 0"),
             ({"attention_bias": True}, "attention_bias=True, which .* not know for MistralForCausalLM"),
+        ),
+    ),
+    "MptForCausalLM": Published(
+        sizes={"MPT-7B": (_MPT_7B, 6_649_286_656), "MPT-30B": (_MPT_30B, 29_957_200_896)},
+        unsupported=(
+            ({"norm_type": "rmsnorm"}, "norm_type must be .*'low_precision_layernorm', got 'rmsnorm'"),
+            ({"attn_config": {"prefix_lm": True}}, "prefix_lm must be None or False, got True"),
+            ({"attn_config": {"attn_uses_sequence_id": True}}, "attn_uses_sequence_id must be None or False"),
+            ({"attn_config": {"attn_type": "other"}}, "attn_type must be .* got 'other'"),
+        ),
+        wrong=(
+            ({"attn_config": {"rope": True}}, "rope=True, which .* not know for attn_config of MptFor"),
+            ({"logit_scale": "other"}, "logit_scale as a finite number, got 'other'"),
+        ),
+    ),
+    "OPTForCausalLM": Published(
+        sizes={
+            "OPT-125M": (_OPT_125M, 125_239_296),
+            "OPT-350M": (_OPT_350M, 331_196_416),
+            "Galactica-6.7B": (_GALACTICA_7B, 6_657_359_872),
+        },
+        buffers=("decoder.version",),
+        unsupported=(
+            ({"learned_embeddings": False}, "learned_embeddings must be None or True, got False"),
+            ({"scale_embeddings": True}, "scale_embeddings must be None or False, got True"),
         ),
     ),
     "Olmo2ForCausalLM": Published(
