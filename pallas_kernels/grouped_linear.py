@@ -1,0 +1,403 @@
+"""Gated MLPs of experts: each token's rows times the weights of the experts that it was routed to.
+
+A *pair* is a token and one of its choices. The pairs are sorted by expert and cut into blocks of one expert
+each, so that a block's rows share its weights, which are read where they lie in the stack of all layers; no
+weight of an expert that nobody chose is read. Two kernels: gate and up with the activation, a row for each
+pair; then down, times the router's weight. XLA adds up each token's pairs.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pjengine.pallas_kernels.dispatch import dispatch
+
+
+class Routing(NamedTuple):
+    """Where a router sends its tokens."""
+
+    experts: Int[Array, "t c"]  # an id that no expert has stands for nothing, as of padding, and costs nothing
+    weights: Float[Array, "t c"]
+
+
+class ExpertWeights(NamedTuple):
+    """Of the gated MLPs of all layers and experts; of `gate_up`, the first half are the gates."""
+
+    gate_up: Float[Array, "layers experts e 2 i"]
+    down: Float[Array, "layers experts i e"]
+    gate_up_bias: Float[Array, "layers experts 2 i"] | None = None
+    down_bias: Float[Array, "layers experts e"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """`(up + up_offset) * gate * sigmoid(alpha * gate)`: by default `silu(gate) * up`."""
+
+    alpha: float = 1.0
+    limit: float | None = None  # gates are cut off above it, ups above it and below -limit
+    up_offset: float = 0.0
+
+    def __call__(self, gate: Array, up: Array) -> Array:
+        if self.limit is not None:
+            gate, up = jnp.minimum(gate, self.limit), jnp.maximum(jnp.minimum(up, self.limit), -self.limit)
+        return (up + self.up_offset) * gate * jax.nn.sigmoid(self.alpha * gate)
+
+
+SILU = Gate()
+
+
+def routed_mlp(
+    x: Float[Array, "t e"],
+    routing: Routing,
+    weights: ExpertWeights,
+    layer: int | Int[Array, ""],
+    *,
+    gate: Gate = SILU,
+    backend: str | None = None,
+) -> Float[Array, "t e"]:
+    """The sum over each token's experts of the router's weight times the expert's gated MLP of the token.
+
+    An expert computes `gate(x @ gate_up + gate_up_bias) @ down + down_bias`. Sums are float32, but for the
+    rounding of what `gate` gives to x's dtype. A token without experts gives zeros. Equivalent to
+    `reference`, which has a derivative; the kernels have none.
+
+    Raises:
+      ValueError: shapes that do not belong together, or no such backend.
+      NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
+    """
+    check_shapes(x, routing, weights)
+    args = (x, routing, weights, jnp.asarray(layer, jnp.int32))
+    return dispatch(
+        "routed_mlp",
+        {
+            "triton": functools.partial(routed_triton, *args, gate=gate),
+            "reference": functools.partial(reference, x, routing, weights, layer, gate=gate),
+            "triton_interpret": functools.partial(routed_triton, *args, gate=gate, interpret=True),
+        },
+        backend,
+    )
+
+
+def check_shapes(x: Array, routing: Routing, weights: ExpertWeights) -> None:
+    """Refuses shapes that do not belong together.
+
+    Raises:
+      ValueError: they do not.
+    """
+    num_tokens, hidden = x.shape
+    layers, experts, inner = weights.down.shape[:3]
+    wanted = {
+        "gate_up": (weights.gate_up, (layers, experts, hidden, 2, inner)),
+        "down": (weights.down, (layers, experts, inner, hidden)),
+        "gate_up_bias": (weights.gate_up_bias, (layers, experts, 2, inner)),
+        "down_bias": (weights.down_bias, (layers, experts, hidden)),
+        "the experts' ids": (routing.experts, (num_tokens, routing.experts.shape[1])),
+        "the router's weights": (routing.weights, (num_tokens, routing.experts.shape[1])),
+    }
+    for name, (array, shape) in wanted.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} must have the shape {shape} with x {x.shape}; got {array.shape}")
+
+
+def reference(
+    x: Float[Array, "t e"],
+    routing: Routing,
+    weights: ExpertWeights,
+    layer: int | Int[Array, ""],
+    *,
+    gate: Gate = SILU,
+) -> Float[Array, "t e"]:
+    """The spec: expert after expert, each with all tokens; those that nobody chose are passed over."""
+
+    def dot(rows: Array, matrix: Array, bias: Array | None) -> Array:
+        out = jnp.dot(rows, matrix, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        return out if bias is None else out + bias.astype(jnp.float32)[None]
+
+    def add_expert(total: Array, expert: tuple[Array, ExpertWeights]) -> tuple[Array, None]:
+        number, own = expert
+        is_choice = routing.experts == number
+
+        def add(total: Array) -> Array:
+            bias = None if own.gate_up_bias is None else own.gate_up_bias.reshape(-1)
+            gates, ups = jnp.split(dot(x, own.gate_up.reshape(x.shape[1], -1), bias), 2, axis=1)
+            out = dot(gate(gates, ups).astype(x.dtype), own.down, own.down_bias)
+            share = jnp.where(is_choice, routing.weights.astype(jnp.float32), 0.0).sum(axis=1)
+            # Not a product with 0: a row that means nothing may hold anything.
+            return total + jnp.where(is_choice.any(axis=1)[:, None], share[:, None] * out, 0.0)
+
+        return lax.cond(is_choice.any(), add, lambda total: total, total), None
+
+    of_layer = jax.tree.map(lambda stack: stack[layer], weights)
+    numbers = jnp.arange(weights.down.shape[1], dtype=jnp.int32)
+    total, _ = lax.scan(add_expert, jnp.zeros(x.shape, jnp.float32), (numbers, of_layer))
+    return total.astype(x.dtype)
+
+
+class Plan(NamedTuple):
+    """Which rows are multiplied with which expert."""
+
+    pairs: Int[Array, " p"]  # token * choices + choice, sorted by expert
+    # Of each block its expert, where in `pairs` it begins, and how many there are its own: 0 if it is unused.
+    blocks: Int[Array, "3 b"]
+
+
+def plan_blocks(experts: Int[Array, "t c"], *, num_experts: int, block_m: int) -> Plan:
+    """Sorts the pairs by expert, and cuts each expert's into blocks of at most `block_m`.
+
+    The number of blocks is what the worst routing takes. Few pairs are not sorted: each is a block of its
+    own, which is all that a single token can have, and with some more, few experts are read twice.
+    """
+    ids, num_pairs = experts.reshape(-1).astype(jnp.int32), experts.size
+    is_pair = (ids >= 0) & (ids < num_experts)
+    pair = jnp.arange(num_pairs, dtype=jnp.int32)
+    if len(experts) == 1 or 4 * num_pairs <= num_experts:
+        return Plan(pair, jnp.stack([jnp.where(is_pair, ids, 0), pair, is_pair.astype(jnp.int32)]))
+    # One number for both keeps the order within an expert, and is sorted faster than two.
+    keys = jnp.sort(jnp.where(is_pair, ids, num_experts) * num_pairs + pair)
+    number = jnp.arange(num_experts, dtype=jnp.int32)
+    edges = jnp.arange(num_experts + 1, dtype=jnp.int32) * num_pairs
+    begins = jnp.searchsorted(keys, edges, method="scan_unrolled").astype(jnp.int32)
+    counts = jnp.diff(begins)
+    heights = (counts + block_m - 1) // block_m
+    ends = jnp.where(number[None, :] <= number[:, None], heights[None, :], 0).sum(axis=1)  # one kernel
+    block = jnp.arange(max_blocks(num_pairs, num_experts, block_m), dtype=jnp.int32)
+    expert = (ends[None, :] <= block[:, None]).sum(axis=1, dtype=jnp.int32)
+    is_used, expert = expert < num_experts, jnp.minimum(expert, num_experts - 1)
+    before = (block - ends[expert] + heights[expert]) * block_m
+    rows = jnp.where(is_used, jnp.minimum(counts[expert] - before, block_m), 0)
+    return Plan(keys % num_pairs, jnp.stack([expert, begins[expert] + before, rows]))
+
+
+def max_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
+    """How many blocks any routing of so many pairs fits in: one pair of each expert may be left over."""
+    return (num_pairs + min(num_pairs, num_experts) * (block_m - 1)) // block_m
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductTiles:
+    """How one of the two products is cut: every field is a static choice, one compiled kernel each."""
+
+    block_n: int  # columns of a program; of gate and up, of each half
+    block_k: int  # rows of the weights in one step of the loop
+    num_warps: int = 4
+    num_stages: int = 4  # steps of the loop that are in flight, and one
+    group_m: int = 1  # blocks of rows that are made before the next columns
+
+    def check(self, *, k: int, n: int) -> None:
+        """Refuses sizes that these tiles do not divide.
+
+        Raises:
+          NotImplementedError: they do not.
+        """
+        if k % self.block_k or n % self.block_n:
+            raise NotImplementedError(f"{k} x {n} weights of experts: wanted multiples of {self}")
+
+
+def _dividing(size: int, largest: int) -> int:
+    """The largest power of 2 that divides `size`, up to `largest`; 16, which may not divide it, at least."""
+    return max(16, min(size & -size, largest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertTiles:
+    """How both products are cut."""
+
+    block_m: int  # rows of a block, of one expert
+    gate_up: ProductTiles = field(default_factory=lambda: ProductTiles(block_n=64, block_k=64))
+    down: ProductTiles = field(default_factory=lambda: ProductTiles(block_n=64, block_k=64))
+
+    @classmethod
+    def choose(
+        cls, *, num_pairs: int, num_experts: int, hidden: int, inner: int, itemsize: int
+    ) -> "ExpertTiles":
+        """Picks tiles for so many pairs, each of a row of `hidden` that becomes one of `inner`, and back.
+
+        Raises:
+          NotImplementedError: hidden or inner is no multiple of a block.
+        """
+        rows = num_pairs / num_experts
+        if itemsize == 4:  # float32 has no tensor cores: for comparisons
+            block_m = 16 if rows <= 16 else 32
+            up = {"block_n": 32, "block_k": 32, "num_stages": 3}
+            down = {**up, "block_n": 64}
+        elif rows <= 24:  # the weights' bytes are what counts
+            block_m = 16 if rows <= 10 else 32
+            up = {"block_n": 64, "block_k": 64, "num_stages": 5}
+            down = {"block_n": 64, "block_k": 128, "num_stages": 4}
+        elif rows <= 192:
+            block_m = 64
+            up = {"block_n": 64, "block_k": 64, "num_stages": 4, "group_m": 8}
+            down = {"block_n": 128, "block_k": 64, "num_stages": 4, "group_m": 8}
+        else:
+            block_m = 128
+            up = {"block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 4, "group_m": 8}
+            down = {**up, "block_n": 256}
+
+        def fitted(k: int, n: int, tiles: dict[str, int]) -> ProductTiles:
+            divided = {"block_n": _dividing(n, tiles["block_n"]), "block_k": _dividing(k, tiles["block_k"])}
+            return ProductTiles(**{**tiles, **divided})
+
+        chosen = cls(block_m=block_m, gate_up=fitted(hidden, inner, up), down=fitted(inner, hidden, down))
+        chosen.check(hidden=hidden, inner=inner)
+        return chosen
+
+    def check(self, *, hidden: int, inner: int) -> None:
+        """As `ProductTiles.check`, of both products."""
+        self.gate_up.check(k=hidden, n=inner)
+        self.down.check(k=inner, n=hidden)
+
+
+def check_kernel_can(x: Array, weights: ExpertWeights, tiles: ExpertTiles) -> None:
+    """Refuses what the kernels do not do.
+
+    Raises:
+      NotImplementedError: mixed dtypes, dtypes other than bfloat16, float16 and float32, sizes that are no
+        multiples of the tiles.
+    """
+    dtypes = (x.dtype, weights.gate_up.dtype, weights.down.dtype)
+    if len(set(dtypes)) > 1 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        found = ", ".join(map(str, dtypes))
+        raise NotImplementedError(f"dtypes {found}: wanted bfloat16, float16 or float32 for all")
+    tiles.check(hidden=weights.down.shape[3], inner=weights.down.shape[2])
+
+
+@functools.partial(jax.jit, static_argnames=("gate", "tiles", "interpret"))
+def routed_triton(
+    x: Float[Array, "t e"],
+    routing: Routing,
+    weights: ExpertWeights,
+    layer: Int[Array, ""],
+    *,
+    gate: Gate = SILU,
+    tiles: ExpertTiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "t e"]:
+    """One program per block of a plan and block of columns, of each product.
+
+    The jit is there so that the layers of a model share one trace: the layer is an operand, so the compiled
+    kernels are shared too.
+
+    Raises:
+      NotImplementedError: see `check_kernel_can`.
+    """
+    num_tokens, hidden = x.shape
+    layers, num_experts, inner = weights.down.shape[:3]
+    num_choices = routing.experts.shape[1]
+    tiles = tiles or ExpertTiles.choose(
+        num_pairs=num_tokens * num_choices,
+        num_experts=num_experts,
+        hidden=hidden,
+        inner=inner,
+        itemsize=x.dtype.itemsize,
+    )
+    check_kernel_can(x, weights, tiles)
+    plan = plan_blocks(routing.experts, num_experts=num_experts, block_m=tiles.block_m)
+    multiply = functools.partial(_multiply, plan=plan, layer=layer, block_m=tiles.block_m, interpret=interpret)
+    # The two halves side by side: the same bytes.
+    both = weights.gate_up.reshape(layers, num_experts, hidden, 2 * inner)
+    biases = weights.gate_up_bias
+    if biases is not None:
+        biases = biases.reshape(layers, num_experts, 2 * inner)
+    rows = multiply(x, both, biases, tiles=tiles.gate_up, gate=gate, num_choices=num_choices)
+    scales = routing.weights.astype(jnp.float32).reshape(-1)
+    rows = multiply(rows, weights.down, weights.down_bias, scales, tiles=tiles.down)
+    # What stands for nothing was not written.
+    is_pair = (routing.experts >= 0) & (routing.experts < num_experts)
+    pairs = rows.reshape(num_tokens, num_choices, hidden).astype(jnp.float32)
+    return jnp.where(is_pair[:, :, None], pairs, 0.0).sum(axis=1).astype(x.dtype)
+
+
+def _multiply(
+    x: Float[Array, "rows k"],
+    weights: Float[Array, "layers experts k n"],
+    biases: Float[Array, "layers experts n"] | None,
+    scales: Float[Array, " p"] | None = None,
+    *,
+    plan: Plan,
+    layer: Int[Array, ""],
+    block_m: int,
+    tiles: ProductTiles,
+    interpret: bool,
+    gate: Gate | None = None,
+    num_choices: int = 1,
+) -> Float[Array, "p columns"]:
+    """Row `pair // num_choices` of x times its expert's weights, for each pair of the plan.
+
+    With a gate there are half as many columns. Rows of pairs that are in no block are left as they are.
+    """
+    n = weights.shape[3] // (1 if gate is None else 2)
+    return pl.pallas_call(
+        functools.partial(_kernel, block_m=block_m, tiles=tiles, gate=gate, num_choices=num_choices),
+        grid=(plan.blocks.shape[1] * (n // tiles.block_n),),
+        out_shape=jax.ShapeDtypeStruct((len(plan.pairs), n), x.dtype),
+        compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+        interpret=interpret,
+        name="grouped_linear",
+    )(layer[None], plan.pairs, plan.blocks, x, weights, biases, scales)
+
+
+def _kernel(
+    layer_ref: Any,  # [1]
+    pairs_ref: Any,  # [p]
+    blocks_ref: Any,  # [3, b]
+    x_ref: Any,  # [rows, k]
+    weights_ref: Any,  # [layers, experts, k, n], or [layers, experts, k, 2 n] with a gate
+    biases_ref: Any,  # [layers, experts, n or 2 n] or None
+    scales_ref: Any,  # [p] or None
+    out_ref: Any,  # [p, n]
+    *,
+    block_m: int,
+    tiles: ProductTiles,
+    gate: Gate | None,
+    num_choices: int,
+) -> None:
+    num_blocks, (k, n) = blocks_ref.shape[1], (weights_ref.shape[2], out_ref.shape[1])
+    block, columns = _block_of(pl.program_id(0), num_blocks, n // tiles.block_n, tiles.group_m)
+    layer, (expert, begin, count) = layer_ref[0], (blocks_ref[i, block] for i in range(3))
+    row, column = jnp.arange(block_m), columns * tiles.block_n + jnp.arange(tiles.block_n)
+    is_row = row < count
+    # Where there is none, a pair that does not exist: the interpreter writes back what it finds there.
+    pair = plt.load(pairs_ref.at[begin + row], mask=is_row, other=out_ref.shape[0])
+    x_row, mask = lax.div(pair, num_choices)[:, None], is_row[:, None]
+    halves = tuple(column + part * n for part in range(1 if gate is None else 2))
+
+    def body(i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+        at = i * tiles.block_k + jnp.arange(tiles.block_k)
+        x = plt.load(x_ref.at[x_row, at[None, :]], mask=mask, other=0.0)
+
+        def add(half: Any, sum_: Any) -> Any:
+            w = plt.load(weights_ref.at[layer, expert, at[:, None], half[None, :]])
+            precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+            return sum_ + jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
+
+        return tuple(add(half, sum_) for half, sum_ in zip(halves, sums, strict=True))
+
+    zeros = jnp.zeros((block_m, tiles.block_n), jnp.float32)
+    num_steps = jnp.where(count > 0, k // tiles.block_k, 0)
+    sums = lax.fori_loop(0, num_steps, body, (zeros,) * len(halves))
+    if biases_ref is not None:
+        loads = [plt.load(biases_ref.at[layer, expert, half]) for half in halves]
+        sums = tuple(sum_ + load.astype(jnp.float32)[None, :] for sum_, load in zip(sums, loads, strict=True))
+    out = sums[0] if gate is None else gate(*sums)
+    if scales_ref is not None:
+        out = out * plt.load(scales_ref.at[pair], mask=is_row, other=0.0)[:, None]
+    plt.store(out_ref.at[pair[:, None], column[None, :]], out.astype(out_ref.dtype), mask=mask)
+
+
+def _block_of(program: Any, num_blocks: int, num_columns: int, group_m: int) -> tuple[Any, Any]:
+    """Which block of rows and of columns a program makes.
+
+    Programs that run together share rows of x and columns of the weights: those of `group_m` blocks go
+    through all columns before the next group.
+    """
+    group = lax.div(program, group_m * num_columns)
+    within = lax.rem(program, group_m * num_columns)
+    height = jnp.minimum(num_blocks - group * group_m, group_m)
+    return group * group_m + lax.rem(within, height), lax.div(within, height)
