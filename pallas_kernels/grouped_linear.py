@@ -334,13 +334,20 @@ def _multiply(
     """
     n = weights.shape[3] // (1 if gate is None else 2)
     return pl.pallas_call(
-        functools.partial(_kernel, block_m=block_m, tiles=tiles, gate=gate, num_choices=num_choices),
+        functools.partial(
+            _kernel,
+            block_m=block_m,
+            tiles=tiles,
+            gate=gate,
+            num_choices=num_choices,
+            num_experts=weights.shape[1],
+        ),
         grid=(plan.blocks.shape[1] * (n // tiles.block_n),),
         out_shape=jax.ShapeDtypeStruct((len(plan.pairs), n), x.dtype),
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="grouped_linear",
-    )(layer[None], plan.pairs, plan.blocks, x, weights, biases, scales)
+    )(layer[None], plan.pairs, plan.blocks, x, weights.reshape(-1, weights.shape[3]), biases, scales)
 
 
 def _kernel(
@@ -348,7 +355,7 @@ def _kernel(
     pairs_ref: Any,  # [p]
     blocks_ref: Any,  # [3, b]
     x_ref: Any,  # [rows, k]
-    weights_ref: Any,  # [layers, experts, k, n], or [layers, experts, k, 2 n] with a gate
+    weights_ref: Any,  # [layers * experts * k, n], or twice the columns with a gate
     biases_ref: Any,  # [layers, experts, n or 2 n] or None
     scales_ref: Any,  # [p] or None
     out_ref: Any,  # [p, n]
@@ -357,8 +364,9 @@ def _kernel(
     tiles: ProductTiles,
     gate: Gate | None,
     num_choices: int,
+    num_experts: int,
 ) -> None:
-    num_blocks, (k, n) = blocks_ref.shape[1], (weights_ref.shape[2], out_ref.shape[1])
+    num_blocks, k, n = blocks_ref.shape[1], x_ref.shape[1], out_ref.shape[1]
     block, columns = _block_of(pl.program_id(0), num_blocks, n // tiles.block_n, tiles.group_m)
     layer, (expert, begin, count) = layer_ref[0], (blocks_ref[i, block] for i in range(3))
     row, column = jnp.arange(block_m), columns * tiles.block_n + jnp.arange(tiles.block_n)
@@ -366,6 +374,7 @@ def _kernel(
     # Where there is none, a pair that does not exist: the interpreter writes back what it finds there.
     pair = plt.load(pairs_ref.at[begin + row], mask=is_row, other=out_ref.shape[0])
     x_row, mask = lax.div(pair, num_choices)[:, None], is_row[:, None]
+    first = (layer * num_experts + expert) * k  # row of the weights
     halves = tuple(column + part * n for part in range(1 if gate is None else 2))
 
     def body(i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -373,14 +382,14 @@ def _kernel(
         x = plt.load(x_ref.at[x_row, at[None, :]], mask=mask, other=0.0)
 
         def add(half: Any, sum_: Any) -> Any:
-            w = plt.load(weights_ref.at[layer, expert, at[:, None], half[None, :]])
+            w = plt.load(weights_ref.at[(first + at)[:, None], half[None, :]])
             precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
             return sum_ + jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
 
         return tuple(add(half, sum_) for half, sum_ in zip(halves, sums, strict=True))
 
     zeros = jnp.zeros((block_m, tiles.block_n), jnp.float32)
-    num_steps = jnp.where(count > 0, k // tiles.block_k, 0)
+    num_steps = jnp.minimum(count, 1) * (k // tiles.block_k)
     sums = lax.fori_loop(0, num_steps, body, (zeros,) * len(halves))
     if biases_ref is not None:
         loads = [plt.load(biases_ref.at[layer, expert, half]) for half in halves]

@@ -40,3 +40,21 @@ PRODUCTS: Mapping[str, Mapping[str, tuple[int, int]]] = {
     },
     "demo": {"qkv": (256, 512), "gate_up": (256, 1024)},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertShape:
+    """What the kernels of experts see of a model."""
+
+    hidden: int
+    inner: int  # of one expert
+    num_experts: int
+    num_choices: int  # experts of a token
+
+
+EXPERTS: Mapping[str, ExpertShape] = {
+    "qwen3-30b-a3b": ExpertShape(hidden=2048, inner=768, num_experts=128, num_choices=8),
+    "mixtral-8x7b": ExpertShape(hidden=4096, inner=14336, num_experts=8, num_choices=2),
+    "gpt-oss-20b": ExpertShape(hidden=2880, inner=2880, num_experts=32, num_choices=4),
+    "demo": ExpertShape(hidden=256, inner=128, num_experts=8, num_choices=2),
+}

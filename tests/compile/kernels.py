@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,20 @@ from pjengine.config import buckets
 from pjengine.models.shapes import SHAPES as MODELS
 from pjengine.pallas_kernels.attention_variant import AttentionVariant
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
+from pjengine.pallas_kernels.grouped_linear import (
+    ExpertTiles,
+    ExpertWeights,
+    Gate,
+    ProductTiles,
+    Routing,
+    routed_triton,
+)
 from pjengine.pallas_kernels.keep_threshold import threshold_triton
 from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, check_mosaic_can, ragged_mosaic
 from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
-from pjengine.pallas_kernels.shapes import PRODUCTS, SHAPES, HeadShape
+from pjengine.pallas_kernels.shapes import EXPERTS, PRODUCTS, SHAPES, ExpertShape, HeadShape
 from pjengine.pallas_kernels.skinny_linear import MAX_ROWS, Normed, Residual, SkinnyTiles, skinny_triton
 from pjengine.pallas_kernels.skinny_qkv import Destination, skinny_qkv_triton
 from tests.compile.target import compile_for_h200, struct
@@ -128,6 +137,28 @@ def compile_gated(k: int, n: int, num_rows: int, *, tiles: GatedTiles | None = N
     return compile_for_h200(functools.partial(gated_mosaic, tiles=tiles), x, weights, struct(()))
 
 
+def compile_experts(
+    shape: ExpertShape,
+    dtype: str,
+    num_tokens: int,
+    *,
+    tiles: ExpertTiles | None = None,
+    has_biases: bool = False,
+) -> Compiled:
+    """The experts of one layer of many: a stack of more than 4 GiB, as real models have."""
+    layers, experts, hidden, inner = 32, shape.num_experts, shape.hidden, shape.inner
+    routing = Routing(*(struct((num_tokens, shape.num_choices), each) for each in (jnp.int32, jnp.float32)))
+    weights = ExpertWeights(
+        struct((layers, experts, hidden, 2, inner), dtype),
+        struct((layers, experts, inner, hidden), dtype),
+        struct((layers, experts, 2, inner), dtype) if has_biases else None,
+        struct((layers, experts, hidden), dtype) if has_biases else None,
+    )
+    gate = Gate(alpha=1.702, limit=7.0, up_offset=1.0) if has_biases else Gate()
+    run = functools.partial(routed_triton, gate=gate, tiles=tiles)
+    return compile_for_h200(run, struct((num_tokens, hidden), dtype), routing, weights, struct(()))
+
+
 def decode_batches(shape: HeadShape, dtype: str) -> Iterator[int]:
     """One of each tile configuration; any two numbers of splits, but for one, are the same kernel."""
     seen = set()
@@ -167,6 +198,23 @@ def product_rows(product: str, k: int, n: int) -> Iterator[int]:
         if kind not in seen:
             seen.add(kind)
             yield num_rows
+
+
+def expert_tokens(shape: ExpertShape, dtype: str) -> Iterator[int]:
+    """One of each tile configuration, and a single token, whose pairs are planned in another way."""
+    seen = set()
+    for num_tokens in buckets(1, 16384):
+        tiles = ExpertTiles.choose(
+            num_pairs=num_tokens * shape.num_choices,
+            num_experts=shape.num_experts,
+            hidden=shape.hidden,
+            inner=shape.inner,
+            itemsize=jnp.dtype(dtype).itemsize,
+        )
+        kind = (tiles, num_tokens == 1)
+        if kind not in seen:
+            seen.add(kind)
+            yield num_tokens
 
 
 def can_mosaic(shape: HeadShape) -> bool:
@@ -222,6 +270,14 @@ def product_programs(name: str) -> Iterator[tuple[str, Callable[[], Compiled]]]:
         yield f"gated_linear {name} {num_rows}", functools.partial(compile_gated, k, n // 2, num_rows)
 
 
+def expert_programs(name: str, shape: ExpertShape) -> Iterator[tuple[str, Callable[[], Compiled]]]:
+    for dtype, has_biases in itertools.product(DTYPES, (False, True)):
+        for num_tokens in expert_tokens(shape, dtype):
+            run = functools.partial(compile_experts, shape, dtype, num_tokens, has_biases=has_biases)
+            with_biases = " with biases and limits" if has_biases else ""
+            yield f"grouped_linear {name} {dtype} {num_tokens}{with_biases}", run
+
+
 def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
     for name, shape in SHAPES.items():
         yield from attention_programs(name, shape)
@@ -229,6 +285,8 @@ def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
         yield from featured_programs(name)
     for name in PRODUCTS:
         yield from product_programs(name)
+    for name, experts in EXPERTS.items():
+        yield from expert_programs(name, experts)
     for name, config in MODELS.items():
         yield f"keep_threshold {name}", functools.partial(compile_threshold, config.vocab_size)
 
@@ -259,6 +317,10 @@ WRONG: Mapping[str, Callable[[], Compiled]] = {
     ),
     "gated_linear of 8 stages": functools.partial(
         compile_gated, 4096, 14336, 256, tiles=GatedTiles(num_stages=8)
+    ),
+    "grouped_linear of 4 warps": functools.partial(
+        compile_experts, EXPERTS["mixtral-8x7b"], "bfloat16", 8192,
+        tiles=ExpertTiles(block_m=128, gate_up=ProductTiles(block_n=128, block_k=64)),
     ),
     "mosaic_prefill of 256 slots": functools.partial(
         compile_prefill, ragged_mosaic, SHAPES["opt-125m"], "bfloat16", 2048, tiles=MosaicTiles(block_kv=256)

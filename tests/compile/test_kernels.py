@@ -39,6 +39,7 @@ def test_features_spill_no_more_than_the_numbers_of_a_block(
             r"Shared memory size limit exceeded: requested 5\d+, available: 23\d+",
         ),
         ("ragged_prefill of 4 warps", "discarded due to register spilling"),
+        ("grouped_linear of 4 warps", "discarded due to register spilling"),
         ("mosaic_prefill of 4 stages", "exceeds available shared memory"),
         ("gated_linear of 8 stages", "exceeds available shared memory"),
         ("mosaic_prefill of 256 slots", r"[1-9]\d* bytes spill stores"),
