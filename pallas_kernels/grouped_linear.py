@@ -347,7 +347,7 @@ def _multiply(
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="grouped_linear",
-    )(layer[None], plan.pairs, plan.blocks, x, weights.reshape(-1, weights.shape[3]), biases, scales)
+    )(layer[None], plan.pairs, plan.blocks, x, weights.reshape(-1, tiles.block_k, weights.shape[3]), biases, scales)
 
 
 def _kernel(
@@ -355,7 +355,7 @@ def _kernel(
     pairs_ref: Any,  # [p]
     blocks_ref: Any,  # [3, b]
     x_ref: Any,  # [rows, k]
-    weights_ref: Any,  # [layers * experts * k, n], or twice the columns with a gate
+    weights_ref: Any,  # [all steps of all experts, block_k, n], or twice the columns with a gate
     biases_ref: Any,  # [layers, experts, n or 2 n] or None
     scales_ref: Any,  # [p] or None
     out_ref: Any,  # [p, n]
@@ -374,23 +374,22 @@ def _kernel(
     # Where there is none, a pair that does not exist: the interpreter writes back what it finds there.
     pair = plt.load(pairs_ref.at[begin + row], mask=is_row, other=out_ref.shape[0])
     x_row, mask = lax.div(pair, num_choices)[:, None], is_row[:, None]
-    first = (layer * num_experts + expert) * k  # row of the weights
+    num_steps, step = k // tiles.block_k, jnp.arange(tiles.block_k)
+    first = (layer * num_experts + expert) * num_steps
     halves = tuple(column + part * n for part in range(1 if gate is None else 2))
 
     def body(i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
-        at = i * tiles.block_k + jnp.arange(tiles.block_k)
-        x = plt.load(x_ref.at[x_row, at[None, :]], mask=mask, other=0.0)
+        x = plt.load(x_ref.at[x_row, i * tiles.block_k + step[None, :]], mask=mask, other=0.0)
 
         def add(half: Any, sum_: Any) -> Any:
-            w = plt.load(weights_ref.at[(first + at)[:, None], half[None, :]])
+            w = plt.load(weights_ref.at[first + i, step[:, None], half[None, :]])
             precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
             return sum_ + jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
 
         return tuple(add(half, sum_) for half, sum_ in zip(halves, sums, strict=True))
 
     zeros = jnp.zeros((block_m, tiles.block_n), jnp.float32)
-    num_steps = jnp.minimum(count, 1) * (k // tiles.block_k)
-    sums = lax.fori_loop(0, num_steps, body, (zeros,) * len(halves))
+    sums = lax.fori_loop(0, jnp.minimum(count, 1) * num_steps, body, (zeros,) * len(halves))
     if biases_ref is not None:
         loads = [plt.load(biases_ref.at[layer, expert, half]) for half in halves]
         sums = tuple(sum_ + load.astype(jnp.float32)[None, :] for sum_, load in zip(sums, loads, strict=True))
