@@ -23,7 +23,8 @@ from pjengine.pallas_kernels.dispatch import dispatch
 class Routing(NamedTuple):
     """Where a router sends its tokens."""
 
-    experts: Int[Array, "t c"]  # an id that no expert has stands for nothing, as of padding, and costs nothing
+    # An id that no expert has stands for nothing, as those of padding do, and costs nothing.
+    experts: Int[Array, "t c"]
     weights: Float[Array, "t c"]
 
 
@@ -215,7 +216,14 @@ class ExpertTiles:
 
     @classmethod
     def choose(
-        cls, *, num_pairs: int, num_experts: int, hidden: int, inner: int, itemsize: int
+        cls,
+        *,
+        num_pairs: int,
+        num_experts: int,
+        hidden: int,
+        inner: int,
+        itemsize: int,
+        has_biases: bool = False,
     ) -> "ExpertTiles":
         """Picks tiles for so many pairs, each of a row of `hidden` that becomes one of `inner`, and back.
 
@@ -237,8 +245,8 @@ class ExpertTiles:
             down = {"block_n": 128, "block_k": 64, "num_stages": 4, "group_m": 8}
         else:
             block_m = 128
-            up = {"block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 4, "group_m": 8}
-            down = {**up, "block_n": 256}
+            down = {"block_n": 256, "block_k": 64, "num_warps": 8, "num_stages": 4, "group_m": 8}
+            up = {**down, "block_n": 64 if has_biases else 128}  # else a few registers would spill
 
         def fitted(k: int, n: int, tiles: dict[str, int]) -> ProductTiles:
             divided = {"block_n": _dividing(n, tiles["block_n"]), "block_k": _dividing(k, tiles["block_k"])}
@@ -296,10 +304,13 @@ def routed_triton(
         hidden=hidden,
         inner=inner,
         itemsize=x.dtype.itemsize,
+        has_biases=weights.gate_up_bias is not None,
     )
     check_kernel_can(x, weights, tiles)
     plan = plan_blocks(routing.experts, num_experts=num_experts, block_m=tiles.block_m)
-    multiply = functools.partial(_multiply, plan=plan, layer=layer, block_m=tiles.block_m, interpret=interpret)
+    multiply = functools.partial(
+        _multiply, plan=plan, layer=layer, block_m=tiles.block_m, interpret=interpret
+    )
     # The two halves side by side: the same bytes.
     both = weights.gate_up.reshape(layers, num_experts, hidden, 2 * inner)
     biases = weights.gate_up_bias
@@ -347,7 +358,15 @@ def _multiply(
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="grouped_linear",
-    )(layer[None], plan.pairs, plan.blocks, x, weights.reshape(-1, tiles.block_k, weights.shape[3]), biases, scales)
+    )(
+        layer[None],
+        plan.pairs,
+        plan.blocks,
+        x,
+        weights.reshape(-1, tiles.block_k, weights.shape[3]),
+        biases,
+        scales,
+    )
 
 
 def _kernel(
