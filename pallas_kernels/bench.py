@@ -25,12 +25,19 @@ from pjengine.pallas_kernels import skinny_qkv
 from pjengine.pallas_kernels.dispatch import check_hopper
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
 from pjengine.pallas_kernels.gated_linear import reference as gated_reference
+from pjengine.pallas_kernels.grouped_linear import (
+    ExpertTiles,
+    ExpertWeights,
+    ProductTiles,
+    Routing,
+    routed_triton,
+)
 from pjengine.pallas_kernels.keep_threshold import threshold_triton
 from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, check_mosaic_can, ragged_mosaic
 from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
-from pjengine.pallas_kernels.shapes import PRODUCTS, SHAPES, HeadShape
+from pjengine.pallas_kernels.shapes import EXPERTS, PRODUCTS, SHAPES, ExpertShape, HeadShape
 from pjengine.pallas_kernels.skinny_linear import Residual, SkinnyTiles, skinny_triton, start_norm
 from pjengine.pallas_kernels.triton_extra import import_jax_triton
 
@@ -453,6 +460,88 @@ def gated_call(multiply: Callable[..., Array]) -> Call:
     )
 
 
+def expert_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
+    """The experts of a layer: by the weights of those that are chosen, or for many tokens by the products.
+
+    With a plan of blocks in each call, as in a model, and as if all calls had the same.
+    """
+    shape = EXPERTS[name]
+    weight_bytes = 6 * shape.hidden * shape.inner  # of an expert
+    for num_tokens in (3,) if is_tiny else (1, 32, 256, 2048, 8192):
+        rng, num_pairs = np.random.default_rng(0), num_tokens * shape.num_choices
+        experts = rng.permuted(np.tile(np.arange(shape.num_experts), (num_tokens, 1)), axis=1)
+        experts = experts[:, : shape.num_choices].astype(np.int32)
+        num_bytes = len(np.unique(experts)) * weight_bytes
+        num_layers = layers_for(num_bytes, is_tiny=is_tiny)
+        gate_up, down = (
+            jax.random.normal(jax.random.key(seed), (num_layers, shape.num_experts, *each), jnp.bfloat16)
+            for seed, each in enumerate([(shape.hidden, 2, shape.inner), (shape.inner, shape.hidden)])
+        )
+        x = jax.random.normal(jax.random.key(2), (num_tokens, shape.hidden), jnp.bfloat16)
+        routing = Routing(jnp.asarray(experts), jnp.full(experts.shape, 1 / shape.num_choices))
+        chosen = ExpertTiles.choose(
+            num_pairs=num_pairs,
+            num_experts=shape.num_experts,
+            hidden=shape.hidden,
+            inner=shape.inner,
+            itemsize=2,
+        )
+        base = Case(
+            row={"op": "experts", "tokens": num_tokens, "form": "plan and products"},
+            call=expert_call(chosen, interpret=interpret),
+            state=(x, routing),
+            args=(ExpertWeights(gate_up, down),),
+            num_calls=calls_for(num_layers, is_tiny=is_tiny),
+            gb=num_bytes / 1e9 if num_tokens <= 256 else 0.0,
+            tflop=num_pairs * weight_bytes / 1e12,  # as many products and sums as there are bytes
+        )
+        yield dataclasses.replace(base, row={**base.row, **described("triton", chosen)})
+        for tiles in expert_tiles(chosen, shape, is_tuning=is_tuning):
+            row = {**base.row, "form": "products alone", **described("triton", tiles)}
+            call = expert_call(tiles, interpret=interpret)
+            yield dataclasses.replace(base, row=row, call=call, state=(x,), args=(*base.args, routing))
+
+
+def expert_tiles(chosen: ExpertTiles, shape: ExpertShape, *, is_tuning: bool) -> Iterator[ExpertTiles]:
+    """Those chosen; to tune, others of one product at a time that divide the sizes."""
+    yield chosen
+    if not is_tuning:
+        return
+    steps = {"block_k": 64, "group_m": chosen.gate_up.group_m}
+    if chosen.block_m <= 32:
+        kinds = [
+            ProductTiles(block_n=block_n, **{**steps, "block_k": block_k}, num_stages=stages)
+            for block_n, (block_k, stages) in itertools.product(
+                (32, 64, 128), ((64, 4), (64, 6), (128, 3), (128, 5))
+            )
+        ]
+        heights = (16, 32)
+    else:
+        kinds = [
+            ProductTiles(block_n=block_n, **steps, num_warps=warps, num_stages=stages)
+            for block_n, warps, stages in itertools.product((64, 128, 256), (4, 8), (3, 4))
+        ]
+        heights = (32, 64, 128)
+    for block_m in heights:
+        if block_m != chosen.block_m:
+            yield dataclasses.replace(chosen, block_m=block_m)
+    for product, tiles in itertools.product(("gate_up", "down"), kinds):
+        k, n = (shape.hidden, shape.inner) if product == "gate_up" else (shape.inner, shape.hidden)
+        if k % tiles.block_k == n % tiles.block_n == 0:
+            yield dataclasses.replace(chosen, **{product: tiles})
+
+
+def expert_call(tiles: ExpertTiles, *, interpret: bool) -> Call:
+    """The state: rows, and the routing where each call is to plan its own; else that is an argument."""
+
+    def call(state: State, index: int, weights: ExpertWeights, *routing: Routing) -> tuple[State, Array]:
+        x, own = (*state, *routing)
+        layer = jnp.int32(index % len(weights.down))
+        return state, routed_triton(x, own, weights, layer, tiles=tiles, interpret=interpret)
+
+    return call
+
+
 def small_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
     """RoPE with the KV write, by its bytes, and the filters of the sampler, by one reading of the logits."""
     heads = SHAPES[name]
@@ -511,18 +600,24 @@ OPS: Mapping[str, Callable[..., Iterator[Case]]] = {
     "prefill": prefill_cases,
     "product": product_cases,
     "gated": gated_cases,
+    "experts": expert_cases,
     "small": small_cases,
 }
 
 
+def ops_of(name: str) -> tuple[str, ...]:
+    """What there is to time at the sizes of the shape `name`."""
+    return tuple(op for op in OPS if name in (EXPERTS if op == "experts" else SHAPES))
+
+
 def kernel_rows(
-    name: str, ops: Sequence[str] = tuple(OPS), *, is_tuning: bool = False, interpret: bool = False
+    name: str, ops: Sequence[str] | None = None, *, is_tuning: bool = False, interpret: bool = False
 ) -> Iterator[Row]:
     """Times the kernels at the sizes of the shape `name`, one result after the other.
 
     Args:
-      ops: names in `OPS`.
-      is_tuning: other tiles of the attention kernels too, not only the chosen ones.
+      ops: names in `OPS`; None: those of the shape, `ops_of`.
+      is_tuning: other tiles of the kernels of attention and of experts too, not only the chosen ones.
       interpret: tiny cases in Pallas's interpreter, to try this on a CPU.
 
     Raises:
@@ -533,7 +628,7 @@ def kernel_rows(
             "the kernels run on NVIDIA GPUs, and JAX sees none; --interpret tries tiny cases on a CPU"
         )
     limits = Limits.measure(is_tiny=interpret)
-    for op in ops:
+    for op in ops or ops_of(name):
         for case in OPS[op](name, is_tiny=interpret, is_tuning=is_tuning, interpret=interpret):
             row = {"shape": name, **case.row, "is_cold": case.is_cold and not interpret}
             yield limits.row(row, case.seconds, gb=case.gb, tflop=case.tflop)

@@ -291,17 +291,20 @@ def kernels(
     """Each kernel alone, beside the limit of the card: see `pallas_kernels.bench.kernel_rows`.
 
     Raises:
-      ValueError: there is no such shape or op.
+      ValueError: there is no such shape or op, or the shape has no sizes for the op.
     """
-    from pjengine.pallas_kernels.bench import OPS, kernel_rows
-    from pjengine.pallas_kernels.shapes import SHAPES
+    from pjengine.pallas_kernels.bench import OPS, kernel_rows, ops_of
+    from pjengine.pallas_kernels.shapes import EXPERTS, SHAPES
 
-    if shape not in SHAPES:
-        raise ValueError(f"no head shape is named {shape!r}; there are {', '.join(SHAPES)}")
-    for op in ops or OPS:
+    if shape not in SHAPES and shape not in EXPERTS:
+        names = ", ".join(dict.fromkeys([*SHAPES, *EXPERTS]))
+        raise ValueError(f"no shape of the kernels is named {shape!r}; there are {names}")
+    for op in ops or ():
         if op not in OPS:
             raise ValueError(f"there is no op {op!r} to time; there are {', '.join(OPS)}")
-    yield from kernel_rows(shape, ops or tuple(OPS), is_tuning=is_tuning, interpret=interpret)
+        if op not in ops_of(shape):
+            raise ValueError(f"{shape} has no sizes for the op {op!r}; it has for {', '.join(ops_of(shape))}")
+    yield from kernel_rows(shape, ops, is_tuning=is_tuning, interpret=interpret)
 
 
 def fixed_length(length: int, temperature: float = 0.0, **sampling: Any) -> SamplingParams:

@@ -143,13 +143,13 @@ def _add_kernels(kinds: Any) -> None:
         "--shape",
         metavar="SHAPE",
         default="llama-8b",
-        help="head shape, such as llama2-13b (default: llama-8b)",
+        help="sizes, such as llama2-13b, or qwen3-30b-a3b for experts (default: llama-8b)",
     )
     command.add_argument(
         "--op",
         metavar="OP",
         nargs="+",
-        help="only these: decode, prefill, product, gated, small (default: all)",
+        help="only these: decode, prefill, product, gated, experts, small (default: all that the shape has)",
     )
     command.add_argument("--tune", action="store_true", help="other tiles too, not only the chosen ones")
     command.add_argument(

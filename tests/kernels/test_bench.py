@@ -16,7 +16,7 @@ def rows() -> list[dict[str, Any]]:
 
 def test_every_kernel_has_a_rate_beside_its_limit(rows: list[dict[str, Any]]) -> None:
     ops = {row["op"] for row in rows}
-    assert ops == {"decode", "prefill", "product", "gated", "rope_kv_write", "keep_threshold"}
+    assert ops == {"decode", "prefill", "product", "gated", "experts", "rope_kv_write", "keep_threshold"}
     for row in rows:
         unit = "gb_per_s" if "gb_per_s" in row else "tflop_per_s"
         assert row["us"] > 0 and row[f"limit_{unit}"] > 0

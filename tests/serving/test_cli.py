@@ -302,7 +302,11 @@ def test_kernels_are_timed_one_json_object_a_line(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--shape", "no-such"), "no head shape is named 'no-such'"), (("--op", "x"), "there is no op 'x'")],
+    [
+        (("--shape", "no-such"), "no shape of the kernels is named 'no-such'"),
+        (("--op", "x"), "there is no op 'x'"),
+        (("--shape", "mixtral-8x7b", "--op", "decode"), "mixtral-8x7b has no sizes for the op 'decode'"),
+    ],
 )
 def test_unknown_kernels_are_refused_with_those_there_are(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,85 @@
+"""Mixture of experts: a router sends each token to a few of a layer's many gated MLPs."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from pjengine.pallas_kernels.grouped_linear import SILU, ExpertWeights, Gate, Routing, routed_mlp
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """What the layers of a mixture share."""
+
+    num_experts: int
+    num_choices: int  # experts of a token
+    inner_size: int  # of one expert
+    # Whether a token's weights are the softmax over its choices, which is that over all experts divided by
+    # its sum over the choices (Mixtral, gpt-oss, Qwen3 with `norm_topk_prob`); else they are the softmax over
+    # all experts, and add up to less than one.
+    is_normalized: bool = True
+    gate: Gate = SILU
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_choices <= self.num_experts:
+            raise ValueError(
+                f"num_choices must be in 1..num_experts, {self.num_experts}; got {self.num_choices}"
+            )
+
+
+def route(
+    config: ExpertConfig, logits: Float[Array, "t experts"], is_token: Bool[Array, " t"] | None = None
+) -> Routing:
+    """The experts with a token's largest logits, of equal ones the first, and their weights in float32.
+
+    Tokens that are none, the padding of a step, go nowhere.
+    """
+    top, experts = lax.top_k(logits.astype(jnp.float32), config.num_choices)
+    if config.is_normalized:
+        weights = jax.nn.softmax(top, axis=-1)
+    else:
+        total = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
+        weights = jnp.exp(top - total)
+    if is_token is not None:
+        experts = jnp.where(is_token[:, None], experts, config.num_experts)
+    return Routing(experts, weights)
+
+
+def experts_mlp(
+    config: ExpertConfig,
+    h: Float[Array, "*t e"],
+    logits: Float[Array, "*t experts"],
+    weights: ExpertWeights,
+    layer: int | None = None,
+    *,
+    is_token: Bool[Array, "*t"] | None = None,
+    backend: str | None = None,
+) -> Float[Array, "*t e"]:
+    """Each token's sum over its experts; `logits` are what the layer's router makes of `h`.
+
+    Args:
+      weights: of all layers, of which `layer` is read in place; or, with `layer` None, of one layer, without
+        the axis for layers: then the reference computes each expert with all tokens, and has a derivative,
+        as training needs it.
+      is_token: what is false is padding, and costs nothing. None: all are tokens.
+      backend: as in `routed_mlp`; with one layer only, None or "reference".
+
+    Raises:
+      ValueError: a backend with one layer only.
+      NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
+    """
+    if layer is None:
+        if backend not in (None, "reference"):
+            raise ValueError(f"backend {backend!r} needs the weights of all layers, and which layer to read")
+        weights, layer, backend = jax.tree.map(lambda own: own[None], weights), 0, "reference"
+    rows = h.reshape(-1, h.shape[-1])
+    routing = route(
+        config,
+        logits.reshape(len(rows), config.num_experts),
+        None if is_token is None else is_token.reshape(-1),
+    )
+    out = routed_mlp(rows, routing, weights, layer, gate=config.gate, backend=backend)
+    return out.reshape(h.shape)
