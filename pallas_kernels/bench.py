@@ -507,10 +507,11 @@ def expert_tiles(chosen: ExpertTiles, shape: ExpertShape, *, is_tuning: bool) ->
     yield chosen
     if not is_tuning:
         return
-    steps = {"block_k": 64, "group_m": chosen.gate_up.group_m}
+    group_m = chosen.gate_up.group_m
+    heights: Sequence[int]
     if chosen.block_m <= 32:
         kinds = [
-            ProductTiles(block_n=block_n, **{**steps, "block_k": block_k}, num_stages=stages)
+            ProductTiles(block_n=block_n, block_k=block_k, num_stages=stages, group_m=group_m)
             for block_n, (block_k, stages) in itertools.product(
                 (32, 64, 128), ((64, 4), (64, 6), (128, 3), (128, 5))
             )
@@ -518,7 +519,7 @@ def expert_tiles(chosen: ExpertTiles, shape: ExpertShape, *, is_tuning: bool) ->
         heights = (16, 32)
     else:
         kinds = [
-            ProductTiles(block_n=block_n, **steps, num_warps=warps, num_stages=stages)
+            ProductTiles(block_n=block_n, block_k=64, num_warps=warps, num_stages=stages, group_m=group_m)
             for block_n, warps, stages in itertools.product((64, 128, 256), (4, 8), (3, 4))
         ]
         heights = (32, 64, 128)
@@ -526,18 +527,24 @@ def expert_tiles(chosen: ExpertTiles, shape: ExpertShape, *, is_tuning: bool) ->
         if block_m != chosen.block_m:
             yield dataclasses.replace(chosen, block_m=block_m)
     for product, tiles in itertools.product(("gate_up", "down"), kinds):
-        k, n = (shape.hidden, shape.inner) if product == "gate_up" else (shape.inner, shape.hidden)
+        is_first = product == "gate_up"
+        k, n = (shape.hidden, shape.inner) if is_first else (shape.inner, shape.hidden)
         if k % tiles.block_k == n % tiles.block_n == 0:
-            yield dataclasses.replace(chosen, **{product: tiles})
+            yield (
+                dataclasses.replace(chosen, gate_up=tiles)
+                if is_first
+                else dataclasses.replace(chosen, down=tiles)
+            )
 
 
 def expert_call(tiles: ExpertTiles, *, interpret: bool) -> Call:
     """The state: rows, and the routing where each call is to plan its own; else that is an argument."""
 
     def call(state: State, index: int, weights: ExpertWeights, *routing: Routing) -> tuple[State, Array]:
-        x, own = (*state, *routing)
+        x, *own = state
         layer = jnp.int32(index % len(weights.down))
-        return state, routed_triton(x, own, weights, layer, tiles=tiles, interpret=interpret)
+        out = routed_triton(x, *own, *routing, weights, layer, tiles=tiles, interpret=interpret)
+        return state, out
 
     return call
 

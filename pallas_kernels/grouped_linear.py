@@ -7,6 +7,7 @@ pair; then down, times the router's weight. XLA adds up each token's pairs.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import dispatch
+
+MAX_PLANNED = 2048  # pairs that a kernel of ours plans: not measured yet
 
 
 class Routing(NamedTuple):
@@ -158,7 +161,7 @@ def plan_blocks(experts: Int[Array, "t c"], *, num_experts: int, block_m: int) -
     ids, num_pairs = experts.reshape(-1).astype(jnp.int32), experts.size
     is_pair = (ids >= 0) & (ids < num_experts)
     pair = jnp.arange(num_pairs, dtype=jnp.int32)
-    if len(experts) == 1 or 4 * num_pairs <= num_experts:
+    if needs_no_sort(experts, num_experts):
         return Plan(pair, jnp.stack([jnp.where(is_pair, ids, 0), pair, is_pair.astype(jnp.int32)]))
     # One number for both keeps the order within an expert, and is sorted faster than two.
     keys = jnp.sort(jnp.where(is_pair, ids, num_experts) * num_pairs + pair)
@@ -174,6 +177,90 @@ def plan_blocks(experts: Int[Array, "t c"], *, num_experts: int, block_m: int) -
     before = (block - ends[expert] + heights[expert]) * block_m
     rows = jnp.where(is_used, jnp.minimum(counts[expert] - before, block_m), 0)
     return Plan(keys % num_pairs, jnp.stack([expert, begins[expert] + before, rows]))
+
+
+def needs_no_sort(experts: Int[Array, "t c"], num_experts: int) -> bool:
+    """Whether each pair may be a block of its own."""
+    return len(experts) == 1 or 4 * experts.size <= num_experts
+
+
+@functools.partial(jax.jit, static_argnames=("num_experts", "block_m", "interpret"))
+def plan_triton(
+    experts: Int[Array, "t c"], *, num_experts: int, block_m: int, interpret: bool = False
+) -> Plan:
+    """As `plan_blocks`, but always sorted, in one kernel: what a decode step spends on it counts.
+
+    Each program counts all pairs, so that for many of them XLA's sort is faster. Of `pairs`, what no block
+    has is left as it is.
+    """
+    num_pairs, width = experts.size, pl.next_power_of_2(num_experts)
+    num_rows = min(128, max(16, pl.next_power_of_2(num_pairs)), max(16, (1 << 15) // width))
+    num_programs = pl.cdiv(num_pairs, num_rows)
+    num_blocks = max_blocks(num_pairs, num_experts, block_m)
+    kernel = functools.partial(
+        _plan_kernel, num_rows=num_rows, width=width, num_experts=num_experts, block_m=block_m
+    )
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((num_pairs,), (3, num_blocks))]
+    plan = pl.pallas_call(
+        kernel,
+        grid=(num_programs,),
+        out_shape=shapes,
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name="plan_experts",
+    )(experts.reshape(-1).astype(jnp.int32))
+    return Plan(*plan)
+
+
+def _plan_kernel(
+    experts_ref: Any,  # [p]
+    pairs_ref: Any,  # [p]
+    blocks_ref: Any,  # [3, b]
+    *,
+    num_rows: int,  # pairs that a program puts in their places
+    width: int,  # experts, up to a power of 2
+    num_experts: int,
+    block_m: int,
+) -> None:
+    num_pairs, num_blocks = experts_ref.shape[0], blocks_ref.shape[1]
+    num_programs = pl.cdiv(num_pairs, num_rows)
+    program, row, number = pl.program_id(0), jnp.arange(num_rows), jnp.arange(width)
+
+    def load(part: Any) -> Any:
+        """Ids of some pairs, -1 for nothing."""
+        pair = part * num_rows + row
+        ids = plt.load(experts_ref.at[pair], mask=pair < num_pairs, other=-1)
+        return jnp.where((ids >= 0) & (ids < num_experts), ids, -1)
+
+    def count(part: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
+        counts = (load(part)[:, None] == number[None, :]).astype(jnp.int32).sum(axis=0)
+        return sums[0] + counts, sums[1] + jnp.where(part < program, counts, 0)
+
+    def pick(is_it: Any, of_experts: Any) -> Any:
+        """Of [width], that of each row's expert."""
+        return jnp.where(is_it, of_experts[None, :], 0).sum(axis=1)
+
+    zeros = jnp.zeros((width,), jnp.int32)
+    counts, before = lax.fori_loop(0, num_programs, count, (zeros, zeros))
+    begins = jnp.cumsum(counts) - counts
+
+    ids = load(program)
+    is_earlier = (ids[:, None] == ids[None, :]) & (row[None, :] < row[:, None])
+    place = pick(ids[:, None] == number[None, :], begins + before) + is_earlier.astype(jnp.int32).sum(axis=1)
+    place = jnp.where(ids >= 0, place, num_pairs)
+    plt.store(pairs_ref.at[place], program * num_rows + row, mask=ids >= 0)
+
+    heights = lax.div(counts + (block_m - 1), block_m)
+    ends = jnp.cumsum(heights)
+    share = pl.next_power_of_2(pl.cdiv(num_blocks, num_programs))
+    block = program * share + jnp.arange(share)
+    expert = (ends[None, :] <= block[:, None]).astype(jnp.int32).sum(axis=1)
+    is_it = expert[:, None] == number[None, :]
+    done = (block - pick(is_it, ends - heights)) * block_m
+    rows = jnp.where(expert < num_experts, jnp.minimum(pick(is_it, counts) - done, block_m), 0)
+    fields = (jnp.minimum(expert, num_experts - 1), pick(is_it, begins) + done, rows)
+    for i, values in enumerate(fields):
+        plt.store(blocks_ref.at[i, block], values, mask=block < num_blocks)
 
 
 def max_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
@@ -307,7 +394,10 @@ def routed_triton(
         has_biases=weights.gate_up_bias is not None,
     )
     check_kernel_can(x, weights, tiles)
-    plan = plan_blocks(routing.experts, num_experts=num_experts, block_m=tiles.block_m)
+    make_plan: Callable[..., Plan] = plan_blocks
+    if routing.experts.size <= MAX_PLANNED and not needs_no_sort(routing.experts, num_experts):
+        make_plan = functools.partial(plan_triton, interpret=interpret)
+    plan = make_plan(routing.experts, num_experts=num_experts, block_m=tiles.block_m)
     multiply = functools.partial(
         _multiply, plan=plan, layer=layer, block_m=tiles.block_m, interpret=interpret
     )

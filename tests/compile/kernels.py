@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ from pjengine.models.shapes import SHAPES as MODELS
 from pjengine.pallas_kernels.attention_variant import AttentionVariant
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
 from pjengine.pallas_kernels.grouped_linear import (
+    MAX_PLANNED,
     ExpertTiles,
     ExpertWeights,
     Gate,
     ProductTiles,
     Routing,
+    plan_triton,
     routed_triton,
 )
 from pjengine.pallas_kernels.keep_threshold import threshold_triton
@@ -158,6 +161,11 @@ def compile_experts(
     return compile_for_h200(run, struct((num_tokens, hidden), dtype), routing, weights, struct(()))
 
 
+def compile_plan(num_experts: int, num_pairs: int) -> Compiled:
+    run = functools.partial(plan_triton, num_experts=num_experts, block_m=16)
+    return compile_for_h200(run, struct((num_pairs, 1)))
+
+
 def decode_batches(shape: HeadShape, dtype: str) -> Iterator[int]:
     """One of each tile configuration; any two numbers of splits, but for one, are the same kernel."""
     seen = set()
@@ -287,6 +295,9 @@ def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
         yield from product_programs(name)
     for name, experts in EXPERTS.items():
         yield from expert_programs(name, experts)
+    for num_experts, num_pairs in itertools.product((8, 128, 512), (2, 64, MAX_PLANNED)):
+        run = functools.partial(compile_plan, num_experts, num_pairs)
+        yield f"plan of grouped_linear {num_experts} {num_pairs}", run
     for name, config in MODELS.items():
         yield f"keep_threshold {name}", functools.partial(compile_threshold, config.vocab_size)
 

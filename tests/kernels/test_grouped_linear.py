@@ -1,7 +1,8 @@
 """Gated MLPs of experts, against one product after the other in numpy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,10 +18,12 @@ from pjengine.pallas_kernels.grouped_linear import (
     ExpertTiles,
     ExpertWeights,
     Gate,
+    Plan,
     ProductTiles,
     Routing,
     max_blocks,
     plan_blocks,
+    plan_triton,
     reference,
     routed_mlp,
     routed_triton,
@@ -37,7 +40,7 @@ TILES = ExpertTiles(
 )
 NOWHERE = [-1, 8]
 # Of each token and choice the expert; all of 40 tokens, so that most share one trace.
-ROUTINGS: dict[str, Sequence[Sequence[int]]] = {
+ROUTINGS: dict[str, list[list[int]]] = {
     name: [*routes, *[NOWHERE] * (40 - len(routes))]
     for name, routes in {
         "experts without tokens": [[1, 4]] * 5,
@@ -186,19 +189,28 @@ def test_blocks_of_any_height_and_order(block_m: int, group_m: int, interpret: b
     assert_close(out, expected(x, routing, weights, SILU))
 
 
-PLANS = [(1, 4, 8, 16), (2, 2, 64, 16), (5, 3, 1, 16), (33, 4, 3, 32), (64, 1, 64, 16)]
-PLAN = jax.jit(plan_blocks, static_argnames=("num_experts", "block_m"))
+PLANS = [(1, 4, 8, 16), (2, 2, 64, 16), (5, 3, 1, 16), (33, 4, 3, 32), (64, 2, 64, 16), (300, 1, 5, 64)]
+PLANNERS: dict[str, Callable[..., Plan]] = {
+    "xla": jax.jit(plan_blocks, static_argnames=("num_experts", "block_m")),
+    "triton_interpret": partial(plan_triton, interpret=True),
+    "triton": plan_triton,
+}
 
 
+@pytest.mark.parametrize(
+    "planner", ["xla", "triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_every_pair_is_in_one_block_of_its_expert(data: st.DataObject) -> None:
+def test_every_pair_is_in_one_block_of_its_expert(planner: str, data: st.DataObject) -> None:
     num_tokens, num_choices, num_experts, block_m = data.draw(st.sampled_from(PLANS))
     ids = st.lists(
         st.integers(-2, num_experts + 1), min_size=num_tokens * num_choices, max_size=num_tokens * num_choices
     )
     experts = np.asarray(data.draw(ids), np.int32)
-    plan = PLAN(jnp.asarray(experts.reshape(num_tokens, -1)), num_experts=num_experts, block_m=block_m)
+    plan = PLANNERS[planner](
+        jnp.asarray(experts.reshape(num_tokens, -1)), num_experts=num_experts, block_m=block_m
+    )
     pairs, found = np.asarray(plan.pairs), []
     for expert, begin, count in np.asarray(plan.blocks).T:
         assert 0 <= expert < num_experts and 0 <= count <= block_m
@@ -308,8 +320,9 @@ def test_a_routing_of_other_tokens_is_refused() -> None:
         routed_mlp(x, routing._replace(weights=routing.weights[:, :1]), weights, 0)
 
 
-def test_a_gpu_runs_two_kernels_for_all_layers() -> None:
-    x, routing, weights = make_case(np.zeros((64, 2), np.int32))
+@pytest.mark.parametrize(("num_tokens", "num_plans"), [(1, 0), (64, 1), (2000, 0)])
+def test_a_gpu_runs_the_same_kernels_for_all_layers(num_tokens: int, num_plans: int) -> None:
+    x, routing, weights = make_case(np.zeros((num_tokens, 2), np.int32))
 
     def two_layers(x: jax.Array, routing: Routing, weights: ExpertWeights) -> jax.Array:
         return routed_mlp(x, routing, weights, 0) + routed_mlp(x, routing, weights, 1)
@@ -317,4 +330,5 @@ def test_a_gpu_runs_two_kernels_for_all_layers() -> None:
     with cuda_target():
         text = jax.jit(two_layers).trace(x, routing, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count('name = "grouped_linear"') == 2
+    assert text.count('name = "plan_experts"') == num_plans
     assert chosen_backends()["routed_mlp"] == "triton"
