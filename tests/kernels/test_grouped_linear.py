@@ -160,6 +160,34 @@ def test_any_number_of_choices(num_choices: int, backend: str) -> None:
     assert_close(out, expected(x, routing, weights, SILU))
 
 
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("demo", "triton_interpret"),
+        *(pytest.param(name, "triton", marks=pytest.mark.gpu) for name in EXPERTS),
+    ],
+)
+@pytest.mark.parametrize("num_tokens", [1, 37, 300, 3000])
+def test_real_sizes_equal_the_reference_on_every_run(name: str, backend: str, num_tokens: int) -> None:
+    if backend == "triton_interpret" and num_tokens > 300:
+        num_tokens = 100  # interpreted, a block takes longer than its tokens
+    shape = EXPERTS[name]
+    logits = jax.random.normal(jax.random.key(0), (num_tokens, shape.num_experts))
+    shares, experts = jax.lax.top_k(logits, shape.num_choices)
+    size, scale = (1, shape.num_experts), shape.hidden**-0.5
+    weights = ExpertWeights(
+        draw(1, *size, shape.hidden, 2, shape.inner, scale=scale),
+        draw(2, *size, shape.inner, shape.hidden, scale=shape.inner**-0.5),
+        draw(3, *size, 2, shape.inner) if name == "gpt-oss-20b" else None,
+        draw(4, *size, shape.hidden) if name == "gpt-oss-20b" else None,
+    )
+    x, routing = draw(5, num_tokens, shape.hidden), Routing(experts, jax.nn.softmax(shares))
+    out = routed_mlp(x, routing, weights, 0, backend=backend)
+    assert_close(out, wide(jax.jit(reference)(x, routing, weights, 0)))
+    for _ in range(3):  # a race would move the result
+        assert (routed_mlp(x, routing, weights, 0, backend=backend) == out).all()
+
+
 @INTERPRET
 def test_the_order_of_tokens_changes_no_bit(interpret: bool) -> None:
     rng = np.random.default_rng(0)
