@@ -118,7 +118,8 @@ def expected(x: jax.Array, routing: Routing, weights: ExpertWeights, gate: Gate)
 def assert_close(out: jax.Array, wanted: np.ndarray) -> None:
     """The narrow dtypes round three times: what the gate gives, each pair's row, and their sum."""
     eps = float(jnp.finfo(out.dtype).eps)
-    np.testing.assert_allclose(wide(out), wanted, rtol=4 * eps, atol=8 * eps)
+    tolerance = 16 * eps if out.dtype == jnp.float32 else 4 * eps  # sums in another order, another exp
+    np.testing.assert_allclose(wide(out), wanted, rtol=tolerance, atol=2 * tolerance)
 
 
 @INTERPRET
@@ -161,16 +162,17 @@ def test_any_number_of_choices(num_choices: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"),
+    ("name", "num_tokens", "backend"),
     [
-        ("demo", "triton_interpret"),
-        *(pytest.param(name, "triton", marks=pytest.mark.gpu) for name in EXPERTS),
+        *(("demo", num_tokens, "triton_interpret") for num_tokens in (1, 37, 100)),
+        *(
+            pytest.param(name, num_tokens, "triton", marks=pytest.mark.gpu)
+            for name in EXPERTS
+            for num_tokens in (1, 37, 300, 3000)
+        ),
     ],
 )
-@pytest.mark.parametrize("num_tokens", [1, 37, 300, 3000])
-def test_real_sizes_equal_the_reference_on_every_run(name: str, backend: str, num_tokens: int) -> None:
-    if backend == "triton_interpret" and num_tokens > 300:
-        num_tokens = 100  # interpreted, a block takes longer than its tokens
+def test_real_sizes_equal_the_reference_on_every_run(name: str, num_tokens: int, backend: str) -> None:
     shape = EXPERTS[name]
     logits = jax.random.normal(jax.random.key(0), (num_tokens, shape.num_experts))
     shares, experts = jax.lax.top_k(logits, shape.num_choices)
