@@ -305,6 +305,8 @@ class ExpertTiles:
     ) -> "ExpertTiles":
         """Picks tiles for so many pairs, each of a row of `hidden` that becomes one of `inner`, and back.
 
+        By what fits in registers and shared memory of an H200, and not by measurement.
+
         Raises:
           NotImplementedError: hidden or inner is no multiple of a block.
         """
