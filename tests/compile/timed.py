@@ -59,6 +59,8 @@ NUM_KERNELS: Mapping[str, int] = {
     "timed qkv of the library": NUM_CALLS,
     "timed gate_up of a step": NUM_CALLS,
     "timed out of a step": NUM_CALLS,
+    "timed experts": 4 * NUM_CALLS,  # a plan, two products, the sums over the choices
+    "timed experts, planned once": 3 * NUM_CALLS + 1,
     "timed rope_kv_write": NUM_CALLS,
     "timed keep_threshold": NUM_CALLS,
 }
@@ -73,6 +75,8 @@ _CASES: Mapping[str, Callable[[], Case]] = {
     "timed qkv of the library": _at(case_at, "demo", "product", 2),
     "timed gate_up of a step": _at(case_at, "demo", "product", 3),
     "timed out of a step": out_of_step,
+    "timed experts": _at(case_at, "demo", "experts", 0),
+    "timed experts, planned once": _at(case_at, "demo", "experts", 1),
     "timed rope_kv_write": _at(case_at, "demo", "small", 0),
     "timed keep_threshold": _at(case_at, "demo", "small", 2),
 }

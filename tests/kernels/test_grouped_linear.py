@@ -118,7 +118,8 @@ def expected(x: jax.Array, routing: Routing, weights: ExpertWeights, gate: Gate)
 def assert_close(out: jax.Array, wanted: np.ndarray) -> None:
     """The narrow dtypes round three times: what the gate gives, each pair's row, and their sum."""
     eps = float(jnp.finfo(out.dtype).eps)
-    np.testing.assert_allclose(wide(out), wanted, rtol=4 * eps, atol=8 * eps)
+    tolerance = 16 * eps if out.dtype == jnp.float32 else 4 * eps  # sums in another order, another exp
+    np.testing.assert_allclose(wide(out), wanted, rtol=tolerance, atol=2 * tolerance)
 
 
 @INTERPRET
@@ -158,6 +159,35 @@ def test_any_number_of_choices(num_choices: int, backend: str) -> None:
     x, routing, weights = make_case(routes)
     out = routed_mlp(x, routing, weights, LAYER, backend=backend)
     assert_close(out, expected(x, routing, weights, SILU))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tokens", "backend"),
+    [
+        *(("demo", num_tokens, "triton_interpret") for num_tokens in (1, 37, 100)),
+        *(
+            pytest.param(name, num_tokens, "triton", marks=pytest.mark.gpu)
+            for name in EXPERTS
+            for num_tokens in (1, 37, 300, 3000)
+        ),
+    ],
+)
+def test_real_sizes_equal_the_reference_on_every_run(name: str, num_tokens: int, backend: str) -> None:
+    shape = EXPERTS[name]
+    logits = jax.random.normal(jax.random.key(0), (num_tokens, shape.num_experts))
+    shares, experts = jax.lax.top_k(logits, shape.num_choices)
+    size, scale = (1, shape.num_experts), shape.hidden**-0.5
+    weights = ExpertWeights(
+        draw(1, *size, shape.hidden, 2, shape.inner, scale=scale),
+        draw(2, *size, shape.inner, shape.hidden, scale=shape.inner**-0.5),
+        draw(3, *size, 2, shape.inner) if name == "gpt-oss-20b" else None,
+        draw(4, *size, shape.hidden) if name == "gpt-oss-20b" else None,
+    )
+    x, routing = draw(5, num_tokens, shape.hidden), Routing(experts, jax.nn.softmax(shares))
+    out = routed_mlp(x, routing, weights, 0, backend=backend)
+    assert_close(out, wide(jax.jit(reference)(x, routing, weights, 0)))
+    for _ in range(3):  # a race would move the result
+        assert (routed_mlp(x, routing, weights, 0, backend=backend) == out).all()
 
 
 @INTERPRET
@@ -320,7 +350,7 @@ def test_a_routing_of_other_tokens_is_refused() -> None:
         routed_mlp(x, routing._replace(weights=routing.weights[:, :1]), weights, 0)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_plans"), [(1, 0), (64, 1), (2000, 0)])
+@pytest.mark.parametrize(("num_tokens", "num_plans"), [(64, 1), (2000, 0)])
 def test_a_gpu_runs_the_same_kernels_for_all_layers(num_tokens: int, num_plans: int) -> None:
     x, routing, weights = make_case(np.zeros((num_tokens, 2), np.int32))
 
