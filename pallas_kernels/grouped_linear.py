@@ -20,11 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import dispatch
 
-<<<<<<< HEAD
-MAX_PLANNED = 2048  # pairs that a kernel of ours plans: not measured yet
-=======
 MAX_PLANNED = 2048  # pairs that one kernel plans
->>>>>>> moe
 
 
 class Routing(NamedTuple):
@@ -159,21 +155,11 @@ class Plan(NamedTuple):
 def plan_blocks(experts: Int[Array, "t c"], *, num_experts: int, block_m: int) -> Plan:
     """Sorts the pairs by expert, and cuts each expert's into blocks of at most `block_m`.
 
-<<<<<<< HEAD
-    The number of blocks is what the worst routing takes. Few pairs are not sorted: each is a block of its
-    own, which is all that a single token can have, and with some more, few experts are read twice.
-=======
     There are as many blocks as the worst routing takes. `plan_triton` does the same for few pairs.
->>>>>>> moe
     """
     ids, num_pairs = experts.reshape(-1).astype(jnp.int32), experts.size
     is_pair = (ids >= 0) & (ids < num_experts)
     pair = jnp.arange(num_pairs, dtype=jnp.int32)
-<<<<<<< HEAD
-    if needs_no_sort(experts, num_experts):
-        return Plan(pair, jnp.stack([jnp.where(is_pair, ids, 0), pair, is_pair.astype(jnp.int32)]))
-=======
->>>>>>> moe
     # One number for both keeps the order within an expert, and is sorted faster than two.
     keys = jnp.sort(jnp.where(is_pair, ids, num_experts) * num_pairs + pair)
     number = jnp.arange(num_experts, dtype=jnp.int32)
@@ -190,28 +176,13 @@ def plan_blocks(experts: Int[Array, "t c"], *, num_experts: int, block_m: int) -
     return Plan(keys % num_pairs, jnp.stack([expert, begins[expert] + before, rows]))
 
 
-<<<<<<< HEAD
-def needs_no_sort(experts: Int[Array, "t c"], num_experts: int) -> bool:
-    """Whether each pair may be a block of its own."""
-    return len(experts) == 1 or 4 * experts.size <= num_experts
-
-
-=======
->>>>>>> moe
 @functools.partial(jax.jit, static_argnames=("num_experts", "block_m", "interpret"))
 def plan_triton(
     experts: Int[Array, "t c"], *, num_experts: int, block_m: int, interpret: bool = False
 ) -> Plan:
-<<<<<<< HEAD
-    """As `plan_blocks`, but always sorted, in one kernel: what a decode step spends on it counts.
-
-    Each program counts all pairs, so that for many of them XLA's sort is faster. Of `pairs`, what no block
-    has is left as it is.
-=======
     """As `plan_blocks`, in one kernel and not in ten: in a decode step that counts.
 
     Each program counts all pairs, which is too slow for many. Of `pairs`, what no block has is left as it is.
->>>>>>> moe
     """
     num_pairs, width = experts.size, pl.next_power_of_2(num_experts)
     num_rows = min(128, max(16, pl.next_power_of_2(num_pairs)), max(16, (1 << 15) // width))
@@ -334,11 +305,8 @@ class ExpertTiles:
     ) -> "ExpertTiles":
         """Picks tiles for so many pairs, each of a row of `hidden` that becomes one of `inner`, and back.
 
-<<<<<<< HEAD
-=======
         By what fits in registers and shared memory of an H200, and not by measurement.
 
->>>>>>> moe
         Raises:
           NotImplementedError: hidden or inner is no multiple of a block.
         """
@@ -420,11 +388,7 @@ def routed_triton(
     )
     check_kernel_can(x, weights, tiles)
     make_plan: Callable[..., Plan] = plan_blocks
-<<<<<<< HEAD
-    if routing.experts.size <= MAX_PLANNED and not needs_no_sort(routing.experts, num_experts):
-=======
     if routing.experts.size <= MAX_PLANNED:
->>>>>>> moe
         make_plan = functools.partial(plan_triton, interpret=interpret)
     plan = make_plan(routing.experts, num_experts=num_experts, block_m=tiles.block_m)
     multiply = functools.partial(

@@ -208,11 +208,7 @@ def product_rows(product: str, k: int, n: int) -> Iterator[int]:
 
 
 def expert_tokens(shape: ExpertShape, dtype: str, *, has_biases: bool) -> Iterator[int]:
-<<<<<<< HEAD
-    """One of each tile configuration, and a single token, whose pairs are planned in another way."""
-=======
     """One of each tile configuration."""
->>>>>>> moe
     seen = set()
     for num_tokens in buckets(1, 16384):
         tiles = ExpertTiles.choose(
@@ -223,14 +219,8 @@ def expert_tokens(shape: ExpertShape, dtype: str, *, has_biases: bool) -> Iterat
             itemsize=jnp.dtype(dtype).itemsize,
             has_biases=has_biases,
         )
-<<<<<<< HEAD
-        kind = (tiles, num_tokens == 1)
-        if kind not in seen:
-            seen.add(kind)
-=======
         if tiles not in seen:
             seen.add(tiles)
->>>>>>> moe
             yield num_tokens
 
 
