@@ -86,7 +86,8 @@ class PageGroups:
 
     def most_held(self, num_tokens: int) -> list[tuple[int, PagePool]]:
         """How many pages a request of so many tokens holds of each pool, at most at any time."""
-        return list(zip(self._most_held(num_tokens, self._max_new_tokens), self.pools, strict=True))
+        most = self._most_held(num_tokens, self._max_new_tokens)
+        return [(int(pages), pool) for pages, pool in zip(most, self.pools, strict=True)]
 
     def _most_held(self, num_tokens: Any, num_new: Any) -> list[Any]:
         """The same for steps of at most `num_new` of its tokens; numbers or arrays of them."""
