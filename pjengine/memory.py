@@ -62,7 +62,7 @@ class MemoryPlan:
         numbers = [self.num_kv_tokens // self.max_model_len]
         if (group := self.window_group) is not None:
             each = window_pages(group.window, self.max_model_len, self.page_size, num_new=1)
-            numbers.append((group.num_pages - 1) // each)
+            numbers.append((group.num_pages - 1) // int(each))
         return min(numbers)
 
     def beside_kv(self) -> str:
@@ -86,7 +86,8 @@ class MemoryPlan:
         rows.append(("total", self.total_bytes, ""))
         lines = [f"{name:14}{size / 2**30:10.2f} GiB   {note}".rstrip() for name, size, note in rows]
         full = f"{self.num_full_requests:,} requests of max_model_len={self.max_model_len}"
-        lines.append(f"room for {self.num_kv_tokens:,} tokens, which is {full} at once")
+        tokens = f"{self.num_kv_tokens:,} tokens, which is " if group is None else ""
+        lines.append(f"room for {tokens}{full} at once")
         if self.max_prompt_logprob_tokens is not None:
             lines.append(f"prompt logprobs in steps of at most {self.max_prompt_logprob_tokens:,} tokens")
         return "\n".join(lines)
@@ -107,7 +108,13 @@ def activation_bytes(config: ModelConfig, dtype: jnp.dtype, num_tokens: int, num
 
 
 def program_temp_bytes(
-    vocab_size: int, max_logprobs: int, num_prompt_tokens: int, num_seqs: int, max_len: int, page_size: int
+    vocab_size: int,
+    max_logprobs: int,
+    num_prompt_tokens: int,
+    num_seqs: int,
+    max_len: int,
+    page_size: int,
+    num_groups: int,
 ) -> int:
     """What the programs of rare requests need beside that, and what two steps at a time leave for the host.
 
@@ -117,7 +124,9 @@ def program_temp_bytes(
     num_top = largest_num_top(max_logprobs, vocab_size)
     num_asked = largest_num_asked(max_logprobs, vocab_size)
     masks = 2 * 4 * num_seqs * -(-vocab_size // 32)  # of both steps
-    page_tables = 2 * 4 * num_seqs * -(-max_len // page_size)  # that of all rows, and the step's own
+    page_tables = (
+        2 * 4 * num_seqs * num_groups * -(-max_len // page_size)
+    )  # that of all rows, and the step's own
     logprobs = prompt_bytes(num_prompt_tokens, num_top) + sampled_bytes(num_seqs, num_top, num_asked)
     return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables + masks
 
@@ -163,7 +172,15 @@ def plan_memory(
     bound = max_prompt_tokens(budget_bytes, num_top, max_num_batched_tokens, num_seqs)
     activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
     num_prompt_tokens = bound or max_num_batched_tokens
-    temp = program_temp_bytes(vocab_size, max_logprobs, num_prompt_tokens, num_seqs, wanted_len, page_size)
+    temp = program_temp_bytes(
+        vocab_size,
+        max_logprobs,
+        num_prompt_tokens,
+        num_seqs,
+        wanted_len,
+        page_size,
+        num_groups=2 if config.windowed_layers(wanted_len) else 1,
+    )
     if budget_bytes is not None:
         temp += tuning_bytes(config, dtype, num_seqs)
     kv_bytes = kv_cache_memory_bytes

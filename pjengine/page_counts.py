@@ -46,11 +46,15 @@ def count_pages(
     window, window_page_bytes = max(windows.values()), len(windows) * layer_bytes
     page_bytes = (config.num_layers - len(windows)) * layer_bytes + page_size * TOKEN_ID_BYTES
     num_new_pages = -(-max_num_batched_tokens // page_size)
-    held = window_pages(window, max_len, page_size, num_new=1)
-    most = min(most_pages, 1 + max_num_seqs * held + num_new_pages)
-    least = 1 + window_pages(window, max_len, page_size, num_new=max_num_batched_tokens)
+
+    def held(num_tokens: int, num_new: int) -> int:
+        """By a request of the window's pages."""
+        return int(window_pages(window, num_tokens, page_size, num_new=num_new))
+
+    most = min(most_pages, 1 + max_num_seqs * held(max_len, 1) + num_new_pages)
+    least = 1 + held(max_len, max_num_batched_tokens)
     expected_len = max(page_size, min(max_len // 2, 4 * window))
-    expected = window_pages(window, expected_len, page_size, num_new=1)
+    expected = held(expected_len, 1)
     request_bytes = -(-expected_len // page_size) * page_bytes + expected * window_page_bytes
     num_requests = max(0, kv_bytes - (1 + num_new_pages) * window_page_bytes) / request_bytes
     wanted = 1 + num_new_pages + math.ceil(num_requests * expected)
@@ -59,5 +63,5 @@ def count_pages(
     num_pages = max(0, min(most_pages, (kv_bytes - num_window_pages * window_page_bytes) // page_bytes))
     left = kv_bytes - num_pages * page_bytes
     num_window_pages = min(most, max(least, left // window_page_bytes))
-    group = WindowGroup(layers=tuple(windows), window=window, num_pages=int(num_window_pages))
+    group = WindowGroup(layers=tuple(windows), window=window, num_pages=num_window_pages)
     return PageCounts(num_pages, page_bytes, group, window_page_bytes)
