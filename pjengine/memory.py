@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -165,36 +166,19 @@ def plan_memory(
       ValueError: the pages that fit cannot hold one request of `max_model_len` tokens, or none at all; or
         all together is more than `budget_bytes`.
     """
-    num_seqs = min(max_num_seqs, max_num_batched_tokens)
     wanted_len = max_model_len or config.max_model_len
-    vocab_size = config.vocab_size
-    num_top = largest_num_top(max_logprobs, vocab_size)
-    bound = max_prompt_tokens(budget_bytes, num_top, max_num_batched_tokens, num_seqs)
-    activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
-    num_prompt_tokens = bound or max_num_batched_tokens
-    temp = program_temp_bytes(
-        vocab_size,
-        max_logprobs,
-        num_prompt_tokens,
-        num_seqs,
-        wanted_len,
-        page_size,
-        num_groups=2 if config.windowed_layers(wanted_len) else 1,
-    )
-    if budget_bytes is not None:
-        temp += tuning_bytes(config, dtype, num_seqs)
+    limits: dict[str, Any] = {
+        "max_len": wanted_len,
+        "page_size": page_size,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    activations, temp, bound = _program_bytes(config, dtype, budget_bytes, max_logprobs, **limits)
     kv_bytes = kv_cache_memory_bytes
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations - temp
-    counts = count_pages(
-        config,
-        dtype,
-        max(kv_bytes, 0),
-        page_size=page_size,
-        max_len=wanted_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-    )
+    kv_bytes = max(kv_bytes, 0)
+    counts = count_pages(config, dtype, kv_bytes, **limits)
     room = (counts.num_pages - 1) * page_size  # tokens
     plan = MemoryPlan(
         weights_bytes=weights_bytes,
@@ -205,13 +189,8 @@ def plan_memory(
         max_prompt_logprob_tokens=bound,
         **counts._asdict(),
     )
-    _check_room(
-        plan,
-        max(kv_bytes, 0),
-        max_model_len,
-        max_num_batched_tokens,
-        is_given=kv_cache_memory_bytes is not None,
-    )
+    is_given = kv_cache_memory_bytes is not None
+    _check_room(plan, kv_bytes, max_model_len, max_num_batched_tokens, is_given=is_given)
     if budget_bytes is not None and plan.total_bytes > budget_bytes:
         raise ValueError(
             f"{plan.kv_bytes:,} bytes of KV pages are too many beside {plan.beside_kv()}: there are "
@@ -220,6 +199,38 @@ def plan_memory(
     if room < wanted_len:
         logger.warning("max_model_len=%d does not fit into the KV cache; it is now %d", wanted_len, room)
     return plan
+
+
+def _program_bytes(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    budget_bytes: int | None,
+    max_logprobs: int,
+    *,
+    max_len: int,
+    page_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> tuple[int, int, int | None]:
+    """Of activations and temp, and the tokens of a step with logprobs of a prompt that these are for."""
+    num_seqs = min(max_num_seqs, max_num_batched_tokens)
+    vocab_size = config.vocab_size
+    num_top = largest_num_top(max_logprobs, vocab_size)
+    bound = max_prompt_tokens(budget_bytes, num_top, max_num_batched_tokens, num_seqs)
+    activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
+    num_prompt_tokens = bound or max_num_batched_tokens
+    temp = program_temp_bytes(
+        vocab_size,
+        max_logprobs,
+        num_prompt_tokens,
+        num_seqs,
+        max_len,
+        page_size,
+        num_groups=2 if config.windowed_layers(max_len) else 1,
+    )
+    if budget_bytes is not None:
+        temp += tuning_bytes(config, dtype, num_seqs)
+    return activations, temp, bound
 
 
 def _check_room(
