@@ -4,15 +4,16 @@ A Block is given one of these as its `attend`; it neither knows nor cares which.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pjengine.models.config import ModelConfig
 from pjengine.models.state import Batch, KVCache
+from pjengine.models.window_group import WindowGroup
 from pjengine.pallas_kernels.attention_variant import PLAIN, AttentionVariant, by_head
 from pjengine.pallas_kernels.kv_update import write_kv
 from pjengine.pallas_kernels.last_split import Counters
@@ -51,6 +52,14 @@ def variant_of(config: ModelConfig, layer: int, sinks: Float[Array, " h"] | None
     )
 
 
+class Place(NamedTuple):
+    """Where a layer's K and V are."""
+
+    page_offset: Int[Array, ""]  # the layer's first page
+    slots: Int[Array, " tokens"]
+    page_table: Int[Array, "seqs pages_per_seq"]
+
+
 @dataclass(frozen=True)
 class PagedAttend:
     """Writes this step's K and V into their pages, then attends over the pages.
@@ -61,6 +70,19 @@ class PagedAttend:
     batch: Batch
     num_pages: int  # of one layer
     backend: str | None = None
+    window_group: WindowGroup | None = None
+
+    def place(self, layer: int) -> Place:
+        batch, group = self.batch, self.window_group
+        if group is None:
+            return Place(jnp.int32(layer * self.num_pages), batch.slots, batch.page_table)
+        assert batch.window_slots is not None and batch.window_page_table is not None
+        if layer in group.layers:
+            offset = group.layers.index(layer) * group.num_pages
+            return Place(jnp.int32(offset), batch.window_slots, batch.window_page_table)
+        before = sum(other < layer for other in group.layers)
+        offset = len(group.layers) * group.num_pages + (layer - before) * self.num_pages
+        return Place(jnp.int32(offset), batch.slots, batch.page_table)
 
     def __call__(
         self,
@@ -73,15 +95,21 @@ class PagedAttend:
         variant: AttentionVariant = PLAIN,
     ) -> tuple[Float[Array, "t h d"], KVCache | None]:
         assert cache is not None
-        batch, offset = self.batch, jnp.int32(layer * self.num_pages)
+        place = self.place(layer)
         if rotary is None:
             q = qkv[:, :, :-2].reshape(len(qkv), -1, qkv.shape[-1])
             k_pages, v_pages = write_kv(
-                cache.k, cache.v, qkv[:, :, -2], qkv[:, :, -1], batch.slots, page_offset=offset
+                cache.k, cache.v, qkv[:, :, -2], qkv[:, :, -1], place.slots, page_offset=place.page_offset
             )
         else:
             q, k_pages, v_pages = rope_kv_write(
-                qkv, *rotary, cache.k, cache.v, batch.slots, page_offset=offset, backend=self.backend
+                qkv,
+                *rotary,
+                cache.k,
+                cache.v,
+                place.slots,
+                page_offset=place.page_offset,
+                backend=self.backend,
             )
         cache = cache._replace(k=k_pages, v=v_pages)
         return self.read(q, cache, layer=layer, scale=scale, variant=variant), cache
@@ -97,16 +125,16 @@ class PagedAttend:
         counters: Counters | None = None,
     ) -> Float[Array, "t h d"]:
         """Attends over the pages, which have this step's K and V; `counters` as in `paged_attention`."""
-        batch, offset = self.batch, jnp.int32(layer * self.num_pages)
+        batch, place = self.batch, self.place(layer)
         if batch.cu_q_lens is None:
             return paged_attention(
-                q, cache.k, cache.v, batch.page_table, batch.kv_lens,
-                page_offset=offset, scale=scale, variant=variant, counters=counters,
+                q, cache.k, cache.v, place.page_table, batch.kv_lens,
+                page_offset=place.page_offset, scale=scale, variant=variant, counters=counters,
                 backend=self.backend,
             )  # fmt: skip
         return ragged_paged_attention(
-            q, cache.k, cache.v, batch.page_table, batch.kv_lens, batch.cu_q_lens,
-            page_offset=offset, scale=scale, variant=variant, backend=self.backend,
+            q, cache.k, cache.v, place.page_table, batch.kv_lens, batch.cu_q_lens,
+            page_offset=place.page_offset, scale=scale, variant=variant, backend=self.backend,
         )  # fmt: skip
 
 

@@ -117,6 +117,11 @@ class ModelConfig:
     def window_of(self, layer: int) -> int | None:
         return self.layer_windows[layer % len(self.layer_windows)]
 
+    def windowed_layers(self, max_len: int) -> dict[int, int]:
+        """The layers where a token of a sequence of `max_len` may not see them all, and how many it sees."""
+        windows = {layer: self.window_of(layer) for layer in range(self.num_layers)}
+        return {layer: window for layer, window in windows.items() if window is not None and window < max_len}
+
     def rope_excess(self, prompt_len: int) -> int:
         """A number that prompts of different lengths share only if their tokens are rotated alike."""
         ropes = (self.rope, *self.layer_ropes)

@@ -81,10 +81,10 @@ def fused_layers(
     normed = start_norm(x, layers["attn_norm"][0])
     for layer in range(c.num_layers):
         with jax.named_scope(f"layer_{layer}"):
-            offset = jnp.int32(layer * attend.num_pages)
+            place = attend.place(layer)
             q, k_pages, v_pages = skinny_qkv(
                 normed, stack("qkv", c.hidden_size), layer,
-                Destination(*rotary, cache.k, cache.v, attend.batch.slots, offset),
+                Destination(*rotary, cache.k, cache.v, place.slots, place.page_offset),
                 biases=biases("qkv_bias"), eps=c.norm_eps, counters=counters, backend=backend,
             )  # fmt: skip
             cache = cache._replace(k=k_pages, v=v_pages)

@@ -6,18 +6,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pjengine.models.config import ModelConfig
+from pjengine.models.window_group import WindowGroup
 
 
 class KVCache(NamedTuple):
     """The KV pages of all layers, donated through every step.
 
-    Layer l owns pages l * num_pages to (l + 1) * num_pages. Page 0 of each layer is the null page:
-    padding reads it, nothing that is read back lands in it, and it stays finite.
+    Each layer owns as many pages as its group has, one layer after the other: first those of the group that
+    sees a window, where there is one, then the others, `num_pages` each. Page 0 of each layer is the null
+    page: padding reads it, nothing that is read back lands in it, and it stays finite.
     """
 
     k: Float[Array, "all_pages kv_heads page_size head_dim"]
     v: Float[Array, "all_pages kv_heads page_size head_dim"]
-    token_ids: Int[Array, "pages page_size"]  # what K and V were computed from, once for all layers
+    token_ids: Int[Array, "pages page_size"]  # what K and V were computed from; of all tokens, windows or not
 
 
 class Batch(NamedTuple):
@@ -30,13 +32,26 @@ class Batch(NamedTuple):
     page_table: Int[Array, "seqs pages_per_seq"]
     kv_lens: Int[Array, " seqs"]  # tokens in the cache once this step's are written; 0: padding
     cu_q_lens: Int[Array, " seqs+1"] | None  # None: one token a sequence (decode)
+    # As `slots` and `page_table`, of the layers that see a window; None: no such group.
+    window_slots: Int[Array, " tokens"] | None = None
+    window_page_table: Int[Array, "seqs pages_per_seq"] | None = None
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
     """Bytes of one page across all layers, K and V together."""
-    itemsize = jnp.dtype(dtype).itemsize
-    return 2 * config.num_layers * config.num_kv_heads * page_size * config.head_dim * itemsize
+    return config.num_layers * layer_page_bytes(config, page_size, dtype)
 
 
-def kv_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
-    return (config.num_layers * num_pages, config.num_kv_heads, page_size, config.head_dim)
+def layer_page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
+    """Bytes of one page of one layer, K and V together."""
+    return 2 * config.num_kv_heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
+
+
+def kv_shape(
+    config: ModelConfig, num_pages: int, page_size: int, window_group: WindowGroup | None = None
+) -> tuple[int, int, int, int]:
+    """The shape of `KVCache.k` and `KVCache.v`."""
+    all_pages = config.num_layers * num_pages
+    if window_group is not None:
+        all_pages += len(window_group.layers) * (window_group.num_pages - num_pages)
+    return (all_pages, config.num_kv_heads, page_size, config.head_dim)

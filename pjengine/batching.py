@@ -39,15 +39,15 @@ class Rows(NamedTuple):
     repetition_penalty: Float[Array, " rows"]
     frequency_penalty: Float[Array, " rows"]
     presence_penalty: Float[Array, " rows"]
-    page_table: Int[Array, "rows pages_per_seq"]
+    page_table: Int[Array, "rows columns"]  # where layers have windows, their columns follow the others
 
     @classmethod
-    def empty(cls, num_rows: int, pages_per_seq: int) -> "Rows":
+    def empty(cls, num_rows: int, num_columns: int) -> "Rows":
         arrays = {
             name: jnp.zeros(num_rows, jnp.float32 if name in FLOAT_FIELDS else jnp.int32)
             for name in cls._fields
         }
-        return cls(**{**arrays, "page_table": jnp.zeros((num_rows, pages_per_seq), jnp.int32)})
+        return cls(**{**arrays, "page_table": jnp.zeros((num_rows, num_columns), jnp.int32)})
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Layout:
     is_decode: bool
     edits: EditSizes = NO_SIZES
     depth: int = 1  # tokens computed of each sequence, one after the other; more than one in decodes alone
+    num_groups: int = 1  # of KV pages; 2: some layers see a window only
 
     @property
     def num_seqs(self) -> int:
@@ -80,7 +81,7 @@ class Layout:
         edits = self.edits.parts(self.num_seqs, self.num_tokens) if self.edits != NO_SIZES else {}
         if self.is_decode:
             lengths = {"lengths": seqs} if self.depth > 1 else {}
-            return {"rows": seqs, **lengths, "page_updates": (3, self.num_seqs), **edits}
+            return {"rows": seqs, **lengths, "page_updates": (3, self.num_groups * self.num_seqs), **edits}
         return {
             **edits,
             "tokens": (self.num_tokens,),
@@ -90,7 +91,7 @@ class Layout:
             "sampled_rows": seqs,  # the row where the sampled token goes
             "admitted": (1 + len(ROW_FIELDS), self.num_seqs),  # row, then its fields
             # A chunk of n tokens opens at most n / page_size + 1 pages; cached ones may come on top.
-            "page_updates": (3, self.num_tokens // self.page_size + self.num_seqs),  # row, column, page
+            "page_updates": (3, self.num_groups * (self.num_tokens // self.page_size + self.num_seqs)),
         }
 
     @cached_property
@@ -115,9 +116,12 @@ class Layout:
         return views
 
 
-def page_updates(schedule: Schedule) -> Int[np.ndarray, "3 updates"]:
+def page_updates(schedule: Schedule, pages_per_seq: int) -> Int[np.ndarray, "3 updates"]:
     """The entries of the page table that a schedule changes: row, column, page."""
-    return np.array(schedule.new_pages, np.int32).reshape(-1, 3).T
+    full, window = (np.array(part, np.int32).reshape(-1, 3) for part in schedule.page_updates)
+    if len(window):
+        full = np.concatenate([full, window + np.array([0, pages_per_seq, 0], np.int32)])
+    return full.T
 
 
 def pack(
@@ -224,6 +228,7 @@ def unpack(rows: Rows, row: Int[Array, " seqs"], parts: dict[str, Array], layout
     """The tokens to compute now, from the vector and the rows; `row` as `live_rows`. On the device."""
     is_real = row < layout.num_rows
     page_table = rows.page_table.at[row].get(mode="fill", fill_value=0)
+    page_tables = jnp.split(page_table, 2, axis=1) if layout.num_groups == 2 else [page_table]
     if layout.is_decode:
         positions = rows.position.at[row].get(mode="fill", fill_value=0)
         tokens = rows.last_token.at[row].get(mode="fill", fill_value=0)
@@ -240,15 +245,21 @@ def unpack(rows: Rows, row: Int[Array, " seqs"], parts: dict[str, Array], layout
         last = rows.last_token.at[row].get(mode="fill", fill_value=0)
         tokens = jnp.where(parts["tokens"] == FROM_DEVICE, last[seq], parts["tokens"])
         kv_lens = jnp.where(is_real, parts["starts"] + jnp.diff(cu_q_lens), 0)
-    page = page_table[seq, positions // layout.page_size]
-    slots = jnp.where(is_token, page * layout.page_size + positions % layout.page_size, -1)
+
+    def slots_in(page_table: Int[Array, "seqs pages_per_seq"]) -> Int[Array, " tokens"]:
+        page = page_table[seq, positions // layout.page_size]
+        return jnp.where(is_token, page * layout.page_size + positions % layout.page_size, -1)
+
+    slots = [slots_in(page_table) for page_table in page_tables]
     prompt_len = rows.prompt_len.at[row].get(mode="fill", fill_value=0)
     return Batch(
         tokens=tokens,
         positions=positions,
         rope_lens=jnp.maximum(positions + 1, prompt_len[seq]),
-        slots=slots,
-        page_table=page_table,
+        slots=slots[0],
+        page_table=page_tables[0],
         kv_lens=kv_lens,
         cu_q_lens=cu_q_lens,
+        window_slots=slots[-1] if layout.num_groups == 2 else None,
+        window_page_table=page_tables[-1] if layout.num_groups == 2 else None,
     )

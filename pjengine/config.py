@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pjengine.models.window_group import WindowGroup
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "bin", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority")
@@ -120,6 +122,14 @@ class RunnerConfig:
     # Tokens of a step with logprobs of a prompt: a power of two, at least max_num_seqs. None: any number.
     max_prompt_logprob_tokens: int | None = None
     kernel_backend: str | None = None
+    window_group: WindowGroup | None = (
+        None  # layers with pages of their own; then `num_pages` is of the others
+    )
+
+    @property
+    def num_groups(self) -> int:
+        """Of KV pages, each with a page table of its own."""
+        return 1 if self.window_group is None else 2
 
     @property
     def pages_per_seq(self) -> int:

@@ -69,6 +69,7 @@ class LLMEngine:
 
     def _new_scheduler(self) -> Scheduler:
         sizes = self.runner.config
+        group = sizes.window_group
         return Scheduler(
             PagePool(sizes.num_pages),
             sizes.page_size,
@@ -79,6 +80,8 @@ class LLMEngine:
             can_edit=self.runner.can_edit,
             max_prompt_logprob_tokens=sizes.max_prompt_logprob_tokens,
             mixed_sizes=sizes.mixed_buckets,
+            window_pool=None if group is None else PagePool(group.num_pages),
+            window=None if group is None else group.window,
         )
 
     def add_request(

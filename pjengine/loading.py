@@ -83,6 +83,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
             config.decode_steps, plan.weights_bytes, is_gpu=device.platform == "gpu"
         ),
         kernel_backend=config.kernel_backend,
+        window_group=plan.window_group,
         **sizes,
     )
     return LoadedModel(

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from pjengine.logprob_sizes import (
 )
 from pjengine.logprobs import BLOCK
 from pjengine.models.config import ModelConfig
-from pjengine.models.state import page_bytes
+from pjengine.models.window_group import WindowGroup
+from pjengine.page_counts import count_pages
+from pjengine.page_groups import window_pages
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +33,21 @@ class MemoryPlan:
     weights_bytes: int
     activations_bytes: int  # of the model, and logits
     temp_bytes: int  # of programs, beside them: histories, logprobs, page tables, compilation
-    page_bytes: int  # one page, all layers
+    page_bytes: int  # one page, all layers; or all that see everything, and token ids, where others do not
     page_size: int
     num_pages: int  # the null page among them
     max_model_len: int  # shortened to what fits, where the caller left it open
     max_prompt_logprob_tokens: int | None = None  # as in `RunnerConfig`
+    window_group: WindowGroup | None = None  # layers with pages of their own
+    window_page_bytes: int = 0  # one of their pages, all of these layers
 
     @property
     def kv_bytes(self) -> int:
-        return self.page_bytes * self.num_pages
+        return self.page_bytes * self.num_pages + self.window_bytes
+
+    @property
+    def window_bytes(self) -> int:
+        return 0 if self.window_group is None else self.window_page_bytes * self.window_group.num_pages
 
     @property
     def total_bytes(self) -> int:
@@ -48,6 +57,15 @@ class MemoryPlan:
     def num_kv_tokens(self) -> int:
         return (self.num_pages - 1) * self.page_size
 
+    @property
+    def num_full_requests(self) -> int:
+        """Requests of `max_model_len` tokens that there is room for at once, while they decode."""
+        numbers = [self.num_kv_tokens // self.max_model_len]
+        if (group := self.window_group) is not None:
+            each = window_pages(group.window, self.max_model_len, self.page_size, num_new=1)
+            numbers.append((group.num_pages - 1) // int(each))
+        return min(numbers)
+
     def beside_kv(self) -> str:
         """What else there is, for a text."""
         others = self.activations_bytes + self.temp_bytes
@@ -55,18 +73,22 @@ class MemoryPlan:
 
     def table(self) -> str:
         """The plan for a person to read."""
-        per_token = self.page_bytes // self.page_size
-        pages = f"{self.num_pages:,} pages of {self.page_size} tokens, {per_token:,} B a token"
+        size, group = self.page_size, self.window_group
+        pages = f"{self.num_pages:,} pages of {size} tokens, {self.page_bytes // size:,} B a token"
         rows = [
             ("weights", self.weights_bytes, ""),
             ("activations", self.activations_bytes, "the largest program's, at most"),
             ("program temp", self.temp_bytes, "for penalties, logprobs, grammars and compilation, at most"),
-            ("KV pages", self.kv_bytes, pages),
-            ("total", self.total_bytes, ""),
+            ("KV pages", self.kv_bytes - self.window_bytes, pages),
         ]
+        if group is not None:
+            per_token = f"{self.window_page_bytes // size:,} B a token that one of {group.window:,} sees"
+            rows.append(("window pages", self.window_bytes, f"{group.num_pages:,} pages, {per_token}"))
+        rows.append(("total", self.total_bytes, ""))
         lines = [f"{name:14}{size / 2**30:10.2f} GiB   {note}".rstrip() for name, size, note in rows]
-        full = f"{self.num_kv_tokens // self.max_model_len:,} requests of max_model_len={self.max_model_len}"
-        lines.append(f"room for {self.num_kv_tokens:,} tokens, which is {full} at once")
+        full = f"{self.num_full_requests:,} requests of max_model_len={self.max_model_len}"
+        tokens = f"{self.num_kv_tokens:,} tokens, which is " if group is None else ""
+        lines.append(f"room for {tokens}{full} at once")
         if self.max_prompt_logprob_tokens is not None:
             lines.append(f"prompt logprobs in steps of at most {self.max_prompt_logprob_tokens:,} tokens")
         return "\n".join(lines)
@@ -87,7 +109,13 @@ def activation_bytes(config: ModelConfig, dtype: jnp.dtype, num_tokens: int, num
 
 
 def program_temp_bytes(
-    vocab_size: int, max_logprobs: int, num_prompt_tokens: int, num_seqs: int, max_len: int, page_size: int
+    vocab_size: int,
+    max_logprobs: int,
+    num_prompt_tokens: int,
+    num_seqs: int,
+    max_len: int,
+    page_size: int,
+    num_groups: int,
 ) -> int:
     """What the programs of rare requests need beside that, and what two steps at a time leave for the host.
 
@@ -97,7 +125,9 @@ def program_temp_bytes(
     num_top = largest_num_top(max_logprobs, vocab_size)
     num_asked = largest_num_asked(max_logprobs, vocab_size)
     masks = 2 * 4 * num_seqs * -(-vocab_size // 32)  # of both steps
-    page_tables = 2 * 4 * num_seqs * -(-max_len // page_size)  # that of all rows, and the step's own
+    page_tables = (
+        2 * 4 * num_seqs * num_groups * -(-max_len // page_size)
+    )  # that of all rows, and the step's own
     logprobs = prompt_bytes(num_prompt_tokens, num_top) + sampled_bytes(num_seqs, num_top, num_asked)
     return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables + masks
 
@@ -136,33 +166,31 @@ def plan_memory(
       ValueError: the pages that fit cannot hold one request of `max_model_len` tokens, or none at all; or
         all together is more than `budget_bytes`.
     """
-    one_page = page_bytes(config, page_size, dtype)
-    num_seqs = min(max_num_seqs, max_num_batched_tokens)
     wanted_len = max_model_len or config.max_model_len
-    vocab_size = config.vocab_size
-    num_top = largest_num_top(max_logprobs, vocab_size)
-    bound = max_prompt_tokens(budget_bytes, num_top, max_num_batched_tokens, num_seqs)
-    activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
-    num_prompt_tokens = bound or max_num_batched_tokens
-    temp = program_temp_bytes(vocab_size, max_logprobs, num_prompt_tokens, num_seqs, wanted_len, page_size)
-    if budget_bytes is not None:
-        temp += tuning_bytes(config, dtype, num_seqs)
+    limits: dict[str, Any] = {
+        "max_len": wanted_len,
+        "page_size": page_size,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    activations, temp, bound = _program_bytes(config, dtype, budget_bytes, max_logprobs, **limits)
     kv_bytes = kv_cache_memory_bytes
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations - temp
-    num_pages = min(max_num_seqs * -(-wanted_len // page_size) + 1, max(kv_bytes, 0) // one_page)
-    room = (num_pages - 1) * page_size  # tokens
+    kv_bytes = max(kv_bytes, 0)
+    counts = count_pages(config, dtype, kv_bytes, **limits)
+    room = (counts.num_pages - 1) * page_size  # tokens
     plan = MemoryPlan(
         weights_bytes=weights_bytes,
         activations_bytes=activations,
         temp_bytes=temp,
-        page_bytes=one_page,
         page_size=page_size,
-        num_pages=num_pages,
         max_model_len=min(wanted_len, room),
         max_prompt_logprob_tokens=bound,
+        **counts._asdict(),
     )
-    _check_room(plan, max(kv_bytes, 0), max_model_len, is_given=kv_cache_memory_bytes is not None)
+    is_given = kv_cache_memory_bytes is not None
+    _check_room(plan, kv_bytes, max_model_len, max_num_batched_tokens, is_given=is_given)
     if budget_bytes is not None and plan.total_bytes > budget_bytes:
         raise ValueError(
             f"{plan.kv_bytes:,} bytes of KV pages are too many beside {plan.beside_kv()}: there are "
@@ -173,15 +201,55 @@ def plan_memory(
     return plan
 
 
-def _check_room(plan: MemoryPlan, kv_bytes: int, max_model_len: int | None, *, is_given: bool) -> None:
-    """Raises ValueError where the pages do not hold one request."""
+def _program_bytes(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    budget_bytes: int | None,
+    max_logprobs: int,
+    *,
+    max_len: int,
+    page_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> tuple[int, int, int | None]:
+    """Of activations and temp, and the tokens of a step with logprobs of a prompt that these are for."""
+    num_seqs = min(max_num_seqs, max_num_batched_tokens)
+    vocab_size = config.vocab_size
+    num_top = largest_num_top(max_logprobs, vocab_size)
+    bound = max_prompt_tokens(budget_bytes, num_top, max_num_batched_tokens, num_seqs)
+    activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
+    num_prompt_tokens = bound or max_num_batched_tokens
+    temp = program_temp_bytes(
+        vocab_size,
+        max_logprobs,
+        num_prompt_tokens,
+        num_seqs,
+        max_len,
+        page_size,
+        num_groups=2 if config.windowed_layers(max_len) else 1,
+    )
+    if budget_bytes is not None:
+        temp += tuning_bytes(config, dtype, num_seqs)
+    return activations, temp, bound
+
+
+def _check_room(
+    plan: MemoryPlan, kv_bytes: int, max_model_len: int | None, max_num_new: int, *, is_given: bool
+) -> None:
+    """Raises ValueError where the pages do not hold one request, of `max_num_new` tokens in a step."""
     least = max_model_len or plan.page_size
     if plan.num_kv_tokens < least:
+        group = plan.window_group
+        needed_bytes = (-(-least // plan.page_size) + 1) * plan.page_bytes
+        if group is not None:
+            pages = window_pages(group.window, least, plan.page_size, num_new=max_num_new)
+            needed_bytes += (pages + 1) * plan.window_page_bytes
         raise ValueError(
             f"the KV cache gets {kv_bytes:,} bytes beside {plan.beside_kv()}, which hold "
             f"{max(plan.num_kv_tokens, 0)} tokens; one request of {least} tokens needs "
-            f"{(-(-least // plan.page_size) + 1) * plan.page_bytes:,} bytes: "
+            f"{needed_bytes:,} bytes: "
             + ("lower max_model_len, or " if max_model_len else "")
+            + ("" if group is None else "lower max_num_batched_tokens, or ")
             + ("raise kv_cache_memory_bytes" if is_given else "raise gpu_memory_utilization")
         )
 

@@ -39,6 +39,7 @@ class Request:
     stop_reason: int | str | None = None
     row: int = -1
     pages: list[int] = field(default_factory=list)
+    window_pages: list[int] = field(default_factory=list)  # of the window's pool; 0: given back
     priority: int = 0  # lower ones go first
     order: int = -1  # of arrival
     more_eos_token_ids: frozenset[int] = frozenset()  # the same, and are named as the reason

@@ -31,6 +31,7 @@ class RowTable:
         self.prefill_end = np.zeros(num_rows, np.int64)
         self.limit = np.zeros(num_rows, np.int64)  # of computed tokens; the last one sampled never is
         self.room = np.zeros(num_rows, np.int64)
+        self.window_start = np.zeros(num_rows, np.int64)  # slots before it have no page in the window's pool
         self.needs = np.zeros((num_rows, len(NEEDS)), np.int64)  # of its edits
         self.travels = np.zeros(num_rows, np.bool_)  # something of its edits, with every step
         self.is_led = np.zeros(num_rows, np.bool_)  # the host sees each token before the next is computed
@@ -56,6 +57,7 @@ class RowTable:
         self.prefill_end[row] = request.num_known
         self.limit[row] = request.max_total_tokens - 1
         self.room[row] = room
+        self.window_start[row] = 0
         self.needs[row] = request.edits.needs
         self.travels[row] = request.edits.travels
         self.is_led[row] = request.is_led
@@ -102,12 +104,6 @@ class RowTable:
     def prefilling(self) -> list[int]:
         """Rows with known tokens left to compute, in order of admission."""
         return self._in_order((self.admissions > 0) & (self.computed < self.prefill_end)).tolist()
-
-    def promised(self, page_size: int) -> int:
-        """Pages that running requests need beyond their own for the tokens that they have now."""
-        rows = np.flatnonzero(self.admissions)
-        tokens = np.maximum(self.prefill_end[rows], self.computed[rows] + 1)
-        return int((-(-tokens // page_size) - self.room[rows] // page_size).sum())
 
     def _in_order(self, chosen: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(chosen)

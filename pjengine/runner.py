@@ -86,12 +86,12 @@ class Runner:
 
     def _new_state(self) -> tuple[KVCache, Rows]:
         config, dtype = self.config, self.model.dtype
-        shape = kv_shape(self.model.config, config.num_pages, config.page_size)
+        shape = kv_shape(self.model.config, config.num_pages, config.page_size, config.window_group)
 
         def make() -> tuple[KVCache, Rows]:
             token_ids = jnp.zeros((config.num_pages, config.page_size), jnp.int32)
             cache = KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), token_ids)
-            return cache, Rows.empty(config.max_num_seqs, config.pages_per_seq)
+            return cache, Rows.empty(config.max_num_seqs, config.num_groups * config.pages_per_seq)
 
         return jax.jit(make, out_shardings=self.sharding)()
 
@@ -106,7 +106,7 @@ class Runner:
         `masks`: for each of `schedule.masked`.
         """
         layout, program = self.program_for(self._layout_for(schedule))
-        updates = page_updates(schedule)
+        updates = page_updates(schedule, self.config.pages_per_seq)
         if updates.shape[1] > layout.max_page_updates:
             updates = self._update_early(updates, layout.max_page_updates)
         blob = pack(schedule, updates, masks, layout, self.model.config.vocab_size)
@@ -144,7 +144,10 @@ class Runner:
     def _layout(self, bucket: int, is_decode: bool, edits: EditSizes = NO_SIZES) -> Layout:
         depth = self.config.decode_steps if is_decode and edits == NO_SIZES else 1
         edits = edits.within(min(bucket, self.config.max_num_seqs))
-        return Layout(bucket, self.config.max_num_seqs, self.config.page_size, is_decode, edits, depth)
+        config = self.config
+        return Layout(
+            bucket, config.max_num_seqs, config.page_size, is_decode, edits, depth, config.num_groups
+        )
 
     def _by_need(self) -> list[Layout]:
         """Every program; first the one that a first prompt needs, then the one that continues it."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pjengine.edits import Edits
+from pjengine.page_groups import PageUpdates
 from pjengine.request import Request
 
 # In place of a token, where there is none to choose.
@@ -55,7 +56,7 @@ class Schedule:
 
     decodes: Decodes
     chunks: list[Chunk]
-    new_pages: list[tuple[int, int, int]]  # row, column of the page table, page
+    page_updates: PageUpdates
     needs: np.ndarray  # the room that the edits of all take together, as edits.NEEDS names it
     edits: list[tuple[int, Edits, int]]  # those that travel: sequence, edits, number of outputs before
     masked: list[tuple[int, Request]]  # sequences that sample among what the host allows

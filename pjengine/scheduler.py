@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from pjengine.edits import NEEDS, NO_EDITS, Edits, join_needs, past_prompts
-from pjengine.page_pool import PagePool, page_hashes
+from pjengine.page_groups import Found, PageGroups, PageUpdates
+from pjengine.page_pool import PagePool
 from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.row_table import RowTable
@@ -24,7 +25,7 @@ from pjengine.schedule import Chunk, Decodes, Schedule, TokenBudget, step_limit
 
 @dataclass
 class Scheduler:
-    """Owns the queue, the rows and the page pool.
+    """Owns the queue, the rows and the pages.
 
     Invariants, recounted by `check_integrity`: a running request owns one row and exactly the pages
     that its computed tokens need; a waiting or finished one owns neither.
@@ -38,6 +39,8 @@ class Scheduler:
     decode_steps: int = 1  # tokens of a row in one step of decodes alone; at most a page
     max_prompt_logprob_tokens: int | None = None  # in a step with logprobs of a prompt; None: no limit
     mixed_sizes: Sequence[int] = ()  # tokens that mixed steps are padded to, in order; none: any number
+    window_pool: PagePool | None = None  # of the layers that see a window, if they have one of their own
+    window: int | None = None  # slots that a token sees there, its own included
     # Whether there are programs for steps that need so much; if not, they are made for what comes soon.
     can_edit: Callable[[np.ndarray, Callable[[], np.ndarray]], bool] = lambda now, soon: True
     num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
@@ -45,6 +48,7 @@ class Scheduler:
     num_prompt_tokens: int = 0  # of requests that have got a row
     num_preemptions: int = 0
     rows: RowTable = field(init=False)
+    _pages: PageGroups = field(init=False)
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
     _is_late: bool = False  # the last step left out rows that could have been in it
@@ -52,10 +56,24 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self.rows = RowTable(self.max_num_seqs)
+        self._pages = PageGroups(
+            self.pool,
+            self.rows,
+            page_size=self.page_size,
+            max_new_tokens=max(self.max_num_batched_tokens, self.decode_steps),
+            is_caching=self.is_caching,
+            window_pool=self.window_pool,
+            window=self.window,
+        )
 
     @property
     def has_requests(self) -> bool:
         return bool(self._waiting) or self.rows.num_free < self.rows.num_rows
+
+    @property
+    def pools(self) -> list[PagePool]:
+        """Those of each group of layers."""
+        return self._pages.pools
 
     @property
     def running(self) -> list[Request]:
@@ -83,36 +101,38 @@ class Scheduler:
         Raises:
           ValueError: it cannot; the text says by how much.
         """
-        needed = self._pages_for(request.max_total_tokens - 1)  # the last token is never computed
-        if needed > self.pool.num_usable:
-            raise ValueError(
-                f"request {request.request_id} may grow to {request.max_total_tokens} tokens, which need "
-                f"{needed} pages of {self.page_size}; the KV cache has {self.pool.num_usable}. Lower "
-                f"max_tokens, shorten the prompt ({len(request.prompt_token_ids)} tokens) or give the "
-                f"cache more memory"
-            )
+        # The last token is never computed.
+        for needed, pool in self._pages.most_held(request.max_total_tokens - 1):
+            if needed > pool.num_usable:
+                raise ValueError(
+                    f"request {request.request_id} may grow to {request.max_total_tokens} tokens, which need "
+                    f"{needed} pages of {self.page_size}; the KV cache has {pool.num_usable}. Lower "
+                    f"max_tokens, shorten the prompt ({len(request.prompt_token_ids)} tokens) or give the "
+                    f"cache more memory"
+                )
 
     def schedule(self) -> Schedule:
         """The next step; without any sequences when nothing can run until a result is read."""
         chunks: list[Chunk] = []
-        new_pages: list[tuple[int, int, int]] = []
+        updates = PageUpdates([], [])
         refused: list[tuple[Request, str]] = []
+        self._pages.give_back_unseen()
         num_preempted = self._make_room()
         rows = self._decoding()
         budget = self._budget(len(rows))
-        self._grow(rows[self.rows.computed[rows] == self.rows.room[rows]], new_pages)
+        self._grow(rows[self.rows.computed[rows] == self.rows.room[rows]], updates)
         for row, length in self._prompt_lengths(budget):
-            chunks.append(self._take(self.rows.owner(row), length, new_pages))
+            chunks.append(self._take(self.rows.owner(row), length, updates))
         if num_preempted == 0:
-            self._admit(budget, chunks, new_pages, refused)
+            self._admit(budget, chunks, updates, refused)
         needs = self._needs(rows, chunks)
         # Several tokens where the host has no part in them.
         depth = 1 if chunks or needs.any() else self.decode_steps
-        decodes = self._book(rows, depth, new_pages)
+        decodes = self._book(rows, depth, updates)
         return Schedule(
             decodes=decodes,
             chunks=chunks,
-            new_pages=new_pages,
+            page_updates=updates,
             needs=needs,
             edits=self._edits(decodes, chunks),
             masked=self._masked(decodes, chunks),
@@ -201,48 +221,41 @@ class Scheduler:
             needed = int(np.count_nonzero(table.computed[ready] == table.room[ready]))
             for row, length in self._prompt_lengths(self._budget(len(ready))):
                 needed += self._pages_for(int(table.computed[row]) + length) - len(table.owner(row).pages)
-            if needed <= self.pool.num_free:
+            if needed <= self._pages.num_free:
                 return num_preempted
             candidates = [table.owner(row) for row in [*rows.tolist(), *table.prefilling()]]
             self._preempt(max(candidates, key=lambda other: other.rank))
             num_preempted += 1
 
-    def _book(self, rows: np.ndarray, depth: int, new_pages: list[tuple[int, int, int]]) -> Decodes:
+    def _book(self, rows: np.ndarray, depth: int, updates: PageUpdates) -> Decodes:
         """Counts up to `depth` tokens of each row as computed; at least one, for which there is room."""
         table = self.rows
         starts = table.computed[rows]
         lengths = np.minimum(depth, table.limit[rows] - starts)
         if depth > 1:
             short = rows[starts + lengths > table.room[rows]]
-            self._grow(short[: self.pool.num_free], new_pages)
+            self._grow(short[: self._pages.num_free], updates)
             lengths = np.minimum(lengths, table.room[rows] - starts)
         table.computed[rows] += lengths
         requests: Any = [table.requests[row] for row in rows.tolist()]
         return Decodes(requests, rows, table.admissions[rows], starts, lengths)
 
-    def _grow(self, rows: np.ndarray, new_pages: list[tuple[int, int, int]]) -> None:
+    def _grow(self, rows: np.ndarray, updates: PageUpdates) -> None:
         """Gives each of these rows, whose pages are full, one more."""
         for row in rows.tolist():
-            request = self.rows.owner(row)
-            self._add_pages(request, 1, new_pages)
-
-    def _add_pages(self, request: Request, count: int, new_pages: list[tuple[int, int, int]]) -> None:
-        held = len(request.pages)
-        request.pages += self.pool.allocate(count)
-        self.rows.room[request.row] += count * self.page_size
-        new_pages += [(request.row, column, request.pages[column]) for column in range(held, held + count)]
+            self._pages.grow(self.rows.owner(row), 1, updates)
 
     def _admit(
         self,
         budget: TokenBudget,
         chunks: list[Chunk],
-        new_pages: list[tuple[int, int, int]],
+        updates: PageUpdates,
         refused: list[tuple[Request, str]],
     ) -> None:
         """Starts waiting requests while there are rows, tokens, and pages for all they have to compute."""
         if not self._waiting:
             return
-        promised = self.rows.promised(self.page_size)
+        left = self._pages.unpromised()
         held_back: list[tuple[tuple[int, int], Request]] = []
         while self._waiting and budget.num_left and self.rows.num_free:
             _, request = self._waiting[0]
@@ -255,16 +268,17 @@ class Scheduler:
             if not is_ready:
                 held_back.append(heapq.heappop(self._waiting))
                 continue
-            found = self._find_cached(request)
-            promised += self._pages_for(request.num_known) - len(found)
-            if promised + self.pool.num_cached(found) > self.pool.num_free:
+            found = self._pages.find(request)
+            cost = self._pages.cost(request, found)
+            if (cost > left).any():
                 break
-            if not (length := budget.take(request, len(found) * self.page_size, request.num_known)):
+            num_cached = len(found.pages) * self.page_size
+            if not (length := budget.take(request, num_cached, request.num_known)):
                 break  # a step of its own kind is full
             heapq.heappop(self._waiting)
-            self._start(request, found, new_pages)
-            chunks.append(self._take(request, length, new_pages, is_admitted=True))
-            promised -= len(request.pages) - len(found)
+            self._start(request, found, updates)
+            chunks.append(self._take(request, length, updates, is_admitted=True))
+            left -= cost
         for entry in held_back:
             heapq.heappush(self._waiting, entry)
 
@@ -284,22 +298,12 @@ class Scheduler:
             self._approved = now
         return is_ready
 
-    def _find_cached(self, request: Request) -> list[int]:
-        """The pages of the cache that hold the request's beginning; at least one token is left to compute."""
-        if self._chain(request) is None or not request.is_cache_read:
-            return []
-        self._hash_pages(request)
-        return self.pool.match(request.page_hashes[: (request.num_known - 1) // self.page_size])
-
-    def _start(self, request: Request, found: list[int], new_pages: list[tuple[int, int, int]]) -> None:
+    def _start(self, request: Request, found: Found, updates: PageUpdates) -> None:
         """Gives a waiting request a row and the cached pages of its beginning."""
-        self.pool.retain(found)
-        num_cached = len(found) * self.page_size
+        num_cached = len(found.pages) * self.page_size
         request.status = RequestStatus.RUNNING
-        request.pages = list(found)
-        request.num_registered = len(found)
         request.row = self.rows.admit(request, num_cached, room=num_cached)
-        new_pages += [(request.row, column, page) for column, page in enumerate(found)]
+        self._pages.take(request, found, updates)
         if self.is_caching and request.is_cache_read:
             self.num_cache_queries += request.num_known
             self.num_cache_hits += num_cached
@@ -312,16 +316,16 @@ class Scheduler:
         self,
         request: Request,
         length: int,
-        new_pages: list[tuple[int, int, int]],
+        updates: PageUpdates,
         *,
         is_admitted: bool = False,
     ) -> Chunk:
         """Books `length` known tokens of a running request: pages, counters, and the chunk that says so."""
         table, row = self.rows, request.row
         start = int(table.computed[row])
-        self._add_pages(request, self._pages_for(start + length) - len(request.pages), new_pages)
+        self._pages.grow(request, self._pages_for(start + length) - len(request.pages), updates)
         table.computed[row] += length
-        self._register(request)
+        self._pages.register(request)  # those of outputs when it leaves its row
         return Chunk(
             request=request,
             row=row,
@@ -331,34 +335,6 @@ class Scheduler:
             is_sampled=start + length == table.prefill_end[row],
             is_admitted=is_admitted,
         )
-
-    def _register(self, request: Request) -> None:
-        """Tells others of the request's full pages, as far as the host knows their tokens.
-
-        Those of prompts at once, those of outputs when the request leaves its row.
-        No step reads them before they are written: later ones run later, and within this one each
-        layer writes before it attends.
-        """
-        if self._chain(request) is None:
-            return
-        self._hash_pages(request)
-        full = min(int(self.rows.computed[request.row]), request.num_known) // self.page_size
-        for index in range(request.num_registered, full):
-            self.pool.register(request.pages[index], request.page_hashes[index])
-        request.num_registered = max(full, request.num_registered)
-
-    def _chain(self, request: Request) -> str | None:
-        """The salt of the names of a request's pages; None: they have none, and nobody shares them."""
-        return request.salt if self.is_caching else request.fork or None
-
-    def _hash_pages(self, request: Request) -> None:
-        names = request.page_hashes
-        start, stop = len(names) * self.page_size, request.num_known
-        if start + self.page_size <= stop:
-            tokens = request.known_tokens(start, stop)
-            salt = self._chain(request)
-            assert salt is not None
-            names += page_hashes(tokens, self.page_size, salt, names[-1] if names else None)
 
     def _preempt(self, request: Request) -> None:
         """Takes a request's row and pages; it will recompute its tokens, and sample the same ones."""
@@ -382,14 +358,11 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all that has been computed; what runs goes on, and is not shared."""
-        self.pool.forget()
-        for request in self.running:
-            request.num_registered = len(request.pages)
+        self._pages.forget(self.running)
 
     def _free(self, request: Request) -> None:
-        self._register(request)
-        self.pool.release(request.pages)
-        request.pages = []
+        self._pages.register(request)
+        self._pages.release(request)
         self.rows.vacate(request.row)
         request.row = -1
 
@@ -403,7 +376,7 @@ class Scheduler:
           RuntimeError: an invariant of this class, of its rows or of the pool is broken.
         """
         running = self.running
-        self.pool.check_integrity(request.pages for request in running)
+        self._pages.check_integrity(running)
         self.rows.check_integrity(self.page_size)
         for request in running:
             if request.status is not RequestStatus.RUNNING:

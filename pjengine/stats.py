@@ -16,7 +16,7 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
-    kv_cache_usage: float  # of the pages; 1: all
+    kv_cache_usage: float  # of the pages, in the group where it is highest; 1: all
     num_prompt_tokens: int  # and all below: since the engine started
     num_generation_tokens: int
     num_preemptions: int
@@ -31,7 +31,7 @@ def read_stats(engine: LLMEngine) -> EngineStats:
     return EngineStats(
         num_running=scheduler.rows.num_rows - scheduler.rows.num_free,
         num_waiting=scheduler.num_waiting,
-        kv_cache_usage=1 - scheduler.pool.num_free / scheduler.pool.num_usable,
+        kv_cache_usage=max(1 - pool.num_free / pool.num_usable for pool in scheduler.pools),
         num_prompt_tokens=scheduler.num_prompt_tokens,
         num_generation_tokens=engine.num_generation_tokens,
         num_preemptions=scheduler.num_preemptions,

@@ -16,6 +16,7 @@ from pjengine.logprobs import Logprobs, logprobs_of, prompt_logprobs_of
 from pjengine.models.attention import PagedAttend
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.state import Batch, KVCache
+from pjengine.models.window_group import WindowGroup
 from pjengine.sampler import sample
 from pjengine.schedule import BROKEN, FORBIDDEN
 
@@ -43,6 +44,7 @@ def step(
     model: Decoder,
     layout: Layout,
     num_pages: int,
+    window_group: WindowGroup | None = None,
     backend: str | None,
 ) -> tuple[KVCache, Rows, StepOutput]:
     """Computes the batch in `blob` and samples, `layout.depth` times. Donates `cache` and `rows`.
@@ -52,7 +54,14 @@ def step(
     parts = layout.split(blob)
     rows = update_rows(rows, parts, layout)
     once = partial(
-        compute_tokens, params, parts=parts, model=model, layout=layout, num_pages=num_pages, backend=backend
+        compute_tokens,
+        params,
+        parts=parts,
+        model=model,
+        layout=layout,
+        num_pages=num_pages,
+        window_group=window_group,
+        backend=backend,
     )
     if layout.depth == 1:
         cache, rows, output = once(cache, rows, 0)
@@ -80,12 +89,13 @@ def compute_tokens(
     model: Decoder,
     layout: Layout,
     num_pages: int,
+    window_group: WindowGroup | None = None,
     backend: str | None,
 ) -> tuple[KVCache, Rows, StepOutput]:
     """The model once, and a token for each sequence, those without a `depth` axis."""
     row = live_rows(parts, layout, index)
     batch = unpack(rows, row, parts, layout)
-    attend = PagedAttend(batch, num_pages=num_pages, backend=backend)
+    attend = PagedAttend(batch, num_pages, backend, window_group)
     hidden, updated = model.forward(params, batch.tokens, batch.positions, batch.rope_lens, cache, attend)
     assert updated is not None
     updated = updated._replace(token_ids=write_tokens(updated.token_ids, batch))

@@ -93,6 +93,7 @@ class StepCompiler:
             "model": self.model,
             "layout": layout,
             "num_pages": self.config.num_pages,
+            "window_group": self.config.window_group,
             "backend": self.config.kernel_backend,
         }
 

@@ -17,6 +17,7 @@ from pjengine.models.llama import Llama
 from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import KVCache, kv_shape, page_bytes
+from pjengine.models.window_group import WindowGroup
 from pjengine.step import step
 from pjengine.step_compiler import COMPILER_OPTIONS, StepCompiler
 from tests.compile.target import sharding
@@ -43,14 +44,23 @@ class Step:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.num_tokens, MAX_NUM_SEQS, PAGE_SIZE, self.is_decode, self.edits, self.depth)
+        num_groups = self.config.num_groups
+        return Layout(
+            self.num_tokens, MAX_NUM_SEQS, PAGE_SIZE, self.is_decode, self.edits, self.depth, num_groups
+        )
 
     @property
     def config(self) -> RunnerConfig:
+        model = self.model.config
+        num_pages = KV_BYTES // page_bytes(model, PAGE_SIZE, DTYPE)
+        group, windows = None, model.windowed_layers(model.max_model_len)
+        if windows:
+            group = WindowGroup(layers=tuple(windows), window=max(windows.values()), num_pages=num_pages)
         return RunnerConfig(
-            num_pages=KV_BYTES // page_bytes(self.model.config, PAGE_SIZE, DTYPE),
+            num_pages=num_pages,
+            window_group=group,
             page_size=PAGE_SIZE,
-            max_model_len=self.model.config.max_model_len,
+            max_model_len=model.max_model_len,
             max_num_seqs=MAX_NUM_SEQS,
             max_num_batched_tokens=1024,
         )
@@ -60,9 +70,10 @@ class Step:
         config, num_pages = self.config, self.config.num_pages
 
         def make() -> tuple[Params, KVCache, Rows]:
-            kv = jnp.zeros(kv_shape(self.model.config, num_pages, PAGE_SIZE), DTYPE)
+            kv = jnp.zeros(kv_shape(self.model.config, num_pages, PAGE_SIZE, config.window_group), DTYPE)
             cache = KVCache(kv, kv, jnp.zeros((num_pages, PAGE_SIZE), jnp.int32))
-            return self.model.init(jax.random.key(0)), cache, Rows.empty(MAX_NUM_SEQS, config.pages_per_seq)
+            rows = Rows.empty(MAX_NUM_SEQS, config.num_groups * config.pages_per_seq)
+            return self.model.init(jax.random.key(0)), cache, rows
 
         return jax.eval_shape(make)
 

@@ -4,13 +4,19 @@ import dataclasses
 from typing import Any
 
 
-def reschedule(engine: Any, *, num_pages: int | None = None, **limits: Any) -> None:
+def reschedule(
+    engine: Any, *, num_pages: int | None = None, num_window_pages: int | None = None, **limits: Any
+) -> None:
     """Gives an idle engine a new scheduler: fields of `Scheduler`, and at most the pages that there are."""
     from pjengine.page_pool import PagePool
 
     most = engine.runner.config.num_pages
     assert not engine.has_unfinished_requests()
     assert num_pages is None or num_pages <= most
+    group = engine.runner.config.window_group
+    assert num_window_pages is None or num_window_pages <= group.num_pages
+    if group is not None:
+        limits["window_pool"] = PagePool(num_window_pages or group.num_pages)
     for _ in range(2):
         engine.step()  # what is in flight is of the old one
     engine.scheduler = dataclasses.replace(engine.scheduler, pool=PagePool(num_pages or most), **limits)
@@ -23,4 +29,4 @@ def settle(engine: Any) -> None:
     scheduler = engine.scheduler
     scheduler.check_integrity()
     assert not scheduler.has_requests
-    assert scheduler.pool.num_free == scheduler.pool.num_usable
+    assert all(pool.num_free == pool.num_usable for pool in scheduler.pools)

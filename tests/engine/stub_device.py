@@ -3,6 +3,7 @@
 import functools
 import random
 
+from pjengine.page_pool import NULL_PAGE
 from pjengine.request import Request
 from pjengine.schedule import Schedule
 from pjengine.scheduler import Scheduler
@@ -20,14 +21,20 @@ class StubDevice:
         self.scheduler = scheduler
         self.cache: dict[tuple[int, int], int] = {}
         self.tables: dict[int, dict[int, int]] = {}
+        # The same of the layers that see a window, where there are any.
+        self.window_cache: dict[tuple[int, int], int] = {}
+        self.window_tables: dict[int, dict[int, int]] = {}
+        self.computed: list[tuple[int, int]] = []  # row and position, in this step
         self.last_tokens: dict[int, int] = {}
         self.in_flight: list[tuple[Schedule, list[list[int]]]] = []
         self.rng = random.Random(0)
 
     def run(self, schedule: Schedule) -> list[list[int]]:
         """The tokens of each sequence of the step, those that nobody will look at among them."""
-        for row, column, page in schedule.new_pages:
-            self.tables.setdefault(row, {})[column] = page
+        for tables, updates in zip((self.tables, self.window_tables), schedule.page_updates, strict=True):
+            for row, column, page in updates:
+                tables.setdefault(row, {})[column] = page
+        self.computed = []
         sampled = []
         self._check_led(schedule)
         decodes = schedule.decodes
@@ -47,12 +54,19 @@ class StubDevice:
         for row, request in enumerate(self.scheduler.rows.requests):
             if request is not None:
                 self._check(row, request)
+        for row, position in self.computed:
+            self._check_window(row, position)
         return sampled
 
     def _compute(self, row: int, position: int, token: int) -> int:
         size, table, before = self.scheduler.page_size, self.tables[row], position - 1
         digest = extend(self.cache[table[before // size], before % size] if position else 0, token)
         self.cache[table[position // size], position % size] = digest
+        if self.scheduler.window is not None:
+            page = self.window_tables[row][position // size]
+            assert page != NULL_PAGE
+            self.window_cache[page, position % size] = digest
+            self.computed.append((row, position))
         return digest
 
     def _check_led(self, schedule: Schedule) -> None:
@@ -70,6 +84,16 @@ class StubDevice:
         spot = self.rng.randrange(min(num_computed, request.num_known))
         wanted = functools.reduce(extend, request.known_tokens(0, spot + 1), 0)
         assert self.cache[self.tables[row][spot // size], spot % size] == wanted
+
+    def _check_window(self, row: int, position: int) -> None:
+        """The window's slots hold what the step's token sees, whatever else the step has written."""
+        size, window = self.scheduler.page_size, self.scheduler.window
+        assert window is not None
+        first = max(0, position - window + 1)
+        for spot in {first, self.rng.randint(first, position), position}:
+            column, offset = divmod(spot, size)
+            wanted = self.cache[self.tables[row][column], offset]
+            assert self.window_cache[self.window_tables[row][column], offset] == wanted
 
     def step(self) -> Schedule:
         schedule = self.scheduler.schedule()

@@ -1,5 +1,6 @@
 """The plan adds up, fits what it says, and is the engine's own."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ def plan(**changes: Any) -> Any:
         "max_num_batched_tokens": 16384,
         "max_logprobs": 20,
     }
-    return plan_memory(SHAPES["llama-8b"], jnp.dtype("bfloat16"), **{**settings, **changes})
+    config = changes.pop("config", SHAPES["llama-8b"])
+    return plan_memory(config, jnp.dtype("bfloat16"), **{**settings, **changes})
 
 
 def test_the_parts_fill_the_budget_to_the_last_page() -> None:
@@ -28,6 +30,54 @@ def test_the_parts_fill_the_budget_to_the_last_page() -> None:
     assert 0 <= 100 * 10**9 - made.total_bytes < made.page_bytes
     assert made.page_bytes == 16 * 2 * 32 * 8 * 128 * 2
     assert made.max_model_len == 8192
+
+
+def windowed(*windows: int | None, **changes: Any) -> Any:
+    """The plan of a model whose layers see these windows, one after the other and again."""
+    from pjengine.models.shapes import SHAPES
+
+    return plan(config=dataclasses.replace(SHAPES["llama-8b"], layer_windows=windows), **changes)
+
+
+@pytest.mark.parametrize("windows", [(1024, None), (1024, 512, 1024, None), (1024,)])
+def test_layers_with_windows_have_pages_of_their_own(windows: tuple[int | None, ...]) -> None:
+    made = windowed(*windows)
+    group, layer = made.window_group, 16 * 2 * 8 * 128 * 2
+    share = sum(window is not None for window in windows) / len(windows)
+    assert group.layers == tuple(i for i in range(32) if windows[i % len(windows)] is not None)
+    assert group.window == 1024
+    assert made.window_page_bytes == 32 * share * layer
+    assert made.page_bytes == 32 * (1 - share) * layer + 16 * 4  # token ids
+    assert made.kv_bytes == made.page_bytes * made.num_pages + made.window_page_bytes * group.num_pages
+    assert 0 <= 100 * 10**9 - made.total_bytes < max(made.page_bytes, made.window_page_bytes)
+    assert made.num_full_requests > 2 * plan().num_full_requests * share
+    assert f"window pages {group.num_pages:,}".split()[-1] in made.table()
+
+
+def test_as_many_requests_of_the_expected_length_fit_into_either_group() -> None:
+    made = windowed(1024, None)
+    expected = 4096 // 16  # half of the longest
+    num_requests = made.num_pages / expected
+    assert made.window_group.num_pages - 16384 // 16 == pytest.approx(
+        num_requests * (1024 // 16 + 1), rel=0.01
+    )
+
+
+def test_windows_that_no_request_outgrows_change_nothing() -> None:
+    assert windowed(8192, None) == plan()
+    assert windowed(2048, None, max_model_len=2048) == plan(max_model_len=2048)
+
+
+def test_no_group_has_less_than_a_request_needs_or_more_than_all_can_use() -> None:
+    sizes: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 64}
+    made = windowed(1024, None, **sizes)
+    assert (made.num_pages, made.window_group.num_pages) == (2 * 512 + 1, 1 + 2 * (1024 // 16 + 1) + 4)
+    least = 513 * made.page_bytes + (1 + 1024 // 16 + 2 + 64 // 16) * made.window_page_bytes
+    sizes |= {"budget_bytes": None, "max_model_len": 8192}
+    small = windowed(1024, None, kv_cache_memory_bytes=least, **sizes)
+    assert small.max_model_len == 8192 and small.kv_bytes <= least
+    with pytest.raises(ValueError, match="lower max_num_batched_tokens, or raise kv_cache_memory_bytes"):
+        windowed(1024, None, kv_cache_memory_bytes=least // 2, **sizes)
 
 
 def test_no_more_pages_than_requests_could_use() -> None:

@@ -1,13 +1,10 @@
 """The scheduler alone, against a device that is a dictionary: no JAX."""
 
-import random
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pjengine.config import buckets
 from pjengine.edits import NO_EDITS, Edits, join_needs
@@ -19,7 +16,6 @@ from pjengine.sampling_params import SamplingParams
 from pjengine.schedule import step_limit
 from pjengine.scheduler import Scheduler
 from tests.engine.stub_device import StubDevice, expected
-from tests.engine.unchecked import run_unchecked
 
 LED = Edits(has_mask=True)
 
@@ -356,96 +352,6 @@ def test_rows_that_decode_alone_get_several_tokens_as_far_as_limit_and_pages_go(
             assert (schedule.decodes.lengths == 1).all()
     for request in (short, long, edited):
         assert request.output_token_ids == expected(request)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    num_pages=st.integers(8, 32),
-    max_num_seqs=st.integers(1, 9),
-    max_num_batched_tokens=st.integers(9, 40),
-    is_caching=st.booleans(),
-    decode_steps=st.integers(1, 4),
-    share_led=st.sampled_from([0, 0.3, 1]),
-)
-def check_any_schedule(
-    seed: int,
-    num_pages: int,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    is_caching: bool,
-    decode_steps: int,
-    share_led: float,
-) -> None:
-    rng = random.Random(seed)
-    scheduler = make_scheduler(num_pages, 4, max_num_seqs, max_num_batched_tokens, is_caching, decode_steps)
-    device = StubDevice(scheduler)
-    if seed % 2:
-        scheduler.mixed_sizes = buckets(rng.randint(1, max_num_batched_tokens), max_num_batched_tokens)
-    limit = 4 * (num_pages - 1)
-    requests: list[Request] = []
-    aborted: set[str] = set()
-    late: dict[str, int] = {}  # how often in a row
-    for _ in range(40):
-        if rng.random() < 0.4 and len(requests) < 12:
-            # Few distinct tokens in long runs: prompts share beginnings of every length.
-            num_prompt, shared = rng.randint(1, limit // 2), rng.randint(0, limit // 2)
-            prompt = ([7] * shared + [rng.randint(0, 1) for _ in range(num_prompt)])[:num_prompt]
-            num_continuations, salt = rng.choice((1, 1, 2, 3)), rng.choice(["", "", "tenant"])
-            fork = f"fork {len(requests)}" if num_continuations > 1 else ""
-            has_no_cache = rng.random() < 0.2
-            edits = LED if rng.random() < share_led else NO_EDITS
-            group = [
-                make_request(
-                    str(len(requests) + i),
-                    num_prompt,
-                    rng.randint(1, limit // 2),
-                    prompt_token_ids=prompt,
-                    priority=priority,
-                    salt=fork if fork and has_no_cache else salt,
-                    fork=fork,
-                    is_cache_read=i > 0 or not has_no_cache,
-                    edits=edits,
-                )
-                for priority in [rng.randint(0, 2)]
-                for i in range(num_continuations)
-            ]
-            requests += group
-            for request in group:
-                scheduler.add(request)
-        live = [r for r in requests if not r.is_finished]
-        if live and rng.random() < 0.05:
-            victim = rng.choice(live)
-            victim.finish("abort")
-            aborted.add(victim.request_id)
-            scheduler.finish([victim])
-        if rng.random() < 0.01:
-            scheduler.reset_prefix_cache()
-        table = scheduler.rows
-        owners = [table.owner(row) for row in table.decoding().tolist()]
-        schedule = device.step()
-        # Whatever prompts come beside it, a row that decodes gets on, or has given its pages up; one that
-        # waits for its token, and perhaps for those of others, does so in the step after the next.
-        booked = {request.request_id for request in schedule.decodes.requests}
-        late = {
-            owner.request_id: late.get(owner.request_id, 0) + 1
-            for owner in owners
-            if owner.row >= 0 and owner.request_id not in booked
-        }
-        assert all(count <= 2 and requests[int(name)].is_led for name, count in late.items())
-    for _ in range(20_000):
-        if not scheduler.has_requests:
-            break
-        device.step()
-    assert not scheduler.has_requests, "requests are stuck"
-    assert scheduler.pool.num_free == scheduler.pool.num_usable
-    for request in requests:
-        if request.request_id not in aborted:
-            assert request.output_token_ids == expected(request)
-
-
-def test_any_schedule_gives_each_request_what_it_would_get_alone() -> None:
-    run_unchecked(check_any_schedule)
 
 
 def test_tokens_that_end_a_request_are_columns_unless_they_are_many() -> None:
