@@ -55,6 +55,13 @@ def test_quickstart_runs_and_shows_what_it_promises(tmp_path: Path) -> None:
     assert "closed" in closed
 
 
+def test_an_architecture_from_outside_is_served(tmp_path: Path) -> None:
+    *_, generated, compared, refused = execute("07_your_own_architecture.ipynb", tmp_path)
+    assert [len(line.split(", ")) for line in generated.splitlines()] == [16, 16]
+    assert compared.splitlines() == ["True", "True"]
+    assert "window=64" in refused and "TwinForCausalLM" in refused
+
+
 def test_notebooks_are_committed_without_outputs() -> None:
     import nbformat
 
