@@ -60,7 +60,7 @@ WANTED = {
     "continuations without a cache": 5,
     "several tokens at once": 20,
     **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop"), 10),
-    "structured_outputs": 30,
+    "structured_outputs": 20,
     "preempted with a grammar": 3,
     "ended by a grammar": 5,
     "stopped by a string": 5,

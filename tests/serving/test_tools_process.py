@@ -89,7 +89,8 @@ def test_a_tool_that_is_named_is_called(client: openai.OpenAI) -> None:
     [call] = whole.message.tool_calls
     assert (whole.finish_reason, call.function.name) == ("stop", "get_weather")
     check(call)
-    assert "".join(entry.token for entry in whole.logprobs.content).startswith(call.function.arguments)
+    text = "".join(entry.token for entry in whole.logprobs.content)
+    assert text.lstrip().startswith(call.function.arguments)  # it might have thought first
     deltas = [chunk.choices[0].delta for chunk in create(**body, stream=True)]
     pieces = [piece for delta in deltas for piece in delta.tool_calls or ()]
     assert pieces[0].function.name == "get_weather" and len(pieces) > 3
