@@ -39,6 +39,7 @@ _OURS: Mapping[str, str] = {
     "PhiForCausalLM": "phi.Phi",
     "Qwen2ForCausalLM": "qwen2.Qwen2",
     "Qwen3ForCausalLM": "qwen3.Qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe.Qwen3Moe",
     "SmolLM3ForCausalLM": "smollm3.SmolLM3",
     "StableLmForCausalLM": "stablelm.StableLM",
     "Starcoder2ForCausalLM": "starcoder2.Starcoder2",

@@ -54,6 +54,16 @@ _QWEN3_0_6B = dict(
     vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
     num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
 )  # fmt: skip
+_QWEN3_30B_A3B = dict(
+    vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
+    num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+)  # fmt: skip
+_QWEN3_235B_A22B = dict(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=94,
+    num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128,
+    num_experts_per_tok=8, moe_intermediate_size=1536, norm_topk_prob=True,
+)  # fmt: skip
 _MISTRAL_7B = dict(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
     num_attention_heads=32, num_key_value_heads=8,
@@ -487,6 +497,22 @@ PUBLISHED: Mapping[str, Published] = {
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"use_mrope": True}, "use_mrope must be None or False, got True"),),
         wrong=(({"mlp_bias": True}, "mlp_bias=True, which .* not know for Qwen3ForCausalLM"),),
+    ),
+    "Qwen3MoeForCausalLM": Published(
+        sizes={
+            "Qwen3-30B-A3B": (_QWEN3_30B_A3B, 30_532_122_624),
+            "Qwen3-235B-A22B": (_QWEN3_235B_A22B, 235_093_634_560),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"hidden_act": "gelu"}, "hidden_act must be None or 'silu' or 'swish', got 'gelu'"),
+            ({"layer_types": ["full_attention"] * 3}, "layer_types must be None"),
+        ),
+        wrong=(
+            ({"mlp_only_layers": [-1]}, r"mlp_only_layers as a list of integers >= 0, got \[-1\]"),
+            ({"num_experts_per_tok": 13}, "num_choices must be in 1..num_experts, 12; got 13"),
+            ({"n_shared_experts": 1}, "n_shared_experts=1, which .* not know for Qwen3MoeForCausalLM"),
+        ),
     ),
     "SmolLM3ForCausalLM": Published(
         sizes={"SmolLM3-3B": (_SMOLLM3_3B, 3_075_098_624)},
