@@ -32,6 +32,7 @@ _OURS: Mapping[str, str] = {
     "GraniteForCausalLM": "granite.Granite",
     "LlamaForCausalLM": "llama.Llama",
     "MistralForCausalLM": "mistral.Mistral",
+    "MixtralForCausalLM": "mixtral.Mixtral",
     "MptForCausalLM": "mpt.MPT",
     "Olmo2ForCausalLM": "olmo2.Olmo2",
     "OPTForCausalLM": "opt.OPT",

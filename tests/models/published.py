@@ -68,6 +68,14 @@ _MISTRAL_7B = dict(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
     num_attention_heads=32, num_key_value_heads=8,
 )  # fmt: skip
+_MIXTRAL_8X7B = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
+_MIXTRAL_8X22B = dict(
+    vocab_size=32000, hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
+    num_attention_heads=48, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
 _MISTRAL_NEMO = dict(
     vocab_size=131072, hidden_size=5120, intermediate_size=14336, num_hidden_layers=40,
     num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None,
@@ -399,6 +407,18 @@ PUBLISHED: Mapping[str, Published] = {
         wrong=(
             ({"sliding_window": 0}, "sliding_window as an integer > 0, got 0"),
             ({"attention_bias": True}, "attention_bias=True, which .* not know for MistralForCausalLM"),
+        ),
+    ),
+    "MixtralForCausalLM": Published(
+        sizes={
+            "Mixtral-8x7B": (_MIXTRAL_8X7B, 46_702_792_704),
+            "Mixtral-8x22B": (_MIXTRAL_8X22B, 140_620_634_112),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"hidden_act": "gelu"}, "hidden_act must be None or 'silu' or 'swish', got 'gelu'"),),
+        wrong=(
+            ({"num_experts_per_tok": 7}, "num_choices must be in 1..num_experts, 6; got 7"),
+            ({"attention_bias": True}, "attention_bias=True, which .* not know for MixtralForCausalLM"),
         ),
     ),
     "MptForCausalLM": Published(
