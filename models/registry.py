@@ -29,6 +29,7 @@ _OURS: Mapping[str, str] = {
     "GPTBigCodeForCausalLM": "gpt_bigcode.GPTBigCode",
     "GPTJForCausalLM": "gptj.GPTJ",
     "GPTNeoXForCausalLM": "gpt_neox.GPTNeoX",
+    "GptOssForCausalLM": "gpt_oss.GptOss",
     "GraniteForCausalLM": "granite.Granite",
     "LlamaForCausalLM": "llama.Llama",
     "MistralForCausalLM": "mistral.Mistral",

@@ -76,6 +76,14 @@ _MIXTRAL_8X22B = dict(
     vocab_size=32000, hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
     num_attention_heads=48, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
+_GPT_OSS_20B = dict(
+    vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
+    num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32,
+    num_experts_per_tok=4, quantization_config=dict(
+        quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn"]
+    ),
+)  # fmt: skip
+_GPT_OSS_120B = dict(num_hidden_layers=36, num_local_experts=128)
 _MISTRAL_NEMO = dict(
     vocab_size=131072, hidden_size=5120, intermediate_size=14336, num_hidden_layers=40,
     num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None,
@@ -386,6 +394,30 @@ PUBLISHED: Mapping[str, Published] = {
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
         wrong=(({"rope_ratio": 500}, "rope_ratio=500, which .* not know for GlmForCausalLM"),),
+    ),
+    "GptOssForCausalLM": Published(
+        sizes={
+            "gpt-oss-20b": (_GPT_OSS_20B, 20_914_757_184),
+            "gpt-oss-120b": ({**_GPT_OSS_20B, **_GPT_OSS_120B}, 116_829_156_672),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"hidden_act": "gelu"}, "hidden_act must be None or 'silu' or 'swish', got 'gelu'"),
+            ({"quantization_config": {"quant_method": "gptq"}}, "quant_method must be 'mxfp4', got 'gptq'"),
+            ({"layer_types": ["chunked_attention"] * 4}, "sliding_attention, got 'chunked_attention'"),
+        ),
+        wrong=(
+            ({"experts_per_token": 3}, "one value for num_experts_per_tok and experts_per_token"),
+            ({"swiglu_limit": 0}, "swiglu_limit as a finite number > 0, got 0"),
+            (
+                {"quantization_config": {"quant_method": "mxfp4", "bits": 3}},
+                "mxfp4 knows modules_to_not_convert, got bits",
+            ),
+            (
+                {"quantization_config": {"quant_method": "mxfp4"}},
+                "intermediate_size that are multiples of 32, got 96 and 20",
+            ),
+        ),
     ),
     "GraniteForCausalLM": Published(
         sizes={"Granite-3.0-8B": (_GRANITE_8B, 8_170_848_256)},
