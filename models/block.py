@@ -1,16 +1,19 @@
 """The decoder layer that architectures share, in pieces that each may put together in its own way."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pjengine.models.attention import Attend, Rotary, variant_of
-from pjengine.models.config import ModelConfig
+from pjengine.models.attention import Attend, PagedAttend, Rotary, variant_of
+from pjengine.models.config import ExpertConfig, ModelConfig
+from pjengine.models.experts import experts_mlp
 from pjengine.models.layers import ACTIVATIONS, gate, linear, normalize
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.gated_linear import gated_linear
+from pjengine.pallas_kernels.grouped_linear import ExpertWeights
 
 normal = nn.initializers.normal(stddev=0.02)
 
@@ -22,8 +25,10 @@ class Layer(NamedTuple):
     attend: Attend
     rotary: Rotary | None = None
     cache: KVCache | None = None
-    # Every layer's weights: a kernel that takes no derivative may read the layer's from there.
-    gate_up_stack: Float[Array, "layers e 2 i"] | None = None
+    # The weights of all layers of its shape, and its place among them: a kernel that takes no derivative may
+    # read the layer's from there.
+    stack: Mapping[str, Array] | None = None
+    place: int = 0
 
 
 class Block(nn.Module):
@@ -77,13 +82,16 @@ class Block(nn.Module):
 
     def mlp(self, h: Float[Array, "*t e"], layer: Layer) -> Float[Array, "*t e"]:
         c = self.config
+        experts = c.experts_of(layer.number)
+        if experts is not None:
+            return self.experts(experts, h, layer)
         if c.is_gated:
             weight = self.weight("gate_up", c.hidden_size, 2, c.intermediate_size)
             bias = self.bias("gate_up_bias", c.mlp_bias, 2, c.intermediate_size)
-            if layer.gate_up_stack is None:
+            if layer.stack is None or c.activation != "silu" or bias is not None:
                 h = gate(c.activation, linear(h, weight, bias))
             else:
-                h = gated_linear(h, layer.gate_up_stack, layer.number)
+                h = gated_linear(h, layer.stack["gate_up"], layer.place)
         else:
             weight = self.weight("up", c.hidden_size, c.intermediate_size)
             h = ACTIVATIONS[c.activation](
@@ -91,6 +99,29 @@ class Block(nn.Module):
             )
         down = self.weight("down", c.intermediate_size, c.hidden_size)
         return linear(h, down, self.bias("down_bias", c.mlp_bias, c.hidden_size))
+
+    def experts(self, experts: ExpertConfig, h: Float[Array, "*t e"], layer: Layer) -> Float[Array, "*t e"]:
+        """The MLPs that each token is routed to."""
+        e, num, inner = self.config.hidden_size, experts.num_experts, experts.inner_size
+        router_bias = self.bias("router_bias", experts.has_router_bias, num)
+        logits = linear(h, self.weight("router", e, num), router_bias)
+        weights = ExpertWeights(
+            self.weight("expert_gate_up", num, e, 2, inner),
+            self.weight("expert_down", num, inner, e),
+            self.bias("expert_gate_up_bias", experts.has_bias, num, 2, inner),
+            self.bias("expert_down_bias", experts.has_bias, num, e),
+        )
+        # Padding goes to no expert.
+        is_token = layer.attend.batch.slots >= 0 if isinstance(layer.attend, PagedAttend) else None
+        if layer.stack is None:
+            return experts_mlp(experts, h, logits, weights, is_token=is_token)
+        stack = ExpertWeights(
+            layer.stack["expert_gate_up"],
+            layer.stack["expert_down"],
+            layer.stack.get("expert_gate_up_bias"),
+            layer.stack.get("expert_down_bias"),
+        )
+        return experts_mlp(experts, h, logits, stack, layer.place, is_token=is_token)
 
     def norm(self, name: str, x: Float[Array, "*t e"]) -> Float[Array, "*t e"]:
         """The model's norm of rows; its parameters are `name` and, with biases, `name`_bias."""

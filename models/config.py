@@ -13,6 +13,30 @@ type QKNorm = Literal["head", "own", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """What the layers of a mixture of experts share; an expert is a gated MLP."""
+
+    num_experts: int
+    num_choices: int  # experts of a token
+    inner_size: int  # of one expert
+    # Whether a token's weights are the softmax over its choices, which is that over all experts divided by
+    # its sum over the choices; else they are the softmax over all experts, and add up to less than one.
+    is_normalized: bool = True
+    has_router_bias: bool = False
+    has_bias: bool = False  # of both products of an expert
+    # (up + up_offset) * gate * sigmoid(gate_alpha * gate): by default silu(gate) * up.
+    gate_alpha: float = 1.0
+    gate_limit: float | None = None  # gates are cut off above it, ups above it and below -gate_limit
+    up_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_choices <= self.num_experts:
+            raise ValueError(
+                f"num_choices must be in 1..num_experts, {self.num_experts}; got {self.num_choices}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a decoder-only model. Sizes are in elements, lengths in tokens.
 
@@ -63,6 +87,8 @@ class ModelConfig:
     activation: Activation = "silu"
     is_gated: bool = True  # activation(gate) * up; else activation(up)
     mlp_bias: bool = False
+    experts: ExpertConfig | None = None  # instead of one MLP
+    dense_layers: tuple[int, ...] = ()  # that have one MLP all the same, by number; not all
 
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and MLP add
@@ -85,6 +111,12 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.dense_layers and (
+            self.experts is None or set(self.dense_layers) >= set(range(self.num_layers))
+        ):
+            raise ValueError(
+                f"dense_layers must leave layers to the experts, got {self.dense_layers} of {self.num_layers}"
             )
         for rope in (self.rope, *self.layer_ropes):
             if rope is not None and rope.rotary_dim > self.head_dim:
@@ -121,6 +153,9 @@ class ModelConfig:
         """The layers where a token of a sequence of `max_len` may not see them all, and how many it sees."""
         windows = {layer: self.window_of(layer) for layer in range(self.num_layers)}
         return {layer: window for layer, window in windows.items() if window is not None and window < max_len}
+
+    def experts_of(self, layer: int) -> ExpertConfig | None:
+        return None if layer in self.dense_layers else self.experts
 
     def rope_excess(self, prompt_len: int) -> int:
         """A number that prompts of different lengths share only if their tokens are rotated alike."""

@@ -4,6 +4,7 @@ An architecture is a subclass of `Decoder`: its `read_config`, its `weight_table
 its `block`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,22 +47,29 @@ class Decoder:
         """Where each parameter comes from in a Hugging Face checkpoint."""
         raise NotImplementedError
 
+    @property
+    def stacks(self) -> Mapping[str, tuple[int, ...]]:
+        """The numbers of the layers whose parameters lie in each stack: those of one shape."""
+        dense = tuple(n for n in range(self.config.num_layers) if n in self.config.dense_layers)
+        others = tuple(n for n in range(self.config.num_layers) if n not in self.config.dense_layers)
+        return {"layers": others, "dense_layers": dense} if dense else {"layers": others}
+
     def init(self, key: Array) -> Params:
         """Random parameters; under `jax.eval_shape`, their shapes."""
         c = self.config
         embed_key, head_key, layer_key = jax.random.split(key, 3)
         x = jnp.zeros((1, c.hidden_size), self.dtype)
         position = jnp.zeros((1,), jnp.int32)
-        layer = Layer(0, dense_attend, self.rotary_tables(position, position)[0])
-        block = self.block(c, self.dtype)
+        rotary = self.rotary_tables(position, position)
+        block, keys = self.block(c, self.dtype), jax.random.split(layer_key, c.num_layers)
+        params: Params = {"embed": normal(embed_key, (c.vocab_size, c.hidden_size), self.dtype)}
+        for name, numbers in self.stacks.items():
+            layer = Layer(numbers[0], dense_attend, rotary[numbers[0]])
 
-        def init_layer(layer_key: Array) -> Params:
-            return block.init(layer_key, x, layer)["params"]
+            def init_layer(layer_key: Array, layer: Layer = layer) -> Params:
+                return block.init(layer_key, x, layer)["params"]
 
-        params: Params = {
-            "embed": normal(embed_key, (c.vocab_size, c.hidden_size), self.dtype),
-            "layers": jax.vmap(init_layer)(jax.random.split(layer_key, c.num_layers)),
-        }
+            params[name] = jax.vmap(init_layer)(keys[jnp.asarray(numbers)])
         names = ("embed_norm",) * c.has_embedding_norm + ("final_norm",) * c.has_final_norm
         for name in names:
             if c.has_norm_weight:
@@ -100,12 +108,13 @@ class Decoder:
                 return fused_layers(params, c, x, table, cache, attend)
         # A backend that is named for all ops keeps to the reference here; `jax_triton` is of attention only.
         is_free = isinstance(attend, PagedAttend) and attend.backend in (None, "jax_triton")
-        has_kernel = c.is_gated and c.activation == "silu" and not c.mlp_bias
-        gate_up_stack = params["layers"].get("gate_up") if is_free and has_kernel else None
         block = self.block(c, self.dtype)
+        of_layer = {n: (name, place) for name, ns in self.stacks.items() for place, n in enumerate(ns)}
         for number in range(c.num_layers):
-            weights = jax.tree.map(lambda stacked, number=number: stacked[number], params["layers"])
-            layer = Layer(number, attend, rotary[number], cache, gate_up_stack)
+            name, place = of_layer[number]
+            stack = params[name]
+            weights = jax.tree.map(lambda stacked, place=place: stacked[place], stack)
+            layer = Layer(number, attend, rotary[number], cache, stack if is_free else None, place)
             with jax.named_scope(f"layer_{number}"):
                 output: Any = block.apply({"params": weights}, x, layer)
                 x, cache = output

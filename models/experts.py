@@ -1,33 +1,12 @@
 """Mixture of experts: a router sends each token to a few of a layer's many gated MLPs."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pjengine.pallas_kernels.grouped_linear import SILU, ExpertWeights, Gate, Routing, routed_mlp
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertConfig:
-    """What the layers of a mixture share."""
-
-    num_experts: int
-    num_choices: int  # experts of a token
-    inner_size: int  # of one expert
-    # Whether a token's weights are the softmax over its choices, which is that over all experts divided by
-    # its sum over the choices (Mixtral, gpt-oss, Qwen3 with `norm_topk_prob`); else they are the softmax over
-    # all experts, and add up to less than one.
-    is_normalized: bool = True
-    gate: Gate = SILU
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_choices <= self.num_experts:
-            raise ValueError(
-                f"num_choices must be in 1..num_experts, {self.num_experts}; got {self.num_choices}"
-            )
+from pjengine.models.config import ExpertConfig
+from pjengine.pallas_kernels.grouped_linear import ExpertWeights, Gate, Routing, routed_mlp
 
 
 def route(
@@ -81,5 +60,6 @@ def experts_mlp(
         logits.reshape(len(rows), config.num_experts),
         None if is_token is None else is_token.reshape(-1),
     )
-    out = routed_mlp(rows, routing, weights, layer, gate=config.gate, backend=backend)
+    gate = Gate(alpha=config.gate_alpha, limit=config.gate_limit, up_offset=config.up_offset)
+    out = routed_mlp(rows, routing, weights, layer, gate=gate, backend=backend)
     return out.reshape(h.shape)

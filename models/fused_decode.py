@@ -36,7 +36,7 @@ def has_fused_form(config: ModelConfig) -> bool:
         and (c.has_pre_norms and not c.has_post_norms and not c.is_parallel)
         and (c.rope is not None and c.rope.rotary_dim == c.head_dim and not c.layer_ropes)
         and (c.qk_norm is None and c.clip_qkv is None)
-        and (c.is_gated and c.activation == "silu" and c.residual_scale == 1)
+        and (c.experts is None and c.is_gated and c.activation == "silu" and c.residual_scale == 1)
     )
 
 

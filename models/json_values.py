@@ -24,6 +24,10 @@ def _is_number(value: Any) -> bool:
 
 
 SIZE = Wanted("an integer > 0", lambda value: _is_int(value) and 0 < value < 2**63)
+INDEXES = Wanted(
+    "a list of integers >= 0",
+    lambda value: isinstance(value, list | tuple) and all(_is_int(i) and i >= 0 for i in value),
+)
 NUMBER = Wanted("a finite number", _is_number)
 NUMBERS = Wanted(
     "a list of finite numbers", lambda value: isinstance(value, list | tuple) and all(map(_is_number, value))

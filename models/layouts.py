@@ -169,6 +169,27 @@ def _down(c: ModelConfig, name: str, *, is_conv: bool = False) -> Leaves:
     return leaves
 
 
+def experts(c: ModelConfig, router: str, prefix: str, names: tuple[str, str, str]) -> Leaves:
+    """A router, and experts whose gate, up and down are tensors of their own: "{prefix}.3.{name}.weight"."""
+    gate, up, down = (f"{prefix}.{{expert}}.{name}.weight" for name in names)
+    assert c.experts is not None
+    shape = (1, c.experts.inner_size, c.hidden_size)
+    halves = tuple(Source(name=name, reshape=shape, transpose=(2, 0, 1)) for name in (gate, up))
+    return {
+        "layers/router": plain(f"{router}.weight", transpose=(1, 0)),
+        "layers/expert_gate_up": Leaf(sources=halves, concat_axis=1),
+        "layers/expert_down": plain(down, transpose=(1, 0)),
+    }
+
+
+def with_experts(c: ModelConfig, leaves: Leaves, experts: Leaves) -> Leaves:
+    """Leaves of a model with MLPs to those of one with experts, where only `dense_layers` keep their MLP."""
+    mlp = ("layers/gate_up", "layers/down")
+    dense = {f"dense_{path}": leaf for path, leaf in leaves.items() if path.startswith("layers/")}
+    others = {path: leaf for path, leaf in leaves.items() if path not in mlp}
+    return others | experts | (dense if c.dense_layers else {})
+
+
 def head(c: ModelConfig, name: str = "lm_head", *, has_unit_rows: bool = False) -> Leaves:
     """The output layer; nothing where it is tied to the embeddings (see `tied_copies`)."""
     leaves: Leaves = {}

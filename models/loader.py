@@ -19,6 +19,9 @@ from pjengine.models.weight_table import Names, Target, check
 from pjengine.models.weight_table import Source as Source
 from pjengine.models.weight_table import WeightTable as WeightTable
 
+# One parameter's tensors in one layer, turned nowhere: expert by expert, each in the order of its sources.
+type Parts = tuple[tuple[Array, ...], ...]
+
 
 def load_params(
     checkpoint: Checkpoint,
@@ -47,28 +50,34 @@ def load_params(
     structs = _flatten(abstract)
     if set(structs) != set(table.leaves):
         raise RuntimeError(f"the table and the model differ in {sorted(set(structs) ^ set(table.leaves))}")
-    targets = [_target(path, table.leaves[path], structs[path], num_layers, sharding) for path in structs]
+    targets = [_target(path, table, structs[path], num_layers, sharding) for path in structs]
     names_of = Names(checkpoint, table.prefixes)
     check(checkpoint, table, targets, names_of, num_layers)
 
-    def fetch(target: Target, layer: int) -> tuple[Array, ...]:
-        names = target.names(names_of, layer)
-        pairs = zip(names, target.leaf.sources, strict=True)
-        return tuple(_put(checkpoint.tensor(name), source, target) for name, source in pairs)
+    def fetch(target: Target, layer: int) -> Parts:
+        return tuple(
+            tuple(
+                _put(checkpoint.tensor(name), source, target)
+                for name, source in zip(names, target.leaf.sources, strict=True)
+            )
+            for names in target.names(names_of, layer)
+        )
 
     params = {t.path: _assemble(fetch(t, 0), target=t) for t in targets if not t.leaf.is_stacked}
     stacked = [t for t in targets if t.leaf.is_stacked]
     if stacked:
         stack_shardings = {t.path: t.stacked_sharding for t in stacked}
-        shapes = {t.path: ((num_layers, *t.shape), t.dtype) for t in stacked}
+        shapes = {t.path: (structs[t.path].shape, t.dtype) for t in stacked}
         stacks = jax.jit(
             lambda: {path: jnp.zeros(*shape) for path, shape in shapes.items()}, out_shardings=stack_shardings
         )()
         fill = jax.jit(partial(_fill, targets=stacked), donate_argnums=0, out_shardings=stack_shardings)
         for layer in range(num_layers):
-            parts = {t.path: fetch(t, layer) for t in stacked}
+            own = [t for t in stacked if layer in t.layers]
+            parts = {t.path: fetch(t, layer) for t in own}
+            places = {t.path: np.int32(t.layers.index(layer)) for t in own}
             jax.block_until_ready(stacks)  # or the host would run ahead and fill the device with parts
-            stacks = fill(stacks, parts, np.int32(layer))
+            stacks = fill(stacks, parts, places)
             show(layer + 1, num_layers)
         params |= stacks
     return _unflatten(abstract, params)
@@ -112,8 +121,8 @@ def _dummy(path: str, struct: Any, seed: UInt32[Array, ""]) -> Array:
     return ((total.astype(jnp.float32) - np.float32(510)) * scale).astype(struct.dtype)
 
 
-def _target(path: str, leaf: Leaf, struct: Any, num_layers: int, sharding: Sharding | None) -> Target:
-    given = _given_sharding(struct, sharding)
+def _target(path: str, table: WeightTable, struct: Any, num_layers: int, sharding: Sharding | None) -> Target:
+    leaf, given = table.leaves[path], _given_sharding(struct, sharding)
     if not leaf.is_stacked:
         return Target(
             path=path,
@@ -123,12 +132,13 @@ def _target(path: str, leaf: Leaf, struct: Any, num_layers: int, sharding: Shard
             sharding=given,
             stacked_sharding=None,
         )
-    if struct.shape[0] != num_layers:
-        raise ValueError(f"{path} must have {num_layers} layers in front, got shape {struct.shape}")
+    layers, num_before = table.layers_of(path, num_layers), 1 + leaf.has_experts
+    if struct.shape[0] != len(layers):
+        raise ValueError(f"{path} must have {len(layers)} layers in front, got shape {struct.shape}")
     if isinstance(given, NamedSharding):
         if given.spec and given.spec[0] is not None:
             raise NotImplementedError(f"{path}: the layer axis cannot be sharded, got {given.spec}")
-        inner: Sharding = NamedSharding(given.mesh, PartitionSpec(*given.spec[1:]))
+        inner: Sharding = NamedSharding(given.mesh, PartitionSpec(*given.spec[num_before:]))
     elif isinstance(given, SingleDeviceSharding):
         inner = given
     else:
@@ -136,10 +146,12 @@ def _target(path: str, leaf: Leaf, struct: Any, num_layers: int, sharding: Shard
     return Target(
         path=path,
         leaf=leaf,
-        shape=struct.shape[1:],
+        shape=struct.shape[num_before:],
         dtype=struct.dtype,
         sharding=inner,
         stacked_sharding=given,
+        layers=layers,
+        num_experts=struct.shape[1] if leaf.has_experts else None,
     )
 
 
@@ -175,6 +187,8 @@ def _source_spec(spec: PartitionSpec, source: Source, target: Target) -> Partiti
 
     Along the axis of a concatenation the parts' borders are not the shards', so there every device reads all.
     """
+    if target.leaf.unpack is not None:
+        return PartitionSpec()
     rank = len(target.shape)
     axes = [*spec, *[None] * (rank - len(spec))]
     if len(target.leaf.sources) > 1:
@@ -186,15 +200,22 @@ def _source_spec(spec: PartitionSpec, source: Source, target: Target) -> Partiti
     return PartitionSpec(*before)
 
 
-def _turned(parts: tuple[Array, ...], target: Target) -> Float[Array, "..."]:
-    pairs = zip(parts, target.leaf.sources, strict=True)
-    turned = [_turn(part, source).astype(target.dtype) for part, source in pairs]
-    return jnp.concatenate(turned, axis=target.leaf.concat_axis) if len(turned) > 1 else turned[0]
+def _turned(parts: Parts, target: Target) -> Float[Array, "..."]:
+    if target.leaf.unpack is not None:
+        [only] = parts
+        return target.leaf.unpack(only, target.dtype)
+    # Experts are put together before they are turned, all at once.
+    num_before = 0 if target.num_experts is None else 1
+    joined = [jnp.stack(same) if num_before else same[0] for same in zip(*parts, strict=True)]
+    pairs = zip(joined, target.leaf.sources, strict=True)
+    turned = [_turn(part, source, num_before).astype(target.dtype) for part, source in pairs]
+    return jnp.concatenate(turned, target.leaf.concat_axis + num_before) if len(turned) > 1 else turned[0]
 
 
-def _turn(part: Array, source: Source) -> Float[Array, "..."]:
+def _turn(part: Array, source: Source, num_before: int) -> Float[Array, "..."]:
     if source.transpose is not None:
-        part = part.transpose(source.transpose)
+        before = range(num_before)
+        part = part.transpose(*before, *(axis + num_before for axis in source.transpose))
     if source.num_paired:
         paired, rest = part[..., : source.num_paired], part[..., source.num_paired :]
         part = jnp.concatenate([paired[..., 0::2], paired[..., 1::2], rest], axis=-1)
@@ -204,19 +225,23 @@ def _turn(part: Array, source: Source) -> Float[Array, "..."]:
     return part
 
 
-def _assemble(parts: tuple[Array, ...], *, target: Target) -> Array:
-    if len(parts) == 1 and target.leaf.sources[0].is_plain and parts[0].dtype == target.dtype:
-        return parts[0]
+def _assemble(parts: Parts, *, target: Target) -> Array:
+    [(first, *others)] = parts
+    if not others and target.leaf.sources[0].is_plain and first.dtype == target.dtype:
+        return first
     return jax.jit(partial(_turned, target=target), out_shardings=target.sharding)(parts)
 
 
 def _fill(
-    stacks: dict[str, Array], parts: dict[str, tuple[Array, ...]], layer: Array, *, targets: list[Target]
+    stacks: dict[str, Array], parts: dict[str, Parts], places: dict[str, Array], *, targets: list[Target]
 ) -> dict[str, Array]:
-    """Writes one layer of every stacked parameter, in place."""
-    return {
-        t.path: jax.lax.dynamic_update_index_in_dim(stacks[t.path], _turned(parts[t.path], t), layer, axis=0)
+    """Writes one layer of the stacked parameters that it has, in place."""
+    return stacks | {
+        t.path: jax.lax.dynamic_update_index_in_dim(
+            stacks[t.path], _turned(parts[t.path], t), places[t.path], axis=0
+        )
         for t in targets
+        if t.path in parts
     }
 
 

@@ -1,13 +1,15 @@
 """How a checkpoint's tensors map to a model's parameters, and whether they all fit."""
 
 import fnmatch
+import itertools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Sharding
+from jaxtyping import Array
 
 from pjengine.models.checkpoint import Checkpoint
 
@@ -26,7 +28,8 @@ class Cut:
 class Source:
     """One tensor of the checkpoint and how it is turned: in the order of the fields."""
 
-    name: str  # as in the checkpoint; "{layer}" stands for the layer's number
+    # As in the checkpoint; "{layer}" stands for the layer's number, "{expert}" for the expert's.
+    name: str
     cut: Cut | None = None  # of a tensor that several parameters, or parts of one, lie in
     reshape: tuple[int, ...] | None = None  # splits axes; merges none, so that a transposed tensor is noticed
     transpose: tuple[int, ...] | None = None
@@ -41,19 +44,30 @@ class Source:
         return self.transpose is None and not self.num_paired and not self.has_unit_rows
 
 
+# Packed tensors, as the checkpoint has them but for their shape, to what they stand for in the dtype wanted.
+type Unpack = Callable[[tuple[Array, ...], Any], Array]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Leaf:
     """One parameter: its sources, concatenated along `concat_axis`.
 
-    With "{layer}" in the names it is stacked on a leading layer axis, which no axis given here counts.
+    With "{layer}" in the names it is stacked on a leading layer axis, and with "{expert}" on one for experts
+    behind that; no axis given here counts them.
     """
 
     sources: tuple[Source, ...]
     concat_axis: int = 0
+    # What the sources mean together, where their numbers are packed; `reshape` is then their whole shape.
+    unpack: Unpack | None = None
 
     @property
     def is_stacked(self) -> bool:
         return any("{layer}" in source.name for source in self.sources)
+
+    @property
+    def has_experts(self) -> bool:
+        return any("{expert}" in source.name for source in self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +79,11 @@ class WeightTable:
     # What a checkpoint's names may have in front where the table's do not, or lack where they do: ("model.",)
     # lets "layers.0.x" stand for "model.layers.0.x". The table's own spelling is tried first.
     prefixes: tuple[str, ...] = ("",)
+    # The numbers of the layers in a stack, by what its paths begin with; a stack that is not named has all.
+    stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def layers_of(self, path: str, num_layers: int) -> tuple[int, ...]:
+        return self.stacks.get(path.partition("/")[0], tuple(range(num_layers)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +92,19 @@ class Target:
 
     path: str
     leaf: Leaf
-    shape: tuple[int, ...]  # without the layer axis
+    shape: tuple[int, ...]  # without the axes for layers and experts
     dtype: Any
-    sharding: Sharding  # without the layer axis
+    sharding: Sharding  # without those axes
     stacked_sharding: Sharding | None
+    layers: tuple[int, ...] = (0,)  # their numbers in the model
+    num_experts: int | None = None  # None: no axis for experts
 
-    def names(self, names_of: "Names", layer: int) -> list[str]:
-        return [names_of(source.name, layer) for source in self.leaf.sources]
+    def names(self, names_of: "Names", layer: int) -> list[list[str]]:
+        """The checkpoint's names of each expert's sources; of one, where there are none."""
+        return [
+            [names_of(source.name, layer, expert) for source in self.leaf.sources]
+            for expert in range(self.num_experts or 1)
+        ]
 
 
 class Names:
@@ -89,9 +114,9 @@ class Names:
         self.known = set(checkpoint.names)
         self._prefixes = prefixes
 
-    def __call__(self, name: str, layer: int) -> str:
+    def __call__(self, name: str, layer: int, expert: int) -> str:
         """Returns the checkpoint's spelling of a name, or the table's own where the checkpoint has none."""
-        name = name.replace("{layer}", str(layer))
+        name = name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
         for prefix in self._prefixes:
             for spelling in (name, prefix + name, name.removeprefix(prefix)):
                 if spelling in self.known:
@@ -107,13 +132,13 @@ def check(
     misshapen: list[str] = []
     used: set[str] = set()
     for target in targets:
-        for layer in range(num_layers if target.leaf.is_stacked else 1):
-            names = target.names(names_of, layer)
+        for names in itertools.chain.from_iterable(target.names(names_of, n) for n in target.layers):
             used.update(names)
             absent = [name for name in names if name not in names_of.known]
             missing += [f"{name} (for {target.path} {target.shape})" for name in absent]
             if not absent:
-                misshapen += _shape_faults(checkpoint, target, names)
+                find = _shape_faults if target.leaf.unpack is None else _packed_faults
+                misshapen += find(checkpoint, target, names)
     unexpected = [
         f"{name} {checkpoint.shape(name)}"
         for name in checkpoint.names
@@ -167,6 +192,14 @@ def _shape_faults(checkpoint: Checkpoint, target: Target, names: list[str]) -> I
             f"{' + '.join(names)}: wanted {target.shape} once joined along axis {axis}, "
             f"got {' + '.join(str(checkpoint.shape(name)) for name in names)}"
         )
+
+
+def _packed_faults(checkpoint: Checkpoint, target: Target, names: list[str]) -> Iterator[str]:
+    for name, source in zip(names, target.leaf.sources, strict=True):
+        shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
+        assert source.reshape is not None, "a packed tensor's shape is in the table"
+        if dtype != jnp.uint8 or not _splits(shape, source.reshape):
+            yield f"{name}: wanted uint8 of a shape that splits into {source.reshape}, got {dtype} {shape}"
 
 
 def _splits(shape: tuple[int, ...], into: tuple[int, ...]) -> bool:

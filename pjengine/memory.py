@@ -104,7 +104,11 @@ def activation_bytes(config: ModelConfig, dtype: jnp.dtype, num_tokens: int, num
     """
     itemsize = jnp.dtype(dtype).itemsize
     heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim
-    layer = num_tokens * itemsize * (4 * config.hidden_size + max(3 * config.intermediate_size, heads))
+    mlp = 3 * config.intermediate_size
+    if config.experts is not None:  # of each choice what goes into the second product, and what comes out
+        experts = config.experts.num_choices * (config.experts.inner_size + config.hidden_size)
+        mlp = max(mlp, experts) if config.dense_layers else experts
+    layer = num_tokens * itemsize * (4 * config.hidden_size + max(mlp, heads))
     return max(layer, max(num_seqs, BLOCK) * config.vocab_size * 4 * 6)
 
 

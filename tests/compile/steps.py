@@ -139,6 +139,9 @@ STEPS: Mapping[str, Step] = {
     # Biases behind every product; and two products that read the same.
     "bloom-7b decode 32": Step("bloom-7b", 32, True),
     "falcon-7b decode 1": Step("falcon-7b", 1, True),
+    # Experts, planned by a kernel and by XLA. 768: of more or fewer, pairs have as many elements as a weight.
+    "qwen3-30b-a3b decode 32": Step("qwen3-30b-a3b", 32, True),
+    "qwen3-30b-a3b mixed 768": Step("qwen3-30b-a3b", 768, False),
     "opt-125m-llama decode 32 times 4": Step("opt-125m-llama", 32, True, depth=4),
     "opt-125m-llama mixed 1024": Step("opt-125m-llama", 1024, False),
     "opt-125m-llama mixed 32 edits": Step("opt-125m-llama", 32, False, edits=PROMPT_EDITS),

@@ -54,10 +54,36 @@ _QWEN3_0_6B = dict(
     vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
     num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
 )  # fmt: skip
+_QWEN3_30B_A3B = dict(
+    vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
+    num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+)  # fmt: skip
+_QWEN3_235B_A22B = dict(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=94,
+    num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128,
+    num_experts_per_tok=8, moe_intermediate_size=1536, norm_topk_prob=True,
+)  # fmt: skip
 _MISTRAL_7B = dict(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
     num_attention_heads=32, num_key_value_heads=8,
 )  # fmt: skip
+_MIXTRAL_8X7B = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
+_MIXTRAL_8X22B = dict(
+    vocab_size=32000, hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
+    num_attention_heads=48, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
+_GPT_OSS_20B = dict(
+    vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
+    num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32,
+    num_experts_per_tok=4, quantization_config=dict(
+        quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn"]
+    ),
+)  # fmt: skip
+_GPT_OSS_120B = dict(num_hidden_layers=36, num_local_experts=128)
 _MISTRAL_NEMO = dict(
     vocab_size=131072, hidden_size=5120, intermediate_size=14336, num_hidden_layers=40,
     num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None,
@@ -369,6 +395,30 @@ PUBLISHED: Mapping[str, Published] = {
         unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
         wrong=(({"rope_ratio": 500}, "rope_ratio=500, which .* not know for GlmForCausalLM"),),
     ),
+    "GptOssForCausalLM": Published(
+        sizes={
+            "gpt-oss-20b": (_GPT_OSS_20B, 20_914_757_184),
+            "gpt-oss-120b": ({**_GPT_OSS_20B, **_GPT_OSS_120B}, 116_829_156_672),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"hidden_act": "gelu"}, "hidden_act must be None or 'silu' or 'swish', got 'gelu'"),
+            ({"quantization_config": {"quant_method": "gptq"}}, "quant_method must be 'mxfp4', got 'gptq'"),
+            ({"layer_types": ["chunked_attention"] * 4}, "sliding_attention, got 'chunked_attention'"),
+        ),
+        wrong=(
+            ({"experts_per_token": 3}, "one value for num_experts_per_tok and experts_per_token"),
+            ({"swiglu_limit": 0}, "swiglu_limit as a finite number > 0, got 0"),
+            (
+                {"quantization_config": {"quant_method": "mxfp4", "bits": 3}},
+                "mxfp4 knows modules_to_not_convert, got bits",
+            ),
+            (
+                {"quantization_config": {"quant_method": "mxfp4"}},
+                "intermediate_size that are multiples of 32, got 96 and 20",
+            ),
+        ),
+    ),
     "GraniteForCausalLM": Published(
         sizes={"Granite-3.0-8B": (_GRANITE_8B, 8_170_848_256)},
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
@@ -389,6 +439,18 @@ PUBLISHED: Mapping[str, Published] = {
         wrong=(
             ({"sliding_window": 0}, "sliding_window as an integer > 0, got 0"),
             ({"attention_bias": True}, "attention_bias=True, which .* not know for MistralForCausalLM"),
+        ),
+    ),
+    "MixtralForCausalLM": Published(
+        sizes={
+            "Mixtral-8x7B": (_MIXTRAL_8X7B, 46_702_792_704),
+            "Mixtral-8x22B": (_MIXTRAL_8X22B, 140_620_634_112),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(({"hidden_act": "gelu"}, "hidden_act must be None or 'silu' or 'swish', got 'gelu'"),),
+        wrong=(
+            ({"num_experts_per_tok": 7}, "num_choices must be in 1..num_experts, 6; got 7"),
+            ({"attention_bias": True}, "attention_bias=True, which .* not know for MixtralForCausalLM"),
         ),
     ),
     "MptForCausalLM": Published(
@@ -487,6 +549,22 @@ PUBLISHED: Mapping[str, Published] = {
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"use_mrope": True}, "use_mrope must be None or False, got True"),),
         wrong=(({"mlp_bias": True}, "mlp_bias=True, which .* not know for Qwen3ForCausalLM"),),
+    ),
+    "Qwen3MoeForCausalLM": Published(
+        sizes={
+            "Qwen3-30B-A3B": (_QWEN3_30B_A3B, 30_532_122_624),
+            "Qwen3-235B-A22B": (_QWEN3_235B_A22B, 235_093_634_560),
+        },
+        buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+        unsupported=(
+            ({"hidden_act": "gelu"}, "hidden_act must be None or 'silu' or 'swish', got 'gelu'"),
+            ({"layer_types": ["full_attention"] * 3}, "layer_types must be None"),
+        ),
+        wrong=(
+            ({"mlp_only_layers": [-1]}, r"mlp_only_layers as a list of integers >= 0, got \[-1\]"),
+            ({"num_experts_per_tok": 13}, "num_choices must be in 1..num_experts, 12; got 13"),
+            ({"n_shared_experts": 1}, "n_shared_experts=1, which .* not know for Qwen3MoeForCausalLM"),
+        ),
     ),
     "SmolLM3ForCausalLM": Published(
         sizes={"SmolLM3-3B": (_SMOLLM3_3B, 3_075_098_624)},

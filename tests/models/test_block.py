@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pjengine.models.alibi import alibi_slopes
-from pjengine.models.config import Activation, ModelConfig
+from pjengine.models.config import Activation, ExpertConfig, ModelConfig
 from pjengine.models.decoder import Decoder
 from pjengine.models.layers import ACTIVATIONS, layer_norm, rms_norm
 from pjengine.models.rope import RopeConfig
@@ -21,6 +21,7 @@ FLOAT32 = jnp.dtype("float32")
 TINY = SHAPES["tiny"]  # 4 heads of 16, 2 KV heads, 2 layers
 PARTIAL = RopeConfig(kind="default", theta=10000.0, rotary_dim=8)
 SLOWER = RopeConfig(kind="default", theta=1000000.0, rotary_dim=16)
+EXPERTS = ExpertConfig(num_experts=6, num_choices=2, inner_size=48)
 LAYER_NORM = {"norm": "layer", "has_norm_bias": True}
 FIELDS: dict[str, dict[str, Any]] = {
     "layer norm": {"norm": "layer"},
@@ -48,6 +49,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gate of another kind": {"activation": "gelu_tanh"},
     "no gate": {"is_gated": False, "activation": "relu"},
     "no gate, with biases": {"is_gated": False, "mlp_bias": True},
+    "experts": {"experts": EXPERTS},
+    "experts with biases": {"experts": dataclasses.replace(EXPERTS, has_router_bias=True, has_bias=True)},
+    "experts in one layer": {"experts": EXPERTS, "dense_layers": (0,)},
     "side by side": {"is_parallel": True},
     "side by side, one norm": {"is_parallel": True, "has_mlp_norm": False},
     "norms before and after": {"has_post_norms": True},
@@ -93,6 +97,37 @@ def test_every_field_that_a_layer_reads_has_a_case() -> None:
     sizes += " norm_offset"  # below
     tried = {name for fields in FIELDS.values() for name in fields}
     assert {field.name for field in dataclasses.fields(ModelConfig)} == tried | set(sizes.split())
+
+
+def test_each_field_of_experts_counts() -> None:
+    fields: dict[str, dict[str, Any]] = {
+        "choices": {"num_choices": 3},
+        "weights": {"is_normalized": False},
+        "router's bias": {"has_router_bias": True},
+        "biases": {"has_bias": True},
+        "slope": {"gate_alpha": 1.702},
+        "limit": {"gate_limit": 0.1},
+        "offset": {"up_offset": 1.0},
+    }
+
+    def first(experts: ExpertConfig) -> np.ndarray:
+        model = Decoder(dataclasses.replace(TINY, experts=experts), FLOAT32)
+        params = model.init(jax.random.key(0))
+        for name in ("router_bias", "expert_gate_up_bias", "expert_down_bias"):
+            if name in params["layers"]:
+                bias = params["layers"][name]
+                params["layers"][name] = jax.random.normal(jax.random.key(1), bias.shape)
+        return np.asarray(model.dense_logits(params, jnp.arange(8, dtype=jnp.int32)[None]))
+
+    plain = first(EXPERTS)
+    for name, change in fields.items():
+        assert np.abs(first(dataclasses.replace(EXPERTS, **change)) - plain).max() > 1e-4, name
+
+
+def test_dense_layers_leave_some_to_the_experts() -> None:
+    for fields in ({"dense_layers": (0,)}, {"experts": EXPERTS, "dense_layers": (0, 1)}):
+        with pytest.raises(ValueError, match="dense_layers must leave layers to the experts, got"):
+            dataclasses.replace(TINY, **fields)
 
 
 def test_an_offset_makes_up_for_weights_that_are_less(plain: np.ndarray) -> None:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjengine.models.experts import ExpertConfig, experts_mlp, route
+from pjengine.models.config import ExpertConfig
+from pjengine.models.experts import experts_mlp, route
 from pjengine.pallas_kernels.dispatch import chosen_backends
 from pjengine.pallas_kernels.grouped_linear import ExpertWeights
 
