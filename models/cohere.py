@@ -60,7 +60,7 @@ class Cohere2(Cohere):
             reader.only(key, True)
         reader.only("use_parallel_embedding", False)
         reader.only("use_qk_norm", False)
-        reader.ignore("cache_implementation")
+        reader.ignore("_sliding_window_pattern", "cache_implementation")  # `layer_types` counts
         return dataclasses.replace(
             config,
             layer_windows=windows,

@@ -74,9 +74,8 @@ class ModelConfig:
 
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None
-    layer_windows: tuple[int | None, ...] = (
-        None,
-    )  # tokens that one sees, itself included; by layer, repeated
+    # How many tokens each token sees, itself included; None: all before it. By layer, repeated.
+    layer_windows: tuple[int | None, ...] = (None,)
     has_sinks: bool = False
     qkv_bias: bool = False
     out_bias: bool = False

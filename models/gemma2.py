@@ -9,7 +9,7 @@ from pjengine.models import layouts
 from pjengine.models.config import ModelConfig
 from pjengine.models.config_reader import ConfigReader
 from pjengine.models.decoder import Decoder
-from pjengine.models.json_values import NUMBER, SIZE
+from pjengine.models.json_values import NUMBER, POSITIVE, SIZE
 from pjengine.models.weight_table import WeightTable
 
 
@@ -39,7 +39,8 @@ class Gemma2(Decoder):
             norm_eps=reader.number("rms_norm_eps", default=1e-6),
             norm_offset=1.0,
             has_post_norms=True,
-            attention_scale=1 / math.sqrt(reader.number("query_pre_attn_scalar", default=256)),
+            attention_scale=1
+            / math.sqrt(reader.number("query_pre_attn_scalar", default=256, wanted=POSITIVE)),
             attention_softcap=reader.nullable("attn_logit_softcapping", wanted=NUMBER, default=50.0),
             layer_windows=tuple(window if kind == "sliding_attention" else None for kind in types),
             qkv_bias=has_attention_bias,

@@ -10,7 +10,7 @@ from pjengine.models import layouts
 from pjengine.models.config import ModelConfig
 from pjengine.models.config_reader import ConfigReader
 from pjengine.models.gemma2 import Gemma2
-from pjengine.models.json_values import NUMBER, OBJECT, SIZE, check_values
+from pjengine.models.json_values import NUMBER, OBJECT, POSITIVE, SIZE, check_values
 from pjengine.models.rope import RopeConfig
 from pjengine.models.weight_table import WeightTable
 
@@ -47,7 +47,8 @@ class Gemma3(Gemma2):
             norm_eps=reader.number("rms_norm_eps", default=1e-6),
             norm_offset=1.0,
             has_post_norms=True,
-            attention_scale=1 / math.sqrt(reader.number("query_pre_attn_scalar", default=256)),
+            attention_scale=1
+            / math.sqrt(reader.number("query_pre_attn_scalar", default=256, wanted=POSITIVE)),
             layer_windows=tuple(windows[kind] for kind in types),
             qkv_bias=has_attention_bias,
             out_bias=has_attention_bias,

@@ -23,7 +23,10 @@ class GPTNeoX(Decoder):
             partial=reader.number("rotary_pct", default=0.25),
         )
         has_attention_bias = reader.flag("attention_bias", default=True)
-        reader.ignore("classifier_dropout")
+        # Of training alone; and whose code a hub page runs.
+        reader.ignore(
+            "classifier_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "custom_pipelines"
+        )
         return ModelConfig(
             **reader.base(bos=0, eos=2, tie=False),
             vocab_size=reader.size("vocab_size"),

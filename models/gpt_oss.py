@@ -56,6 +56,7 @@ class GptOss(Llama):
         reader.only("hidden_act", "silu", "swish")
         # Of training alone; and a second spelling of what the rotary positions say.
         reader.ignore("output_router_logits", "router_aux_loss_coef", "initial_context_length")
+        theta = reader.number("rope_theta", default=150000.0)
         says_rope = any(reader.config.get(key) for key in ("rope_parameters", "rope_scaling"))
         return GptOssConfig(
             **base,
@@ -71,8 +72,8 @@ class GptOss(Llama):
             rope=reader.rope(
                 head_dim=head_dim,
                 max_position_embeddings=max_position,
-                theta=150000.0,
-                parameters=None if says_rope else _ROPE,
+                theta=theta,
+                parameters=None if says_rope else {**_ROPE, "rope_theta": theta},
             ),
             layer_windows=tuple(window if kind == "sliding_attention" else None for kind in types),
             has_sinks=True,

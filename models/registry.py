@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pjengine.models.block import Block
 from pjengine.models.config import ModelConfig
 from pjengine.models.config_reader import ConfigReader, refuse_unread
 from pjengine.models.decoder import Decoder
@@ -78,8 +79,9 @@ def architecture(name: str) -> type[Decoder]:
     Raises:
       ValueError: no such architecture here.
     """
-    if name in _registered:
-        return _registered[name]
+    for spelling in (name, OLD_NAMES.get(name, name)):
+        if spelling in _registered:
+            return _registered[spelling]
     name = OLD_NAMES.get(name, name)
     if name not in _OURS:
         raise ValueError(
@@ -88,6 +90,13 @@ def architecture(name: str) -> type[Decoder]:
     module, _, attribute = _OURS[name].rpartition(".")
     found: type[Decoder] = getattr(importlib.import_module(f"pjengine.models.{module}"), attribute)
     return found
+
+
+def is_ours(model: Decoder) -> bool:
+    """Whether the model is this package's alone, its layers too."""
+    classes = [*type(model).__mro__, *type(model).block.__mro__]
+    own = [each for each in classes if issubclass(each, Decoder | Block)]
+    return all(each.__module__.startswith("pjengine.") for each in own)
 
 
 def build_model(config: ModelConfig, dtype: jnp.dtype) -> Decoder:

@@ -193,8 +193,12 @@ def parse_rope(
       NotImplementedError: it is a kind of scaling that the engine does not do.
     """
     check_values(config, {**ROPE_KEYS, "partial_rotary_factor": NUMBER})
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    check_values(given, _SCALING_VALUES, "the rope scaling of config.json")
+    spellings = [own for name in ("rope_parameters", "rope_scaling") if (own := config.get(name))]
+    for own in spellings:
+        check_values(own, _SCALING_VALUES, "the rope scaling of config.json")
+    given = spellings[0] if spellings else {}
+    _check_agree("rope_type", *(own.get(key) for own in spellings for key in ("rope_type", "type")))
+    _check_agree("rope_theta", config.get("rope_theta"), *(own.get("rope_theta") for own in spellings))
     scaling = {key: value for key, value in given.items() if value is not None}
     old_kind = scaling.pop("type", "default")
     kind: Any = scaling.pop("rope_type", old_kind)
@@ -232,6 +236,13 @@ def parse_rope(
         truncate=truncate,
         **fields,
     )
+
+
+def _check_agree(name: str, *values: Any) -> None:
+    """Refuses one thing that is said twice, in two ways."""
+    said = {"longrope" if value == "su" else value for value in values if value is not None}
+    if len(said) > 1:
+        raise ValueError(f"config.json must hold one value for {name}, got {', '.join(map(repr, values))}")
 
 
 def _check_scaling(kind: RopeKind, scaling: Mapping[str, Any]) -> None:

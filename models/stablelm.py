@@ -30,6 +30,8 @@ class StableLM(Decoder):
         hidden_size, num_heads = reader.size("hidden_size"), reader.size("num_attention_heads")
         head_dim = reader.head_dim(hidden_size, num_heads)
         max_position = reader.size("max_position_embeddings", default=4096)
+        reader.only("rotary_scaling_factor", 1.0)
+        reader.ignore("num_heads")  # again
         is_parallel = reader.flag("use_parallel_residual", default=False)
         return ModelConfig(
             **reader.base(bos=0, eos=0, tie=False),

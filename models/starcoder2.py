@@ -22,7 +22,8 @@ class Starcoder2(Decoder):
         reader.only("mlp_type", "default")
         reader.only("norm_type", "layer_norm")
         reader.only("scale_attn_weights", True)
-        reader.ignore("activation_function")  # `hidden_act` is what counts
+        # `hidden_act` and `norm_epsilon` are what counts.
+        reader.ignore("activation_function", "layer_norm_epsilon")
         reader.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
         reader.ignore("embedding_dropout", "residual_dropout")
         return ModelConfig(

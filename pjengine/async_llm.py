@@ -251,7 +251,9 @@ class _EngineThread:
             return
         try:
             generation = prepare()
-        except Exception as error:
+        except BaseException as error:  # tokenizers and grammars panic with one that is no Exception
+            if not isinstance(error, Exception):
+                error = RuntimeError(f"the request could not be prepared: {error!r}")
             if not self.is_closed:  # which may be why; all that are open are told so
                 self._call_loop(stream.loop, [stream], partial(_refuse, stream, error))
             return

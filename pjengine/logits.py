@@ -67,14 +67,14 @@ def _forbid_words(
     """Forbids the last token of each word whose other tokens are the last of the output."""
     seq, word_len, tokens = words[0], words[1], words[2:]
     width, page_size = len(tokens), token_ids.shape[1]
-    owner = jnp.minimum(seq, len(logits) - 1)
-    matches = seq < len(logits)
-    for i in range(width - 1):  # the token i places from the front of the right-aligned word
-        back = width - 1 - i  # so many tokens before the one to be sampled
-        at = batch.kv_lens[owner] - back
-        page = batch.page_table[owner, jnp.maximum(at, 0) // page_size]
-        is_equal = token_ids[page, at % page_size] == tokens[i]
-        matches &= (back >= word_len) | ((at >= prompt_lens[owner]) & is_equal)
+    owner = jnp.minimum(seq, len(logits) - 1)[None]
+    # Of all but a word's last token, right-aligned: how many tokens before the one to be sampled.
+    back = jnp.arange(width - 1, 0, -1, dtype=jnp.int32)[:, None]
+    at = batch.kv_lens[owner] - back
+    page = batch.page_table[owner, jnp.maximum(at, 0) // page_size]
+    is_equal = token_ids[page, at % page_size] == tokens[:-1]
+    is_met = (back >= word_len[None]) | ((at >= prompt_lens[owner]) & is_equal)
+    matches = (seq < len(logits)) & is_met.all(axis=0)
     return logits.at[jnp.where(matches, seq, len(logits)), tokens[-1]].set(-jnp.inf, mode="drop")
 
 

@@ -9,6 +9,7 @@ from pjengine.sampling_params import MAX_BIAS, SamplingParams, shown
 from pjengine.tokenizer import Tokenizer
 
 MAX_BAD_WORD_CHARS = 65_536  # all are encoded, twice, while other requests wait for their turn
+MAX_BAD_WORD_TOKENS = 64  # of one: a program has room for as many of each
 # What a model's generation_config.json says about sampling, under our names.
 _DEFAULTS = {
     "temperature": "temperature",
@@ -138,6 +139,11 @@ class Resolver:
             )
             if not tokens:
                 raise ValueError(f"bad_words must hold words that have tokens, got {word!r}")
+            if len(tokens) > MAX_BAD_WORD_TOKENS:
+                raise ValueError(
+                    f"bad_words must hold words of at most {MAX_BAD_WORD_TOKENS} tokens, got one of "
+                    f"{len(tokens)}: {shown(word)}"
+                )
             is_other = len(spaced) == len(tokens) and spaced[0] != tokens[0]
             for spelling in (tokens, spaced) if is_other else (tokens,):
                 self._check_ids("bad_words", spelling)

@@ -17,6 +17,7 @@ from pjengine.compile_cache import CompileCache, environment, fingerprint
 from pjengine.config import RunnerConfig
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
+from pjengine.models.registry import is_ours
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.triton_extra import backend_versions
 from pjengine.step import StepOutput, step
@@ -56,7 +57,8 @@ class StepCompiler:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
         )
         self.sharding = sharding
-        self.cache = cache
+        # A program is known by the sources of this package: of a class from outside nothing is known.
+        self.cache = cache if is_ours(model) else None
         self.devices = list(sharding.mesh.devices.flat)
         self.options = COMPILER_OPTIONS.get(self.devices[0].platform, {})
 

@@ -13,8 +13,6 @@ from pjengine.serving.errors import ApiError, as_api_error
 
 _SEND_S = 60.0  # for one part of a stream: a client that does not read holds pages no longer
 _LAST_WORDS_S = 5.0  # for the end of a stream, where its client may have ceased to read
-
-
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 

@@ -247,6 +247,23 @@ def test_an_abort_before_the_prompt_is_tokenized_gives_an_empty_output(llm: Any)
     run(main())
 
 
+def test_a_panic_of_the_tokenizer_ends_its_request(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):  # as those of Rust
+        pass
+
+    def prepare(*_: Any, **__: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.engine, "prepare", prepare)
+            with pytest.raises(RuntimeError, match=r"could not be prepared: Panic.*index out of bounds"):
+                await last(llm.generate(PROMPTS[0], params(4)))
+        assert len((await last(llm.generate(PROMPTS[0], params(4)))).outputs[0].token_ids) == 4
+
+    run(main())
+
+
 BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("", {}, "empty"),
     ([5, 10**6], {}, "token id 1000000 is out of the vocabulary"),

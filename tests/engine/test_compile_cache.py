@@ -192,6 +192,25 @@ def test_other_flags_sources_and_settings_are_a_miss(stored: Stored, monkeypatch
     assert stored.load() is not None
 
 
+def test_a_model_from_outside_the_package_is_not_cached(stored: Stored) -> None:
+    from pjengine.models.block import Block
+    from pjengine.models.llama import Llama
+    from pjengine.step_compiler import StepCompiler
+
+    class OwnBlock(Block):  # whose source may change
+        pass
+
+    class Own(Llama):
+        block = OwnBlock
+
+    old = stored.compiler
+    assert old.cache is not None
+    for architecture, is_cached in ((Llama, True), (Own, False)):
+        model = architecture(old.model.config, old.model.dtype)
+        compiler = StepCompiler(model, old.config, old.state, old.sharding, old.cache)
+        assert (compiler.load(stored.layout) is not None) == is_cached
+
+
 def test_another_version_of_what_compiles_the_kernels_is_a_miss(
     stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -492,3 +492,11 @@ def test_equal_bad_words_are_encoded_once() -> None:
     with pytest.raises(ValueError, match="at most 65536 characters together, got 65540"):
         resolver.edits(SamplingParams(bad_words=[f"{i:04}" for i in range(10_000)] + ["a" * 25_540]))
     assert len(CountingEncoder.texts) == 2
+
+
+def test_a_long_bad_word_is_refused_by_its_tokens(demo: Any) -> None:
+    from pjengine import SamplingParams
+
+    resolver = demo.engine._preparation._resolver
+    with pytest.raises(ValueError, match="words of at most 64 tokens, got one of"):
+        resolver.edits(SamplingParams(bad_words=["a b c d " * 25]))

@@ -174,3 +174,9 @@ def test_an_architecture_from_outside_is_run(tmp_path: Path, monkeypatch: pytest
     assert np.abs(last_logits(model, params, golden) - golden.last_logits).max() > 0.1
     with pytest.raises(TypeError, match="must be a subclass of Decoder, got <class 'str'>"):
         models.register("OtherForCausalLM", str)
+
+
+def test_a_registered_class_runs_old_spellings_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    models.register("MptForCausalLM", Doubled)
+    assert registry.architecture("MPTForCausalLM") is registry.architecture("MptForCausalLM") is Doubled

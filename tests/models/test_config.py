@@ -351,3 +351,26 @@ def test_file_that_is_no_json_object_is_named(tmp_path: Path, text: bytes) -> No
         read_json_object(path)
     path.write_text('{"a": 1}')
     assert read_json_object(path) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "one value for rope_type, got 'default', None, None, 'linear'",
+        ),
+        (
+            {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "one value for rope_theta, got 500000.0, 10000.0",
+        ),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "one value for rope_type"),
+    ],
+    ids=["kinds", "bases", "spellings"],
+)
+def test_rotary_positions_that_are_said_twice_must_agree(keys: dict[str, Any], message: str) -> None:
+    from pjengine.models.registry import parse_config
+
+    config = {key: value for key, value in golden.load("gqa").config_v4.items() if "rope" not in key}
+    with pytest.raises(ValueError, match=message):
+        parse_config({**config, **keys})
