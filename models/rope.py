@@ -193,12 +193,7 @@ def parse_rope(
       NotImplementedError: it is a kind of scaling that the engine does not do.
     """
     check_values(config, {**ROPE_KEYS, "partial_rotary_factor": NUMBER})
-    spellings = [own for name in ("rope_parameters", "rope_scaling") if (own := config.get(name))]
-    for own in spellings:
-        check_values(own, _SCALING_VALUES, "the rope scaling of config.json")
-    given = spellings[0] if spellings else {}
-    _check_agree("rope_type", *(own.get(key) for own in spellings for key in ("rope_type", "type")))
-    _check_agree("rope_theta", config.get("rope_theta"), *(own.get("rope_theta") for own in spellings))
+    given = _given_scaling(config)
     scaling = {key: value for key, value in given.items() if value is not None}
     old_kind = scaling.pop("type", "default")
     kind: Any = scaling.pop("rope_type", old_kind)
@@ -236,6 +231,16 @@ def parse_rope(
         truncate=truncate,
         **fields,
     )
+
+
+def _given_scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json holds of scaling, in whichever place."""
+    places = [own for name in ("rope_parameters", "rope_scaling") if (own := config.get(name))]
+    for own in places:
+        check_values(own, _SCALING_VALUES, "the rope scaling of config.json")
+    _check_agree("rope_type", *(own.get(key) for own in places for key in ("rope_type", "type")))
+    _check_agree("rope_theta", config.get("rope_theta"), *(own.get("rope_theta") for own in places))
+    return places[0] if places else {}
 
 
 def _check_agree(name: str, *values: Any) -> None:

@@ -104,6 +104,14 @@ def test_host_modules_import_no_jax() -> None:
         assert not any(name.split(".")[0] in ("jax", "flax", "jaxtyping") for name in names), file
 
 
+def test_an_architecture_is_a_short_file() -> None:
+    from pjengine.models.registry import architecture, known_architectures
+
+    for name in known_architectures():
+        module = architecture(name).__module__.rpartition(".")[2]
+        assert len((ROOT / "models" / f"{module}.py").read_text().splitlines()) <= 150, module
+
+
 def test_nothing_imports_torch() -> None:
     for path in sources(*PACKAGES, "tests"):
         if path.name.startswith("make_golden"):  # runs in an environment of its own
