@@ -228,6 +228,31 @@ _GALACTICA_7B = dict(
     vocab_size=50000, hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32,
     word_embed_proj_dim=4096, activation_function="gelu", learned_embeddings=True, scale_embeddings=False,
 )  # fmt: skip
+_BLOOM_3B = dict(vocab_size=250880, n_embed=2560, n_layer=30, num_attention_heads=32)
+_LLAMA_32_1B = dict(
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+)  # fmt: skip
+_LLAMA_32_3B = dict(
+    vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+    num_attention_heads=24, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+)  # fmt: skip
+_OPEN_LLAMA_3B = dict(
+    vocab_size=32000, hidden_size=3200, intermediate_size=8640, num_hidden_layers=26,
+    num_attention_heads=32,
+)  # fmt: skip
+_QWEN3_4B = dict(
+    vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+)  # fmt: skip
+_OPT_27B = dict(
+    vocab_size=50272, hidden_size=2560, ffn_dim=10240, num_hidden_layers=32,
+    num_attention_heads=32, max_position_embeddings=2048, word_embed_proj_dim=2560,
+)  # fmt: skip
+_DOLLY_3B = dict(
+    vocab_size=50280, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
+    num_attention_heads=32, rotary_pct=0.25,
+)  # fmt: skip
 # In the order of the alphabet.
 PUBLISHED: Mapping[str, Published] = {
     "BaiChuanForCausalLM": Published(
@@ -248,6 +273,7 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     "BloomForCausalLM": Published(
         sizes={
+            "BLOOM-3B": (_BLOOM_3B, 3_002_557_440),
             "BLOOM-7B1": (_BLOOM_7B, 7_069_016_064),
             "BLOOM": (
                 {**_BLOOM_7B, "n_embed": 14336, "n_layer": 70, "num_attention_heads": 112},
@@ -340,7 +366,11 @@ PUBLISHED: Mapping[str, Published] = {
         wrong=(({"rotary_dim": 32}, "rotary_dim must be at most head_dim, got 32 and 16"),),
     ),
     "GPTNeoXForCausalLM": Published(
-        sizes={"Pythia-12B": (_PYTHIA, 11_846_072_320), "GPT-NeoX-20B": (_NEOX_20B, 20_554_567_680)},
+        sizes={
+            "Dolly-v2-3B": (_DOLLY_3B, 2_775_086_080),
+            "Pythia-12B": (_PYTHIA, 11_846_072_320),
+            "GPT-NeoX-20B": (_NEOX_20B, 20_554_567_680),
+        },
         buffers=(
             "layers.0.attention.bias",
             "layers.0.attention.masked_bias",
@@ -426,7 +456,12 @@ PUBLISHED: Mapping[str, Published] = {
         wrong=(({"logits_scaling": 0}, "logits_scaling as a finite number > 0, got 0"),),
     ),
     "LlamaForCausalLM": Published(
-        sizes={"Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248)},
+        sizes={
+            "OpenLLaMA-3B": (_OPEN_LLAMA_3B, 3_426_473_600),
+            "Llama-3.2-3B": (_LLAMA_32_3B, 3_212_749_824),
+            "Llama-3.2-1B": (_LLAMA_32_1B, 1_235_814_400),
+            "Llama-3-8B": (_LLAMA_3_8B, 8_030_261_248),
+        },
         buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
         unsupported=(({"sliding_window": 4096}, "sliding_window must be None, got 4096"),),
     ),
@@ -468,6 +503,7 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     "OPTForCausalLM": Published(
         sizes={
+            "OPT-2.7B": (_OPT_27B, 2_651_596_800),
             "OPT-125M": (_OPT_125M, 125_239_296),
             "OPT-350M": (_OPT_350M, 331_196_416),
             "Galactica-6.7B": (_GALACTICA_7B, 6_657_359_872),
@@ -543,6 +579,7 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     "Qwen3ForCausalLM": Published(
         sizes={
+            "Qwen3-4B": (_QWEN3_4B, 4_022_468_096),
             "Qwen3-8B": (_QWEN3_8B, 8_190_735_360),
             "Qwen3-0.6B": (_QWEN3_0_6B, 596_049_920),
         },
