@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -271,6 +272,8 @@ def test_a_grammar_is_given_up_when_it_takes_too_long(tokenizers: dict[str, Any]
     try:
         harmless = _source(make(choice=["a"]))
         assert check.error(harmless) == ""
+        assert check._process is not None
+        check._process.send_signal(signal.SIGSTOP)  # it cannot be done before the time is up
         assert "more than 0 s" in check.error(_source(make(json=endless())), timeout_s=0)
         assert check.error(harmless) == ""  # another process
     finally:
