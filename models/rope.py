@@ -33,9 +33,8 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float = (
-        1.0  # multiplies cos and sin; `parse_rope` has derived it from mscale where yarn asks
-    )
+    # Multiplies cos and sin; `parse_rope` has derived it from mscale where yarn asks.
+    attention_factor: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     truncate: bool = True  # yarn: round the ramp's ends outwards to whole dimensions

@@ -129,9 +129,8 @@ def program_temp_bytes(
     num_top = largest_num_top(max_logprobs, vocab_size)
     num_asked = largest_num_asked(max_logprobs, vocab_size)
     masks = 2 * 4 * num_seqs * -(-vocab_size // 32)  # of both steps
-    page_tables = (
-        2 * 4 * num_seqs * num_groups * -(-max_len // page_size)
-    )  # that of all rows, and the step's own
+    # That of all rows, and the step's own.
+    page_tables = 2 * 4 * num_seqs * num_groups * -(-max_len // page_size)
     logprobs = prompt_bytes(num_prompt_tokens, num_top) + sampled_bytes(num_seqs, num_top, num_asked)
     return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables + masks
 

@@ -111,13 +111,11 @@ def compute_tokens(
     draw = partial(draw_tokens, params, model=model, backend=backend)
     logprobs = None
     with jax.named_scope("sample"):
-        if layout.edits == NO_SIZES:
+        if layout.edits == NO_SIZES and (layout.is_decode or layout.num_seqs <= FEW):
+            tokens = draw(hidden, own)
+        elif layout.edits == NO_SIZES:
             is_few = jnp.sum(row < layout.num_rows) <= FEW
-            tokens = (
-                draw(hidden, own)
-                if layout.num_seqs <= FEW or layout.is_decode
-                else lax.cond(is_few, partial(draw_few, draw), draw, hidden, own)
-            )
+            tokens = lax.cond(is_few, partial(draw_few, draw), draw, hidden, own)
         else:
             raw = model.logits(params, hidden)
             prompt_lens = rows.prompt_len.at[row].get(mode="clip")
