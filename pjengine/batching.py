@@ -1,9 +1,10 @@
 """A schedule -> one int32 vector -> the Batch and the row updates of one step.
 
-`Layout` names the parts of the vector; the host packs by it, the device unpacks by it, so that a
-step costs a single upload.
+`Layout` names the parts of the vector; the host packs by it, the device unpacks by it, so that the model's
+program costs a single upload.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pjengine.edit_sizes import NO_SIZES, EditSizes, pack_edits, pack_masks
 from pjengine.models.state import Batch
-from pjengine.schedule import Chunk, Masks, Schedule
+from pjengine.schedule import Chunk, Schedule
 
 # What a row is told about its request when it is admitted.
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", *PENALTIES)
 ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", *FLOAT_FIELDS)
+SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
 FROM_DEVICE = -1  # in place of a token id: the row's last token, known to the device only
 
 
@@ -50,17 +51,40 @@ class Rows(NamedTuple):
         return cls(**{**arrays, "page_table": jnp.zeros((num_rows, num_columns), jnp.int32)})
 
 
+class Vector(ABC):
+    """How an int32 vector is divided that goes up to the device."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Their shapes, in order."""
+
+    @cached_property
+    def size(self) -> int:
+        return sum(int(np.prod(shape)) for shape in self.parts.values())
+
+    def split[T: (np.ndarray, Array)](self, blob: T) -> dict[str, T]:
+        """Views of the parts."""
+        views, offset = {}, 0
+        for name, shape in self.parts.items():
+            length = int(np.prod(shape))
+            views[name] = blob[offset : offset + length].reshape(shape)
+            offset += length
+        return views
+
+
 @dataclass(frozen=True)
-class Layout:
-    """The parts of one program's vector. Rows that stand for nothing are `num_rows`, out of range."""
+class Layout(Vector):
+    """A program with the model. Rows that stand for nothing are `num_rows`, out of range."""
 
     num_tokens: int  # the program's bucket
     num_rows: int
     page_size: int
     is_decode: bool
-    edits: EditSizes = NO_SIZES
     depth: int = 1  # tokens computed of each sequence, one after the other; more than one in decodes alone
     num_groups: int = 1  # of KV pages; 2: some layers see a window only
+    ends_in_logits: bool = False  # another program draws the tokens
+    num_prompt_top: int | None = None  # logprobs of prompts, where it ends in logits; None: none
 
     @property
     def num_seqs(self) -> int:
@@ -72,18 +96,21 @@ class Layout:
 
     def covers(self, other: "Layout") -> bool:
         """Whether a step that `other` was chosen for may run as this one."""
-        is_alike = (self.is_decode, self.depth) == (other.is_decode, other.depth)
-        return is_alike and self.num_tokens >= other.num_tokens and self.edits.covers(other.edits)
+        kind = (self.is_decode, self.depth, self.ends_in_logits)
+        if kind != (other.is_decode, other.depth, other.ends_in_logits) or self.num_tokens < other.num_tokens:
+            return False
+        return other.num_prompt_top is None or (
+            self.num_prompt_top is not None and self.num_prompt_top >= other.num_prompt_top
+        )
 
     @cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
         seqs = (self.num_seqs,)
-        edits = self.edits.parts(self.num_seqs, self.num_tokens) if self.edits != NO_SIZES else {}
         if self.is_decode:
             lengths = {"lengths": seqs} if self.depth > 1 else {}
-            return {"rows": seqs, **lengths, "page_updates": (3, self.num_groups * self.num_seqs), **edits}
+            return {"rows": seqs, **lengths, "page_updates": (3, self.num_groups * self.num_seqs)}
         return {
-            **edits,
+            "targets": (0 if self.num_prompt_top is None else self.num_tokens,),
             "tokens": (self.num_tokens,),
             "rows": seqs,
             "starts": seqs,  # position of each sequence's first token
@@ -94,10 +121,6 @@ class Layout:
             "page_updates": (3, self.num_groups * (self.num_tokens // self.page_size + self.num_seqs)),
         }
 
-    @cached_property
-    def size(self) -> int:
-        return sum(int(np.prod(shape)) for shape in self.parts.values())
-
     def empty(self) -> tuple[Int[np.ndarray, " size"], dict[str, np.ndarray]]:
         """A fresh vector, filled with out-of-range rows, and views of its parts.
 
@@ -105,15 +128,6 @@ class Layout:
         """
         blob = np.full(self.size, self.num_rows, np.int32)
         return blob, self.split(blob)
-
-    def split[T: (np.ndarray, Array)](self, blob: T) -> dict[str, T]:
-        """Views of the parts."""
-        views, offset = {}, 0
-        for name, shape in self.parts.items():
-            length = int(np.prod(shape))
-            views[name] = blob[offset : offset + length].reshape(shape)
-            offset += length
-        return views
 
 
 def page_updates(schedule: Schedule, pages_per_seq: int) -> Int[np.ndarray, "3 updates"]:
@@ -127,22 +141,16 @@ def page_updates(schedule: Schedule, pages_per_seq: int) -> Int[np.ndarray, "3 u
 def pack(
     schedule: Schedule,
     updates: Int[np.ndarray, "3 updates"],
-    masks: Masks,
     layout: Layout,
     vocab_size: int,
 ) -> Int[np.ndarray, " size"]:
-    """Writes a schedule with its masks, and its page updates, as many as the layout holds at most, into a
-    fresh vector.
-    """
+    """Writes a schedule and its page updates, as many as the layout holds at most, into a fresh vector."""
     blob, parts = layout.empty()
     decodes, num_decodes = schedule.decodes, len(schedule.decodes.requests)
     parts["rows"][:num_decodes] = decodes.rows
     parts["page_updates"][:, : updates.shape[1]] = updates
     if layout.depth > 1:
         parts["lengths"][:num_decodes] = decodes.lengths
-    if layout.edits != NO_SIZES:
-        pack_edits(parts, schedule.edits, layout.num_seqs)
-        pack_masks(parts, masks)
     if not layout.is_decode:
         _pack_chunks(parts, schedule, layout, vocab_size)
     return blob
@@ -166,7 +174,7 @@ def _pack_chunks(parts: dict[str, np.ndarray], schedule: Schedule, layout: Layou
         tokens[start : start + chunk.length] = chunk.request.known_tokens(
             chunk.start, chunk.start + chunk.length
         )
-    if layout.edits.num_prompt_top is not None:
+    if layout.num_prompt_top is not None:
         _pack_targets(parts["targets"], chunks, cu_q_lens[first:end])
     parts["sampled_rows"][:first] = decodes.rows
     unsampled = [seq for seq, chunk in enumerate(chunks, first) if not chunk.is_sampled]
@@ -263,3 +271,11 @@ def unpack(rows: Rows, row: Int[Array, " seqs"], parts: dict[str, Array], layout
         window_slots=slots[-1] if layout.num_groups == 2 else None,
         window_page_table=page_tables[-1] if layout.num_groups == 2 else None,
     )
+
+
+def sampled_by(
+    rows: Rows, row: Int[Array, " seqs"], positions: Int[Array, " seqs"]
+) -> dict[str, Int[Array, " seqs"] | Float[Array, " seqs"]]:
+    """What `sample` goes by: the parameters of these rows, and the positions of the tokens to draw."""
+    own = {name: getattr(rows, name).at[row].get(mode="clip") for name in SAMPLED_BY}
+    return {**own, "positions": positions}

@@ -22,7 +22,6 @@ class EditSizes:
     has_penalties: bool = False
     num_top: int | None = None  # logprobs; None: none
     num_asked: int = 0
-    num_prompt_top: int | None = None
 
     @property
     def can_forbid(self) -> bool:
@@ -39,8 +38,8 @@ class EditSizes:
         """The same for a program that holds so many sequences."""
         return self if self.num_masks <= num_seqs else replace(self, num_masks=num_seqs)
 
-    def parts(self, num_seqs: int, num_tokens: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of what travels in the step's vector."""
+    def parts(self, num_seqs: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what travels in the program's vector."""
         return {
             "bias": (3, self.num_bias),  # sequence, token, float bits
             "allowed": (2, self.num_allowed),  # sequence, token
@@ -48,7 +47,6 @@ class EditSizes:
             "mask_of": (num_seqs if self.num_masks else 0,),  # which of the masks; num_masks: none
             "masks": (self.num_masks, self.mask_words),  # a bit for each token
             "asked": (num_seqs, self.num_asked),
-            "targets": (0 if self.num_prompt_top is None else num_tokens,),
         }
 
 
@@ -57,11 +55,7 @@ NO_SIZES = EditSizes()
 
 def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
     """The program for a step that needs so much room: every number the next power of two."""
-    bias, allowed, bad_words, masks, bad_word_len, penalties, top, asked, prompt_top = needs.tolist()
-
-    def limited(count: int) -> int | None:
-        return min(_room(count - 1), vocab_size) if count else None
-
+    bias, allowed, bad_words, masks, bad_word_len, penalties, top, asked, _ = needs.tolist()
     return EditSizes(
         num_bias=_room(bias),
         num_allowed=_room(allowed),
@@ -70,10 +64,19 @@ def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
         mask_words=-(-vocab_size // 32) if masks else 0,
         bad_word_len=_room(bad_word_len),
         has_penalties=bool(penalties),
-        num_top=limited(top),
+        num_top=_room_for_top(top, vocab_size),
         num_asked=min(_room(asked), vocab_size),
-        num_prompt_top=limited(prompt_top),
     )
+
+
+def prompt_top_for(needs: np.ndarray, vocab_size: int) -> int | None:
+    """The same for the likeliest tokens of each position of a prompt; None: none are asked for."""
+    return _room_for_top(int(needs[-1]), vocab_size)
+
+
+def _room_for_top(count: int, vocab_size: int) -> int | None:
+    """`count` as in `edits.NEEDS`."""
+    return min(_room(count - 1), vocab_size) if count else None
 
 
 def _room(count: int) -> int:

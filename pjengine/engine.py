@@ -31,7 +31,8 @@ class LLMEngine:
     """Runs requests step by step.
 
     Each step is launched before the last one is read, so that the device never waits for the host;
-    a token therefore comes out one call of `step` after the step that computed it was launched.
+    a token therefore comes out one call of `step` after the step that computed it was launched. Of a step
+    with grammars the model is launched, and what they allow is found while it runs.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -178,12 +179,15 @@ class LLMEngine:
     def _advance(self) -> list[Generation]:
         try:
             schedule = self.scheduler.schedule()
-            launched = self.runner.launch(schedule, self._masks(schedule)) if schedule.num_seqs else None
+            launched = self.runner.launch(schedule) if schedule.num_seqs else None
             self._in_flight, ended = launched, self._in_flight
             refused = self._refuse(schedule)
             if launched is ended is None and not refused:
                 self.runner.wait_for_programs()
-            return refused + (self._take_results(ended) if ended is not None else [])
+            grown = refused + (self._take_results(ended) if ended is not None else [])
+            if launched is not None and schedule.masked:
+                self.runner.draw(launched, self._masks(schedule))
+            return grown
         except BaseException as error:
             if isinstance(error, Exception):  # not Ctrl-C
                 logger.error("a step failed: %r; aborted requests=%d", error, len(self._generations))
@@ -191,15 +195,15 @@ class LLMEngine:
             raise
 
     def _masks(self, schedule: Schedule) -> Masks:
-        """What their grammars allow those requests of a step that have one."""
-        if not schedule.masked:
-            return NO_MASKS
-        matchers = []
-        for _, request in schedule.masked:
-            matcher = self._completions[request.request_id][0].matcher
-            assert matcher is not None
-            matchers.append(matcher)
-        return Masks([seq for seq, _ in schedule.masked], self._preparation.grammars.masks(matchers))
+        """What their grammars allow those requests of a step that have one and have not ended meanwhile."""
+        seqs, matchers = [], []
+        for seq, request in schedule.masked:
+            if not request.is_finished:
+                matcher = self._completions[request.request_id][0].matcher
+                assert matcher is not None
+                seqs.append(seq)
+                matchers.append(matcher)
+        return Masks(seqs, self._preparation.grammars.masks(matchers)) if seqs else NO_MASKS
 
     def _refuse(self, schedule: Schedule) -> list[Generation]:
         """Ends requests whose program could not be made; the others go on."""

@@ -1,13 +1,13 @@
 """The rare edits of logits, on the device: masks, bans, biases, bad words, penalties."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pjengine.edit_sizes import EditSizes
-from pjengine.models.state import Batch
 
 HISTORY_BLOCK = 2**20  # tokens of prompts and outputs, of all sequences together, that are looked at at once
 
@@ -17,14 +17,21 @@ def history_bytes(num_seqs: int, max_model_len: int, page_size: int) -> int:
     return 32 * min(num_seqs * (max_model_len + page_size), max(HISTORY_BLOCK, num_seqs * page_size))
 
 
+class History(NamedTuple):
+    """Where the tokens of each sequence are."""
+
+    token_ids: Int[Array, "pages page_size"]
+    page_table: Int[Array, "s pages_per_seq"]
+    lens: Int[Array, " s"]  # prompt and output together
+    prompt_lens: Int[Array, " s"]
+
+
 def apply_edits(
     logits: Float[Array, "s v"],
     parts: dict[str, Array],
     sizes: EditSizes,
     penalties: Sequence[Float[Array, " s"]],
-    batch: Batch,
-    token_ids: Int[Array, "pages page_size"],
-    prompt_lens: Int[Array, " s"],
+    history: History,
 ) -> Float[Array, "s v"]:
     """In the order: masks, allowed ids, bad words, min_tokens and bias, then the penalties.
 
@@ -38,12 +45,12 @@ def apply_edits(
         is_allowed = jnp.zeros(logits.shape, bool).at[seq, token].set(True, mode="drop")
         logits = jnp.where(is_limited[:, None] & ~is_allowed, -jnp.inf, logits)
     if sizes.num_bad_words:
-        logits = _forbid_words(logits, parts["bad_words"], batch, token_ids, prompt_lens)
+        logits = _forbid_words(logits, parts["bad_words"], history)
     if sizes.num_bias:
         seq, token, bits = parts["bias"]
         logits = logits.at[seq, token].add(_floats(bits), mode="drop")
     if sizes.has_penalties:
-        seen, counts = _count_tokens(logits.shape, batch, token_ids, prompt_lens)
+        seen, counts = _count_tokens(logits.shape, history)
         logits = _penalize(logits, penalties, seen, counts)
     return logits
 
@@ -58,45 +65,36 @@ def _unmask(
 
 
 def _forbid_words(
-    logits: Float[Array, "s v"],
-    words: Int[Array, "rows words"],
-    batch: Batch,
-    token_ids: Int[Array, "pages page_size"],
-    prompt_lens: Int[Array, " s"],
+    logits: Float[Array, "s v"], words: Int[Array, "rows words"], history: History
 ) -> Float[Array, "s v"]:
     """Forbids the last token of each word whose other tokens are the last of the output."""
     seq, word_len, tokens = words[0], words[1], words[2:]
-    width, page_size = len(tokens), token_ids.shape[1]
+    width, page_size = len(tokens), history.token_ids.shape[1]
     owner = jnp.minimum(seq, len(logits) - 1)[None]
     # Of all but a word's last token, right-aligned: how many tokens before the one to be sampled.
     back = jnp.arange(width - 1, 0, -1, dtype=jnp.int32)[:, None]
-    at = batch.kv_lens[owner] - back
-    page = batch.page_table[owner, jnp.maximum(at, 0) // page_size]
-    is_equal = token_ids[page, at % page_size] == tokens[:-1]
-    is_met = (back >= word_len[None]) | ((at >= prompt_lens[owner]) & is_equal)
+    at = history.lens[owner] - back
+    page = history.page_table[owner, jnp.maximum(at, 0) // page_size]
+    is_equal = history.token_ids[page, at % page_size] == tokens[:-1]
+    is_met = (back >= word_len[None]) | ((at >= history.prompt_lens[owner]) & is_equal)
     matches = (seq < len(logits)) & is_met.all(axis=0)
     return logits.at[jnp.where(matches, seq, len(logits)), tokens[-1]].set(-jnp.inf, mode="drop")
 
 
-def _count_tokens(
-    shape: tuple[int, ...],
-    batch: Batch,
-    token_ids: Int[Array, "pages page_size"],
-    prompt_lens: Int[Array, " s"],
-) -> tuple[Bool[Array, "s v"], Float[Array, "s v"]]:
+def _count_tokens(shape: tuple[int, ...], history: History) -> tuple[Bool[Array, "s v"], Float[Array, "s v"]]:
     """Which tokens are in each sequence, and how often each is in its output; a block of pages at a time."""
-    num_seqs, page_size = shape[0], token_ids.shape[1]
-    most_pages = batch.page_table.shape[1]
+    num_seqs, page_size = shape[0], history.token_ids.shape[1]
+    most_pages = history.page_table.shape[1]
     num_pages = min(max(1, HISTORY_BLOCK // (num_seqs * page_size)), most_pages)  # of a block
     num_blocks = -(-most_pages // num_pages)
     pad = num_blocks * num_pages - most_pages
-    blocks = jnp.pad(batch.page_table, ((0, 0), (0, pad))).reshape(num_seqs, num_blocks, num_pages)
-    lens, prompt_lens = batch.kv_lens[:, None], prompt_lens[:, None]
+    blocks = jnp.pad(history.page_table, ((0, 0), (0, pad))).reshape(num_seqs, num_blocks, num_pages)
+    lens, prompt_lens = history.lens[:, None], history.prompt_lens[:, None]
 
     def add(
         index: int | Int[Array, ""], found: tuple[Bool[Array, "s v"], Float[Array, "s v"]]
     ) -> tuple[Bool[Array, "s v"], Float[Array, "s v"]]:
-        tokens = token_ids[blocks[:, index]].reshape(num_seqs, -1)
+        tokens = history.token_ids[blocks[:, index]].reshape(num_seqs, -1)
         seq = lax.broadcasted_iota(jnp.int32, tokens.shape, 0)
         position = lax.broadcasted_iota(jnp.int32, tokens.shape, 1) + index * tokens.shape[1]
         is_token = position < lens

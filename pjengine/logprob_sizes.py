@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pjengine.edit_sizes import sizes_for
+from pjengine.edit_sizes import prompt_top_for, sizes_for
 from pjengine.edits import Edits, max_asked, most_logprobs
 from pjengine.logprobs import num_rows
 
@@ -12,7 +12,7 @@ SHARE = 0.1  # of the device's budget, for the logprobs of prompts
 def largest_num_top(max_logprobs: int, vocab_size: int) -> int:
     """The likeliest tokens of each position, in the largest program that requests may ask for."""
     needs = np.array(Edits(num_prompt_logprobs=most_logprobs(max_logprobs, vocab_size)).needs)
-    return sizes_for(needs, vocab_size).num_prompt_top or 0
+    return prompt_top_for(needs, vocab_size) or 0
 
 
 def largest_num_asked(max_logprobs: int, vocab_size: int) -> int:

@@ -132,7 +132,8 @@ def program_temp_bytes(
     # That of all rows, and the step's own.
     page_tables = 2 * 4 * num_seqs * num_groups * -(-max_len // page_size)
     logprobs = prompt_bytes(num_prompt_tokens, num_top) + sampled_bytes(num_seqs, num_top, num_asked)
-    return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables + masks
+    logits = 4 * num_seqs * vocab_size  # between the two programs of a step with edits
+    return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables + masks + logits
 
 
 def tuning_bytes(config: ModelConfig, dtype: jnp.dtype, num_seqs: int) -> int:

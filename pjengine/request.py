@@ -63,12 +63,7 @@ class Request:
     @property
     def is_watched(self) -> bool:
         """Whether each of its tokens has to be looked at, not only those that end it."""
-        return bool(self.params.stop_strings or self.edits.num_logprobs is not None or self.is_led)
-
-    @property
-    def is_led(self) -> bool:
-        """Whether the host has to see each of its tokens before the next one can be sampled."""
-        return self.edits.has_mask
+        return bool(self.params.stop_strings or self.edits.num_logprobs is not None or self.edits.has_mask)
 
     @cached_property
     def _silent_ends(self) -> frozenset[int]:

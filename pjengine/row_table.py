@@ -34,7 +34,7 @@ class RowTable:
         self.window_start = np.zeros(num_rows, np.int64)  # slots before it have no page in the window's pool
         self.needs = np.zeros((num_rows, len(NEEDS)), np.int64)  # of its edits
         self.travels = np.zeros(num_rows, np.bool_)  # something of its edits, with every step
-        self.is_led = np.zeros(num_rows, np.bool_)  # the host sees each token before the next is computed
+        self.has_mask = np.zeros(num_rows, np.bool_)  # what may come depends on all tokens before
         self.is_watched = np.zeros(num_rows, np.bool_)  # each of its tokens has to be looked at
         self.end_ids = np.full((num_rows, 1), -1, np.int32)  # tokens that end it; -1: no more
         self._free = list(range(num_rows))  # a heap: low rows first
@@ -60,7 +60,7 @@ class RowTable:
         self.window_start[row] = 0
         self.needs[row] = request.edits.needs
         self.travels[row] = request.edits.travels
-        self.is_led[row] = request.is_led
+        self.has_mask[row] = request.edits.has_mask
         self.is_watched[row] = request.is_watched or len(request.end_ids) > MAX_END_IDS
         self._set_end_ids(row, () if self.is_watched[row] else tuple(request.end_ids))
         return row
@@ -90,16 +90,6 @@ class RowTable:
         """Rows that decode and have tokens left to compute."""
         is_decoding = (self.computed >= self.prefill_end) & (self.computed < self.limit)
         return np.flatnonzero(is_decoding & (self.admissions > 0))
-
-    def ready(self, rows: np.ndarray) -> np.ndarray:
-        """Those of rows that decode whose next token may be computed now."""
-        is_led = self.is_led[rows]
-        if not is_led.any():
-            return rows
-        for index in np.flatnonzero(is_led).tolist():
-            row = int(rows[index])
-            is_led[index] = self.owner(row).num_known <= self.computed[row]  # its token is under way
-        return rows[~is_led]
 
     def prefilling(self) -> list[int]:
         """Rows with known tokens left to compute, in order of admission."""

@@ -1,18 +1,17 @@
-"""The device side: one step, compiled once per program, its state donated through every call."""
+"""The device side: the programs of a step, its state donated through every call."""
 
+import itertools
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, zip_longest
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.stages import Lowered
 from jaxtyping import Int
 
 from pjengine.batching import (
@@ -24,8 +23,10 @@ from pjengine.batching import (
 )
 from pjengine.compile_cache import CompileCache
 from pjengine.config import RunnerConfig
-from pjengine.edit_sizes import NO_SIZES, EditSizes, sizes_for
+from pjengine.draw import DrawLayout, Stages, Undrawn, pack_draw
+from pjengine.edit_sizes import prompt_top_for, sizes_for
 from pjengine.edits import past_prompts
+from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.state import KVCache, kv_shape
 from pjengine.programs import CompilationError, Programs
@@ -34,22 +35,27 @@ from pjengine.schedule import NO_MASKS, Masks, Schedule
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
 
-type Program = Callable[..., tuple[KVCache, Rows, StepOutput]]
+type AnyLayout = Layout | DrawLayout
+type Program = Callable[..., Any]  # as `step`, `compute_logits` or `draw`, its settings bound
 
 PATIENCE = 32  # steps that run as larger ones before their own program is made
-MAX_EDITING = 64  # programs with room for edits that are kept; each may take 10 MB of the host's memory
+MAX_EDITING = 64  # programs that depend on edits and are kept; each may take 10 MB of the host's memory
 EARLY_UPDATES = 1024  # page updates entered at once by the program that runs before a step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Launched:
     """A step under way on the device."""
 
     schedule: Schedule
-    output: StepOutput
+    output: StepOutput | None = None  # None: its tokens are not drawn yet
+    undrawn: Undrawn | None = None
+    draw_layout: DrawLayout | None = None
+    prompt_logprobs: Logprobs | None = None
 
     def read(self) -> StepOutput:
         """Waits for the step to end; numpy arrays."""
+        assert self.output is not None, "its tokens were never drawn"
         return jax.tree.map(np.asarray, self.output)
 
 
@@ -75,14 +81,16 @@ class Runner:
             .lower(self.rows, early)
             .compile()
         )
-        self._compiler = StepCompiler(model, config, (params, self.cache, self.rows), sharding, compile_cache)
-        self._programs: Programs[Layout, Program] = Programs(self._compiler, num_threads=os.cpu_count() or 1)
+        self.compiler = StepCompiler(model, config, (params, self.cache, self.rows), sharding, compile_cache)
+        self._programs: Programs[AnyLayout, Program] = Programs(
+            self.compiler, num_threads=os.cpu_count() or 1
+        )
         self._is_warming = False
         self.recompiles_after_warmup = 0
         self.compile_s = 0.0  # that a caller waited for programs
-        self._asked: set[Layout] = set()
-        self._num_misses: Counter[Layout] = Counter()
-        self._editing: dict[Layout, None] = {}  # programs with room for edits; those used last are at the end
+        self._asked: set[AnyLayout] = set()
+        self._num_misses: Counter[Stages] = Counter()
+        self._editing: dict[AnyLayout, None] = {}  # that depend on edits; those used last are at the end
 
     def _new_state(self) -> tuple[KVCache, Rows]:
         config, dtype = self.config, self.model.dtype
@@ -100,22 +108,39 @@ class Runner:
         self._free(self.cache, self.rows)
         self.cache, self.rows = self._new_state()
 
-    def launch(self, schedule: Schedule, masks: Masks = NO_MASKS) -> Launched:
-        """Starts a step and returns at once; the tokens follow by themselves.
-
-        `masks`: for each of `schedule.masked`.
+    def launch(self, schedule: Schedule) -> Launched:
+        """Starts a step and returns at once; the tokens follow by themselves, or, if some of its sequences
+        have masks, after `draw`.
         """
-        layout, program = self.program_for(self._layout_for(schedule))
+        layout, draw_layout = self.stages_for(self._wanted(schedule))
         updates = page_updates(schedule, self.config.pages_per_seq)
         if updates.shape[1] > layout.max_page_updates:
             updates = self._update_early(updates, layout.max_page_updates)
-        blob = pack(schedule, updates, masks, layout, self.model.config.vocab_size)
-        self.cache, self.rows, output = program(
+        blob = pack(schedule, updates, layout, self.model.config.vocab_size)
+        self.cache, self.rows, *results = self.programs[layout](
             self.params, self.cache, self.rows, jax.device_put(blob, self.sharding)
         )
-        for array in jax.tree.leaves(output):
-            array.copy_to_host_async()
-        return Launched(schedule, output)
+        if draw_layout is None:
+            _send_home(results)
+            return Launched(schedule, *results)
+        undrawn, prompt_logprobs = results
+        launched = Launched(schedule, None, undrawn, draw_layout, prompt_logprobs)
+        if not schedule.masked:
+            self.draw(launched, NO_MASKS)
+        return launched
+
+    def draw(self, launched: Launched, masks: Masks) -> None:
+        """Lets the tokens of a launched step be drawn, and returns at once; `masks` of its `masked`.
+
+        No step may have been launched since.
+        """
+        layout, undrawn = launched.draw_layout, launched.undrawn
+        assert layout is not None and undrawn is not None
+        blob = jax.device_put(pack_draw(launched.schedule, masks, layout), self.sharding)
+        self.rows, tokens, logprobs = self.programs[layout](self.rows, self.cache.token_ids, undrawn, blob)
+        launched.undrawn = None  # the logits take much memory
+        launched.output = StepOutput(tokens[None], logprobs, launched.prompt_logprobs)
+        _send_home(launched.output)
 
     def _update_early(
         self, updates: Int[np.ndarray, "3 updates"], max_left: int
@@ -128,37 +153,44 @@ class Runner:
             self.rows = self._update_page_table(self.rows, jax.device_put(padded, self.sharding))
         return updates
 
-    def _layout_for(self, schedule: Schedule) -> Layout:
-        """The smallest program that holds the schedule."""
+    def _wanted(self, schedule: Schedule) -> Stages:
+        """The smallest programs that hold the schedule."""
         wanted = schedule.num_seqs if schedule.is_decode else schedule.num_tokens
         buckets = self.config.decode_buckets if schedule.is_decode else self.config.mixed_buckets
         bucket = next(bucket for bucket in buckets if bucket >= wanted)
-        sizes = sizes_for(schedule.needs, self.model.config.vocab_size)
-        return self._layout(bucket, schedule.is_decode, sizes)
+        if not schedule.needs.any():
+            return Stages(self._layout(bucket, schedule.is_decode))
+        return self._editing_stages(bucket, schedule.is_decode, schedule.needs)
 
     def layouts(self) -> list[Layout]:
-        """Every program that a schedule can need."""
+        """Every program that a schedule without edits can need."""
         decode = [self._layout(bucket, True) for bucket in self.config.decode_buckets]
         return decode + [self._layout(bucket, False) for bucket in self.config.mixed_buckets]
 
-    def _layout(self, bucket: int, is_decode: bool, edits: EditSizes = NO_SIZES) -> Layout:
-        depth = self.config.decode_steps if is_decode and edits == NO_SIZES else 1
-        edits = edits.within(min(bucket, self.config.max_num_seqs))
-        config = self.config
-        return Layout(
-            bucket, config.max_num_seqs, config.page_size, is_decode, edits, depth, config.num_groups
+    def _layout(self, bucket: int, is_decode: bool) -> Layout:
+        config, depth = self.config, self.config.decode_steps if is_decode else 1
+        return Layout(bucket, config.max_num_seqs, config.page_size, is_decode, depth, config.num_groups)
+
+    def _editing_stages(self, bucket: int, is_decode: bool, needs: np.ndarray) -> Stages:
+        """Those of a step whose edits need so much, see `edits.NEEDS`."""
+        vocab_size, num_groups = self.model.config.vocab_size, self.config.num_groups
+        prompt_top = prompt_top_for(needs, vocab_size)
+        model = replace(
+            self._layout(bucket, is_decode), depth=1, ends_in_logits=True, num_prompt_top=prompt_top
         )
+        sizes = sizes_for(needs, vocab_size).within(model.num_seqs)
+        return Stages(model, DrawLayout(model.num_seqs, sizes, num_groups))
 
     def _by_need(self) -> list[Layout]:
         """Every program; first the one that a first prompt needs, then the one that continues it."""
         layouts = self.layouts()
         decode = [layout for layout in layouts if layout.is_decode]
         mixed = [layout for layout in layouts if not layout.is_decode]
-        pairs = zip_longest(mixed, decode)
-        return [layout for layout in chain.from_iterable(pairs) if layout is not None]
+        pairs = itertools.zip_longest(mixed, decode)
+        return [layout for layout in itertools.chain.from_iterable(pairs) if layout is not None]
 
     @property
-    def programs(self) -> Mapping[Layout, Program]:
+    def programs(self) -> Mapping[AnyLayout, Program]:
         """The programs that are ready."""
         return self._programs.ready
 
@@ -166,30 +198,40 @@ class Runner:
         """Takes a step that was made elsewhere, instead of compiling one."""
         self._programs.put(layout, program)
 
-    def program_for(self, layout: Layout) -> tuple[Layout, Program]:
-        """The compiled step for `layout`, or while that is not ready, for one with more room.
+    def stages_for(self, wanted: Stages) -> Stages:
+        """`wanted`, or while its programs are not ready, those of a step with more room.
 
-        Where there is none, waits for the program to be made, before all others; raises what that raises.
+        Where there are none, waits for them to be made, before all others; raises what that raises.
         """
-        if layout not in self.programs:
-            if covers := [other for other in list(self.programs) if other.covers(layout)]:
-                self._num_misses[layout] += 1
-                if self._num_misses[layout] == PATIENCE:
-                    self._make([layout])
-                layout = min(covers, key=lambda other: (other.num_tokens, other.size))
+        if not all(layout in self.programs for layout in wanted.layouts):
+            if covers := self._covers(wanted):
+                self._num_misses[wanted] += 1
+                if self._num_misses[wanted] == PATIENCE:
+                    self._make(wanted.layouts)
+                wanted = min(covers, key=lambda own: (own.model.num_tokens, own.size))
             else:
-                self._make([layout])
-                self._wait([layout])
-        self._keep([layout])
-        return layout, self.programs[layout]
+                self._make(wanted.layouts)
+                self._wait(wanted.layouts)
+        self._keep(wanted.layouts)
+        return wanted
 
-    def _keep(self, layouts: Sequence[Layout]) -> None:
-        """Notes that programs are of use. Of those with room for edits, only the last MAX_EDITING stay.
+    def _covers(self, wanted: Stages) -> list[Stages]:
+        """Of the programs that are ready, those that `wanted` may run as."""
+        ready = list(self.programs)
+        models = [own for own in ready if isinstance(own, Layout) and own.covers(wanted.model)]
+        if wanted.draw is None:
+            return [Stages(model) for model in models]
+        draws = [own for own in ready if isinstance(own, DrawLayout) and own.covers(wanted.draw)]
+        pairs = itertools.product(models, draws)
+        return [Stages(model, draw) for model, draw in pairs if model.num_seqs == draw.num_seqs]
+
+    def _keep(self, layouts: Sequence[AnyLayout]) -> None:
+        """Notes that programs are of use. Of those that depend on edits, only the last MAX_EDITING stay.
 
         What requests may ask for makes thousands of different ones.
         """
         for layout in layouts:
-            if layout.edits != NO_SIZES:
+            if isinstance(layout, DrawLayout) or layout.num_prompt_top is not None:
                 self._editing.pop(layout, None)
                 self._editing[layout] = None
         while len(self._editing) > MAX_EDITING:
@@ -197,41 +239,42 @@ class Runner:
             del self._editing[oldest]
             self._programs.drop(oldest)
             self._asked.discard(oldest)
-            self._num_misses.pop(oldest, None)
+            for stages in [own for own in self._num_misses if oldest in own.layouts]:
+                del self._num_misses[stages]
 
     def can_edit(self, now: np.ndarray, soon: Callable[[], np.ndarray]) -> bool:
-        """Whether every step that needs so much (see `edits.NEEDS`) has a program.
+        """Whether every step that needs so much (see `edits.NEEDS`) has programs.
 
         If not, begins to make those for `soon`, which is more: every new union would be compiled otherwise.
 
         Raises:
           CompilationError: they could not be made; the next call tries again.
         """
-        wanted, ready = self._largest(now), list(self.programs)
-        found = [next((own for own in ready if own.covers(layout)), None) for layout in wanted]
+        wanted = self._largest(now)
+        found = [next(iter(self._covers(stages)), None) for stages in wanted]
         if None not in found:
-            self._keep([own for own in found if own is not None])
+            self._keep([layout for own in found if own is not None for layout in own.layouts])
             return True
         if self._programs.is_under_way(self._asked):
             return False
-        failed = self._programs.failed
-        if errors := [failed.pop(layout) for layout in wanted if layout in failed]:
+        failed, layouts = self._programs.failed, _layouts_of(wanted)
+        if errors := [failed.pop(layout) for layout in layouts if layout in failed]:
             raise CompilationError(f"no program for these parameters: {errors[0]}") from errors[0]
-        larger = self._largest(soon())
-        self._make(wanted if any(layout in failed for layout in larger) else larger)
+        larger = _layouts_of(self._largest(soon()))
+        self._make(layouts if any(layout in failed for layout in larger) else larger)
         return False
 
-    def _largest(self, needs: np.ndarray) -> list[Layout]:
+    def _largest(self, needs: np.ndarray) -> list[Stages]:
         """What any step that needs so much could run as."""
-        vocab_size, config = self.model.config.vocab_size, self.config
-        anywhere, most = sizes_for(past_prompts(needs), vocab_size), config.mixed_buckets[-1]
-        layouts = [self._layout(config.decode_buckets[-1], True, anywhere)]
-        if (sizes := sizes_for(needs, vocab_size)) != anywhere:
+        config, anywhere = self.config, past_prompts(needs)
+        most = config.mixed_buckets[-1]
+        stages = [self._editing_stages(config.decode_buckets[-1], True, anywhere)]
+        if (anywhere != needs).any():
             limit = min(config.max_prompt_logprob_tokens or most, most)
-            layouts.append(self._layout(limit, False, sizes))
+            stages.append(self._editing_stages(limit, False, needs))
             if limit == most:
-                return layouts
-        return [*layouts, self._layout(most, False, anywhere)]
+                return stages
+        return [*stages, self._editing_stages(most, False, anywhere)]
 
     def wait_for_programs(self) -> None:
         """Returns once there is a new program, or after a moment."""
@@ -239,7 +282,7 @@ class Runner:
         self._programs.wait_for_change(timeout_s=0.05)
         self.compile_s += time.perf_counter() - start
 
-    def _make(self, layouts: Sequence[Layout]) -> None:
+    def _make(self, layouts: Sequence[AnyLayout]) -> None:
         """Begins to make programs, before all others."""
         new = [layout for layout in layouts if layout not in self._asked]
         self._asked.update(new)
@@ -262,15 +305,11 @@ class Runner:
         self._is_warming = True
         self._wait(self._by_need(), use_tqdm=use_tqdm)
 
-    def _wait(self, layouts: list[Layout], *, use_tqdm: bool = False) -> None:
+    def _wait(self, layouts: Sequence[AnyLayout], *, use_tqdm: bool = False) -> None:
         start = time.perf_counter()
         with progress_bar("Compiling programs", unit=" programs", is_shown=use_tqdm) as show:
             self._programs.wait(layouts, show)
         self.compile_s += time.perf_counter() - start
-
-    def lower(self, layout: Layout) -> Lowered:
-        """The step for `layout`, traced and lowered; donates cache and rows."""
-        return self._compiler.lower(layout)
 
     def close(self) -> None:
         """Stops making programs and frees the device memory that the runner owns."""
@@ -282,3 +321,14 @@ class Runner:
         for leaf in jax.tree.leaves(trees):
             if not leaf.is_deleted():
                 leaf.delete()
+
+
+def _layouts_of(several: Sequence[Stages]) -> list[AnyLayout]:
+    """Of the programs of several kinds of steps, each once."""
+    return list(dict.fromkeys(layout for stages in several for layout in stages.layouts))
+
+
+def _send_home(output: Any) -> None:
+    """Begins to copy arrays to the host, each as soon as it is there."""
+    for array in jax.tree.leaves(output):
+        array.copy_to_host_async()

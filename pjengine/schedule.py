@@ -41,7 +41,7 @@ class Decodes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Which tokens may be sampled in a step, for those of its sequences where the host says so."""
+    """Which tokens may be sampled in a step, for those of its sequences that have a grammar."""
 
     seqs: list[int]
     words: np.ndarray  # [seqs, words] of 32 bits: bit i % 32 of word i // 32 says whether token i may come
@@ -59,7 +59,7 @@ class Schedule:
     page_updates: PageUpdates
     needs: np.ndarray  # the room that the edits of all take together, as edits.NEEDS names it
     edits: list[tuple[int, Edits, int]]  # those that travel: sequence, edits, number of outputs before
-    masked: list[tuple[int, Request]]  # sequences that sample among what the host allows
+    masked: list[tuple[int, Request]]  # sequences that sample among what a grammar allows
     refused: list[tuple[Request, str]]  # that were waiting and never can run, and why
     num_preempted: int = 0
 

@@ -51,7 +51,6 @@ class Scheduler:
     _pages: PageGroups = field(init=False)
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
-    _is_late: bool = False  # the last step left out rows that could have been in it
     _approved: np.ndarray = field(default_factory=lambda: np.zeros(len(NEEDS)))  # by `can_edit`, last
 
     def __post_init__(self) -> None:
@@ -118,7 +117,7 @@ class Scheduler:
         refused: list[tuple[Request, str]] = []
         self._pages.give_back_unseen()
         num_preempted = self._make_room()
-        rows = self._decoding()
+        rows = self.rows.decoding()
         budget = self._budget(len(rows))
         self._grow(rows[self.rows.computed[rows] == self.rows.room[rows]], updates)
         for row, length in self._prompt_lengths(budget):
@@ -139,18 +138,6 @@ class Scheduler:
             refused=refused,
             num_preempted=num_preempted,
         )
-
-    def _decoding(self) -> np.ndarray:
-        """The rows that decode in the next step.
-
-        Where the host leads all of them and some are under way, the others wait for these, once: two steps
-        of half the rows would take turns and cost nearly twice as much.
-        """
-        every = self.rows.decoding()
-        rows = self.rows.ready(every)
-        is_split = 0 < len(rows) < len(every) and bool(self.rows.is_led[rows].all())
-        self._is_late = is_split and not self._is_late
-        return rows[:0] if self._is_late else rows
 
     def _needs(self, rows: np.ndarray, chunks: list[Chunk]) -> np.ndarray:
         """The room that the edits of a step take together."""
@@ -174,11 +161,11 @@ class Scheduler:
         return found
 
     def _masked(self, decodes: Decodes, chunks: list[Chunk]) -> list[tuple[int, Request]]:
-        found = [
-            (seq, decodes.requests[seq]) for seq in np.flatnonzero(self.rows.is_led[decodes.rows]).tolist()
-        ]
+        """Sequences that sample with a grammar. What it allows shows when the step before has been read."""
+        has_mask = self.rows.has_mask
+        found = [(seq, decodes.requests[seq]) for seq in np.flatnonzero(has_mask[decodes.rows]).tolist()]
         for seq, chunk in enumerate(chunks, len(decodes.requests)):
-            if chunk.is_sampled and self.rows.is_led[chunk.row]:
+            if chunk.is_sampled and has_mask[chunk.row]:
                 found.append((seq, chunk.request))
         return found
 
@@ -217,9 +204,8 @@ class Scheduler:
         num_preempted, table = 0, self.rows
         while True:
             rows = table.decoding()
-            ready = table.ready(rows)
-            needed = int(np.count_nonzero(table.computed[ready] == table.room[ready]))
-            for row, length in self._prompt_lengths(self._budget(len(ready))):
+            needed = int(np.count_nonzero(table.computed[rows] == table.room[rows]))
+            for row, length in self._prompt_lengths(self._budget(len(rows))):
                 needed += self._pages_for(int(table.computed[row]) + length) - len(table.owner(row).pages)
             if needed <= self._pages.num_free:
                 return num_preempted

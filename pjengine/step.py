@@ -9,20 +9,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pjengine.batching import PENALTIES, Layout, Rows, live_rows, unpack, update_rows
-from pjengine.edit_sizes import NO_SIZES
-from pjengine.logits import apply_edits
-from pjengine.logprobs import Logprobs, logprobs_of, prompt_logprobs_of
+from pjengine.batching import Layout, Rows, live_rows, sampled_by, unpack, update_rows
+from pjengine.draw import Undrawn
+from pjengine.logprobs import Logprobs, prompt_logprobs_of
 from pjengine.models.attention import PagedAttend
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.state import Batch, KVCache
 from pjengine.models.window_group import WindowGroup
 from pjengine.sampler import sample
-from pjengine.schedule import BROKEN, FORBIDDEN
+from pjengine.schedule import BROKEN
 
 # Steps that read prompts have room for many sequences, and most hold no more than these. Each costs logits.
 FEW = 64
-SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
 
 type Draw = Callable[[Array, dict[str, Array]], Array]  # as `draw_tokens`, its parameters bound
 
@@ -49,41 +47,91 @@ def step(
 ) -> tuple[KVCache, Rows, StepOutput]:
     """Computes the batch in `blob` and samples, `layout.depth` times. Donates `cache` and `rows`.
 
-    The only function the engine jits, once for each layout.
+    The whole of a step without edits, jitted once for each layout.
     """
     parts = layout.split(blob)
     rows = update_rows(rows, parts, layout)
-    once = partial(
-        compute_tokens,
-        params,
-        parts=parts,
-        model=model,
-        layout=layout,
-        num_pages=num_pages,
-        window_group=window_group,
-        backend=backend,
-    )
+    run = partial(
+        run_model, params, parts=parts, model=model, layout=layout,
+        num_pages=num_pages, window_group=window_group, backend=backend,
+    )  # fmt: skip
+    draw = partial(draw_tokens, params, model=model, backend=backend)
+
+    def once(
+        cache: KVCache, rows: Rows, index: int | Int[Array, ""]
+    ) -> tuple[KVCache, Rows, Int[Array, " seqs"]]:
+        row = live_rows(parts, layout, index)
+        cache, batch, hidden = run(cache, rows, row)
+        hidden, own = last_of_each(hidden, batch), sampled_by(rows, row, batch.kv_lens)
+        with jax.named_scope("sample"):
+            if layout.is_decode or layout.num_seqs <= FEW:
+                drawn = draw(hidden, own)
+            else:
+                is_few = jnp.sum(row < layout.num_rows) <= FEW
+                drawn = lax.cond(is_few, partial(draw_few, draw), draw, hidden, own)
+        sampled_rows = row if layout.is_decode else parts["sampled_rows"]
+        rows = rows._replace(
+            last_token=rows.last_token.at[sampled_rows].set(drawn, mode="drop"),
+            position=rows.position.at[row].set(batch.kv_lens, mode="drop"),
+        )
+        return cache, rows, drawn
+
     if layout.depth == 1:
-        cache, rows, output = once(cache, rows, 0)
-        return cache, rows, output._replace(tokens=output.tokens[None])
+        cache, rows, drawn = once(cache, rows, 0)
+        return cache, rows, StepOutput(drawn[None])
 
     def again(
         index: Int[Array, ""], carry: tuple[KVCache, Rows, Int[Array, "depth seqs"]]
     ) -> tuple[KVCache, Rows, Int[Array, "depth seqs"]]:
         cache, rows, tokens = carry
-        cache, rows, output = once(cache, rows, index)
-        return cache, rows, tokens.at[index].set(output.tokens)
+        cache, rows, drawn = once(cache, rows, index)
+        return cache, rows, tokens.at[index].set(drawn)
 
     tokens = jnp.zeros((layout.depth, layout.num_seqs), jnp.int32)
     cache, rows, tokens = lax.fori_loop(0, layout.depth, again, (cache, rows, tokens))
     return cache, rows, StepOutput(tokens)
 
 
-def compute_tokens(
+def compute_logits(
     params: Params,
     cache: KVCache,
     rows: Rows,
-    index: int | Int[Array, ""],
+    blob: Int[Array, " size"],
+    *,
+    model: Decoder,
+    layout: Layout,
+    num_pages: int,
+    window_group: WindowGroup | None = None,
+    backend: str | None,
+) -> tuple[KVCache, Rows, Undrawn, Logprobs | None]:
+    """Computes the batch in `blob` for `draw`, and logprobs of prompts. Donates `cache` and `rows`.
+
+    The first program of a step with edits, whatever they are.
+    """
+    parts = layout.split(blob)
+    rows = update_rows(rows, parts, layout)
+    row = parts["rows"]
+    cache, batch, hidden = run_model(
+        params, cache, rows, row, parts=parts, model=model, layout=layout,
+        num_pages=num_pages, window_group=window_group, backend=backend,
+    )  # fmt: skip
+    prompt_logprobs = None
+    if layout.num_prompt_top is not None:
+        prompt_logprobs = prompt_logprobs_of(
+            hidden, parts["targets"], layout.num_prompt_top, lambda rows: model.logits(params, rows)
+        )
+    with jax.named_scope("sample"):
+        logits = model.logits(params, last_of_each(hidden, batch))
+    rows = rows._replace(position=rows.position.at[row].set(batch.kv_lens, mode="drop"))
+    sampled_rows = row if layout.is_decode else parts["sampled_rows"]
+    return cache, rows, Undrawn(logits, row, sampled_rows, batch.kv_lens), prompt_logprobs
+
+
+def run_model(
+    params: Params,
+    cache: KVCache,
+    rows: Rows,
+    row: Int[Array, " seqs"],
     *,
     parts: dict[str, Array],
     model: Decoder,
@@ -91,48 +139,18 @@ def compute_tokens(
     num_pages: int,
     window_group: WindowGroup | None = None,
     backend: str | None,
-) -> tuple[KVCache, Rows, StepOutput]:
-    """The model once, and a token for each sequence, those without a `depth` axis."""
-    row = live_rows(parts, layout, index)
+) -> tuple[KVCache, Batch, Float[Array, "t e"]]:
+    """The model once: the batch, and the final hidden state of each of its tokens."""
     batch = unpack(rows, row, parts, layout)
     attend = PagedAttend(batch, num_pages, backend, window_group)
     hidden, updated = model.forward(params, batch.tokens, batch.positions, batch.rope_lens, cache, attend)
     assert updated is not None
-    updated = updated._replace(token_ids=write_tokens(updated.token_ids, batch))
-    prompt_logprobs = None
-    if layout.edits.num_prompt_top is not None:
-        prompt_logprobs = prompt_logprobs_of(
-            hidden, parts["targets"], layout.edits.num_prompt_top, lambda rows: model.logits(params, rows)
-        )
-    if batch.cu_q_lens is not None:
-        hidden = hidden[jnp.maximum(batch.cu_q_lens[1:] - 1, 0)]  # each sequence's last token
-    own = {name: getattr(rows, name).at[row].get(mode="clip") for name in SAMPLED_BY}
-    own["positions"] = batch.kv_lens
-    draw = partial(draw_tokens, params, model=model, backend=backend)
-    logprobs = None
-    with jax.named_scope("sample"):
-        if layout.edits == NO_SIZES and (layout.is_decode or layout.num_seqs <= FEW):
-            tokens = draw(hidden, own)
-        elif layout.edits == NO_SIZES:
-            is_few = jnp.sum(row < layout.num_rows) <= FEW
-            tokens = lax.cond(is_few, partial(draw_few, draw), draw, hidden, own)
-        else:
-            raw = model.logits(params, hidden)
-            prompt_lens = rows.prompt_len.at[row].get(mode="clip")
-            penalties = [getattr(rows, name).at[row].get(mode="clip") for name in PENALTIES]
-            logits = apply_edits(raw, parts, layout.edits, penalties, batch, updated.token_ids, prompt_lens)
-            tokens = sample(logits, backend=backend, **own)
-            if layout.edits.can_forbid:
-                tokens = jnp.where(jnp.max(logits, axis=-1) == -jnp.inf, FORBIDDEN, tokens)
-            tokens = jnp.where(jnp.isnan(jnp.max(raw, axis=-1)), BROKEN, tokens)
-            if layout.edits.num_top is not None:
-                logprobs = logprobs_of(raw, tokens, layout.edits.num_top, parts["asked"])
-    sampled_rows = row if layout.is_decode else parts["sampled_rows"]
-    rows = rows._replace(
-        last_token=rows.last_token.at[sampled_rows].set(tokens, mode="drop"),
-        position=rows.position.at[row].set(batch.kv_lens, mode="drop"),
-    )
-    return updated, rows, StepOutput(tokens, logprobs, prompt_logprobs)
+    return updated._replace(token_ids=write_tokens(updated.token_ids, batch)), batch, hidden
+
+
+def last_of_each(hidden: Float[Array, "t e"], batch: Batch) -> Float[Array, "s e"]:
+    """The hidden state of each sequence's last token."""
+    return hidden if batch.cu_q_lens is None else hidden[jnp.maximum(batch.cu_q_lens[1:] - 1, 0)]
 
 
 def draw_tokens(

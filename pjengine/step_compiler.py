@@ -1,8 +1,9 @@
-"""How the step of one layout is compiled: shapes in, an executable out."""
+"""How the program of one layout is compiled: shapes in, an executable out."""
 
 import ctypes
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,13 @@ from jax.tree_util import PyTreeDef
 from pjengine.batching import Layout, Rows
 from pjengine.compile_cache import CompileCache, environment, fingerprint
 from pjengine.config import RunnerConfig
+from pjengine.draw import DrawLayout, Undrawn, draw
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.registry import is_ours
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.triton_extra import backend_versions
-from pjengine.step import StepOutput, step
+from pjengine.step import StepOutput, compute_logits, step
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ COMPILER_OPTIONS = {
 
 
 class StepCompiler:
-    """Makes the compiled step of a layout, from the cache or from the source. Holds shapes, no arrays.
+    """Makes the compiled program of a layout, from the cache or from the source. Holds shapes, no arrays.
 
     It may be called in several threads. JAX's context managers do not reach these; `jax.config` does.
     """
@@ -62,20 +64,20 @@ class StepCompiler:
         self.devices = list(sharding.mesh.devices.flat)
         self.options = COMPILER_OPTIONS.get(self.devices[0].platform, {})
 
-    def load(self, layout: Layout) -> Compiled | None:
-        """The step for `layout` as an earlier run compiled it."""
+    def load(self, layout: Layout | DrawLayout) -> Compiled | None:
+        """The program for `layout` as an earlier run compiled it."""
         if self.cache is None:
             return None
         return self.cache.load(self._key(layout), *self._trees(layout), self.devices)
 
-    def lower(self, layout: Layout) -> Lowered:
-        """The step for `layout`, traced and lowered; donates cache and rows."""
-        run = partial(step, **self._settings(layout))
-        jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=self.sharding)
+    def lower(self, layout: Layout | DrawLayout) -> Lowered:
+        """The program for `layout`, traced and lowered; donates cache and rows, as far as it changes them."""
+        run, donated = self._function(layout)
+        jitted = jax.jit(run, donate_argnums=donated, out_shardings=self.sharding)
         return jitted.lower(*self._arguments(layout))
 
-    def compile(self, layout: Layout, lowered: Lowered) -> Compiled:
-        """The step for `layout`, which later runs load."""
+    def compile(self, layout: Layout | DrawLayout, lowered: Lowered) -> Compiled:
+        """The program for `layout`, which later runs load."""
         start, options = time.perf_counter(), dict(self.options)
         if self.cache is not None and self.devices[0].platform == "gpu":
             options["xla_gpu_per_fusion_autotune_cache_dir"] = str(self.cache.autotune_folder)
@@ -86,11 +88,28 @@ class StepCompiler:
         _return_memory()
         return program
 
-    def _arguments(self, layout: Layout) -> tuple[Any, ...]:
-        return *self.state, jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=self.sharding)
+    def _function(self, layout: Layout | DrawLayout) -> tuple[Callable[..., Any], tuple[int, ...]]:
+        """What the program computes, and which of its arguments are donated."""
+        settings = self._settings(layout)
+        if isinstance(layout, DrawLayout):
+            return partial(draw, **settings), (0,)
+        return partial(compute_logits if layout.ends_in_logits else step, **settings), (1, 2)
 
-    def _settings(self, layout: Layout) -> dict[str, Any]:
-        """What `step` is bound to."""
+    def _arguments(self, layout: Layout | DrawLayout) -> tuple[Any, ...]:
+        def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
+
+        if not isinstance(layout, DrawLayout):
+            return *self.state, array((layout.size,))
+        _, cache, rows = self.state
+        seqs, vocab_size = layout.num_seqs, self.model.config.vocab_size
+        undrawn = Undrawn(array((seqs, vocab_size), jnp.float32), *[array((seqs,))] * 3)
+        return rows, cache.token_ids, undrawn, array((layout.size,))
+
+    def _settings(self, layout: Layout | DrawLayout) -> dict[str, Any]:
+        """What the function is bound to."""
+        if isinstance(layout, DrawLayout):
+            return {"layout": layout, "backend": self.config.kernel_backend}
         return {
             "model": self.model,
             "layout": layout,
@@ -99,24 +118,26 @@ class StepCompiler:
             "backend": self.config.kernel_backend,
         }
 
-    def _key(self, layout: Layout) -> str:
+    def _key(self, layout: Layout | DrawLayout) -> str:
         """What the cache knows the program by: all that `lower` and `compile` go by."""
         leaves = jax.tree.leaves_with_path(self._arguments(layout))
         shapes = [(str(path), leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in leaves]
         versions = backend_versions(self.config.kernel_backend)
         return fingerprint(*environment(self.devices, self.options), versions, self._settings(layout), shapes)
 
-    def _trees(self, layout: Layout) -> tuple[PyTreeDef, PyTreeDef]:
+    def _trees(self, layout: Layout | DrawLayout) -> tuple[PyTreeDef, PyTreeDef]:
         """Of the arguments and of the results."""
         _, cache, rows = self.state
         leaf: Any = 0  # the trees hold no leaves
-        logprobs, edits = Logprobs(*[leaf] * len(Logprobs._fields)), layout.edits
-        output = StepOutput(
-            tokens=leaf,
-            logprobs=None if edits.num_top is None else logprobs,
-            prompt_logprobs=None if edits.num_prompt_top is None else logprobs,
-        )
-        return jax.tree.structure((self._arguments(layout), {})), jax.tree.structure((cache, rows, output))
+        logprobs, results = Logprobs(*[leaf] * len(Logprobs._fields)), tuple[Any, ...]()
+        if isinstance(layout, DrawLayout):
+            results = rows, leaf, None if layout.edits.num_top is None else logprobs
+        elif layout.ends_in_logits:
+            undrawn = Undrawn(*[leaf] * len(Undrawn._fields))
+            results = cache, rows, undrawn, None if layout.num_prompt_top is None else logprobs
+        else:
+            results = cache, rows, StepOutput(leaf)
+        return jax.tree.structure((self._arguments(layout), {})), jax.tree.structure(results)
 
 
 def _return_memory() -> None:

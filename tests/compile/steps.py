@@ -11,7 +11,8 @@ from jax.stages import Compiled, Lowered
 
 from pjengine.batching import Layout, Rows
 from pjengine.config import RunnerConfig
-from pjengine.edit_sizes import NO_SIZES, EditSizes
+from pjengine.draw import DrawLayout
+from pjengine.edit_sizes import EditSizes
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.llama import Llama
 from pjengine.models.registry import build_model
@@ -35,7 +36,8 @@ class Step:
     num_tokens: int
     is_decode: bool
     depth: int = 1
-    edits: EditSizes = NO_SIZES
+    ends_in_logits: bool = False
+    num_prompt_top: int | None = None
     make_model: Callable[..., Decoder] = build_model
 
     @functools.cached_property
@@ -46,8 +48,9 @@ class Step:
     def layout(self) -> Layout:
         num_groups = self.config.num_groups
         return Layout(
-            self.num_tokens, MAX_NUM_SEQS, PAGE_SIZE, self.is_decode, self.edits, self.depth, num_groups
-        )
+            self.num_tokens, MAX_NUM_SEQS, PAGE_SIZE, self.is_decode, self.depth, num_groups,
+            self.ends_in_logits, self.num_prompt_top,
+        )  # fmt: skip
 
     @property
     def config(self) -> RunnerConfig:
@@ -77,20 +80,24 @@ class Step:
 
         return jax.eval_shape(make)
 
-    def compile(self, make: Callable[..., StepCompiler] = StepCompiler) -> Compiled:
+    def compile(
+        self, make: Callable[..., StepCompiler] = StepCompiler, draw: DrawLayout | None = None
+    ) -> Compiled:
+        """The program with the model, or `draw`."""
         state = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding()), self.state()
         )
         compiler = make(self.model, self.config, state, sharding(), None)
+        layout = draw or self.layout
         with cuda_target():
-            lowered = compiler.lower(self.layout)
-        return compiler.compile(self.layout, lowered)
+            lowered = compiler.lower(layout)
+        return compiler.compile(layout, lowered)
 
 
 class Undonated(StepCompiler):
     """Forgets to donate."""
 
-    def lower(self, layout: Layout) -> Lowered:
+    def lower(self, layout: Layout | DrawLayout) -> Lowered:
         return jax.jit(functools.partial(step, **self._settings(layout))).lower(*self._arguments(layout))
 
 
@@ -117,22 +124,19 @@ EDITS = EditSizes(
     num_bias=16,
     num_allowed=16,
     num_bad_words=4,
-    num_masks=16,
+    num_masks=64,
     mask_words=SHAPES["llama-8b"].vocab_size // 32,
     bad_word_len=4,
     has_penalties=True,
     num_top=32,
     num_asked=4,
 )
-PROMPT_EDITS = dataclasses.replace(
-    EDITS, num_prompt_top=32, mask_words=SHAPES["opt-125m-llama"].vocab_size // 32
-)
 STEPS: Mapping[str, Step] = {
     # One of each kind of products: cut for few rows, cut for more, XLA's.
     "llama-8b decode 1": Step("llama-8b", 1, True),
     "llama-8b decode 32": Step("llama-8b", 32, True),
     "llama-8b decode 256": Step("llama-8b", 256, True),
-    "llama-8b decode 32 edits": Step("llama-8b", 32, True, edits=EDITS),
+    "llama-8b decode 32 to logits": Step("llama-8b", 32, True, ends_in_logits=True),
     "llama-8b mixed 1024": Step("llama-8b", 1024, False),
     # Soft caps, windows and heads of 256.
     "gemma2-9b decode 1": Step("gemma2-9b", 1, True),
@@ -144,9 +148,15 @@ STEPS: Mapping[str, Step] = {
     "qwen3-30b-a3b mixed 768": Step("qwen3-30b-a3b", 768, False),
     "opt-125m-llama decode 32 times 4": Step("opt-125m-llama", 32, True, depth=4),
     "opt-125m-llama mixed 1024": Step("opt-125m-llama", 1024, False),
-    "opt-125m-llama mixed 32 edits": Step("opt-125m-llama", 32, False, edits=PROMPT_EDITS),
+    "opt-125m-llama mixed 32 to logits": Step(
+        "opt-125m-llama", 32, False, ends_in_logits=True, num_prompt_top=32
+    ),
 }
-PROGRAMS: Mapping[str, Callable[[], Compiled]] = {name: each.compile for name, each in STEPS.items()}
+DRAW = DrawLayout(64, EDITS)
+PROGRAMS: Mapping[str, Callable[[], Compiled]] = {
+    **{name: each.compile for name, each in STEPS.items()},
+    "llama-8b draw 64": functools.partial(STEPS["llama-8b decode 32 to logits"].compile, draw=DRAW),
+}
 WRONG_STEPS: Mapping[str, Step] = {
     "undonated": Step("opt-125m-llama", 1, True),
     "plain": Step("opt-125m-llama", 64, True),

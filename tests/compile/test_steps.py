@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 import jax
 import pytest
 
-from pjengine.edit_sizes import NO_SIZES
+from pjengine.logits import history_bytes
 from pjengine.logprobs import BLOCK
 from pjengine.memory import activation_bytes
 from tests.compile.hlo import copies
-from tests.compile.steps import DTYPE, STEPS, WRONG_STEPS, Step
+from tests.compile.steps import DRAW, DTYPE, PROGRAMS, STEPS, WRONG_STEPS, Step
 from tests.compile.worker import Report
 
 pytestmark = pytest.mark.timeout(1200)  # the first test to ask for `compiled` waits for all programs
@@ -23,7 +23,8 @@ MIXED = {"rope_kv_write", "ragged_paged_attention_mosaic", "gated_linear_mosaic"
 KERNELS = {
     "llama-8b decode 1": FUSED,
     "llama-8b decode 32": FUSED,
-    "llama-8b decode 32 edits": FUSED,
+    "llama-8b decode 32 to logits": FUSED - {"keep_threshold"},
+    "llama-8b draw 64": {"keep_threshold"},
     "llama-8b decode 256": {"rope_kv_write", "paged_decode", "gated_linear_mosaic", "keep_threshold"},
     "llama-8b mixed 1024": MIXED,
     "gemma2-9b decode 1": {"rope_kv_write", "paged_decode", "keep_threshold"},
@@ -44,23 +45,19 @@ KERNELS = {
     },
     "opt-125m-llama decode 32 times 4": FUSED,
     "opt-125m-llama mixed 1024": MIXED,
-    "opt-125m-llama mixed 32 edits": {
-        "rope_kv_write",
-        "ragged_paged_attention_mosaic",
-        "keep_threshold",
-    },  # few rows
+    "opt-125m-llama mixed 32 to logits": {"rope_kv_write", "ragged_paged_attention_mosaic"},  # few rows
 }
 
 
 def temp_bound(step: Step) -> int:
     """The larger of what a layer keeps and what sampling does, and cuBLAS's workspace.
 
-    Sampling is fused around one array of logits; with edits it has up to the six that the memory plan
-    counts. A layer's weights would not fit.
+    Sampling is fused around one array of logits; a prompt's logprobs have up to the six that the memory
+    plan counts. A layer's weights would not fit.
     """
-    config, layout, num_copies = step.model.config, step.layout, 1 if step.edits == NO_SIZES else 6
+    config, layout, num_copies = step.model.config, step.layout, 1 if step.num_prompt_top is None else 6
     layer = layout.num_tokens * DTYPE.itemsize * (4 * config.hidden_size + 3 * config.intermediate_size)
-    num_rows = layout.num_seqs if step.edits.num_prompt_top is None else BLOCK
+    num_rows = layout.num_seqs if step.num_prompt_top is None else BLOCK
     return CUBLAS_BYTES + max(layer, num_copies * num_rows * config.vocab_size * 4)
 
 
@@ -91,7 +88,7 @@ def assert_finds_room(_: Step, report: Report) -> None:
     assert "hlo_rematerialization" not in report.printed, "XLA takes the cache for two"
 
 
-@every_program
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_a_step_compiles_and_spills_no_registers(compiled: Mapping[str, Report], program: str) -> None:
     assert not compiled[program].error
     assert set(compiled[program].spilled_bytes) <= {0}
@@ -120,10 +117,26 @@ def test_xla_has_the_options_of_the_engine(compiled: Mapping[str, Report], progr
     assert_finds_room(STEPS[program], compiled[program])
 
 
-@every_program
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_the_kernels_are_the_ones_meant_for_it(compiled: Mapping[str, Report], program: str) -> None:
     scopes = re.findall(r"/(\w+)/(?:pallas_call|mpmd_map|run_scoped)\b", compiled[program].hlo)
     assert set(scopes) == KERNELS[program]
+
+
+@pytest.mark.parametrize("program", ["llama-8b draw 64"])
+def test_drawing_updates_rows_in_place_and_copies_no_token_ids(
+    compiled: Mapping[str, Report], program: str
+) -> None:
+    step, report = STEPS["llama-8b decode 32 to logits"], compiled[program]
+    config, (_, cache, rows) = step.model.config, step.state()
+    assert report.alias_bytes >= sum(4 * math.prod(leaf.shape) for leaf in rows)
+    assert (
+        copies(report.hlo, {("s32", math.prod(leaf.shape)) for leaf in (cache.token_ids, rows.page_table)})
+        == []
+    )
+    logits = activation_bytes(config, DTYPE, 1, DRAW.num_seqs)
+    history = history_bytes(DRAW.num_seqs, config.max_model_len, step.config.page_size)
+    assert report.temp_bytes <= logits + history
 
 
 @pytest.mark.parametrize(

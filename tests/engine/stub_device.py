@@ -36,7 +36,7 @@ class StubDevice:
                 tables.setdefault(row, {})[column] = page
         self.computed = []
         sampled = []
-        self._check_led(schedule)
+        self._check_masked(schedule)
         decodes = schedule.decodes
         for row, start, length in zip(decodes.rows, decodes.starts, decodes.lengths, strict=True):
             tokens = [self.last_tokens[int(row)]]
@@ -69,15 +69,24 @@ class StubDevice:
             self.computed.append((row, position))
         return digest
 
-    def _check_led(self, schedule: Schedule) -> None:
-        """The host knows all tokens before the one to be sampled, where it has to, and that it has to."""
+    def _check_masked(self, schedule: Schedule) -> None:
+        """All that sample with a grammar are named, and one token at a time is drawn of them."""
+        sampling = self._sampling(schedule)
+        masked = [(seq, own) for seq, (own, end) in enumerate(sampling) if own.edits.has_mask and end > 0]
+        assert schedule.masked == masked
+        assert not masked or (schedule.decodes.lengths == 1).all()
+
+    def _check_known(self, schedule: Schedule) -> None:
+        """When the step before has been read, the host knows all tokens before those to be drawn."""
+        sampling = self._sampling(schedule)
+        for seq, request in schedule.masked:
+            assert request.is_finished or request.num_known == sampling[seq][1]
+
+    def _sampling(self, schedule: Schedule) -> list[tuple[Request, int]]:
+        """Each sequence's request, and the position of the token to be drawn; -1: none."""
         decodes = schedule.decodes
-        sampling = list(zip(decodes.requests, decodes.starts + 1, strict=True))
-        sampling += [(c.request, c.start + c.length if c.is_sampled else -1) for c in schedule.chunks]
-        led = [(seq, own, end) for seq, (own, end) in enumerate(sampling) if own.is_led and end > 0]
-        assert schedule.masked == [(seq, request) for seq, request, _ in led]
-        assert all(request.num_known == end for _, request, end in led)
-        assert not led or (decodes.lengths == 1).all()
+        sampling = list(zip(decodes.requests, (decodes.starts + 1).tolist(), strict=True))
+        return sampling + [(c.request, c.start + c.length if c.is_sampled else -1) for c in schedule.chunks]
 
     def _check(self, row: int, request: Request) -> None:
         size, num_computed = self.scheduler.page_size, int(self.scheduler.rows.computed[row])
@@ -101,6 +110,7 @@ class StubDevice:
         self.in_flight.append((schedule, self.run(schedule)))
         if len(self.in_flight) > 1 or not schedule.num_seqs:
             self.read()
+        self._check_known(schedule)
         self.scheduler.check_integrity()
         return schedule
 

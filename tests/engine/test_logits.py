@@ -23,22 +23,17 @@ def apply(wishes: list[Any], logits: np.ndarray, token_ids: np.ndarray, table: n
     from pjengine.batching import PENALTIES
     from pjengine.edit_sizes import pack_edits, sizes_for
     from pjengine.edits import join_needs
-    from pjengine.logits import apply_edits
-    from pjengine.models.state import Batch
+    from pjengine.logits import History, apply_edits
 
     sizes = sizes_for(join_needs(np.array([edits.needs for edits in wishes])), VOCAB)
-    parts = {name: np.full(shape, 77, np.int32) for name, shape in sizes.parts(NUM_SEQS, 8).items()}
+    parts = {name: np.full(shape, 77, np.int32) for name, shape in sizes.parts(NUM_SEQS).items()}
     outputs = [max(0, length - prompt) for length, prompt in zip(LENS, PROMPT_LENS, strict=True)]
     pack_edits(parts, list(zip(range(NUM_SEQS), wishes, outputs, strict=True)), NUM_SEQS)
-    empty = jnp.zeros(0, jnp.int32)
-    batch = Batch(empty, empty, empty, empty, jnp.asarray(table), jnp.asarray(LENS, jnp.int32), None)
     on_device = {name: jnp.asarray(part) for name, part in parts.items()}
-    prompt_lens = jnp.asarray(PROMPT_LENS, jnp.int32)
+    lens, prompt_lens = jnp.asarray(LENS, jnp.int32), jnp.asarray(PROMPT_LENS, jnp.int32)
+    history = History(jnp.asarray(token_ids), jnp.asarray(table), lens, prompt_lens)
     penalties = [jnp.asarray([getattr(edits, name) for edits in wishes], jnp.float32) for name in PENALTIES]
-    edited = apply_edits(
-        jnp.asarray(logits), on_device, sizes, penalties, batch, jnp.asarray(token_ids), prompt_lens
-    )
-    return np.asarray(edited)
+    return np.asarray(apply_edits(jnp.asarray(logits), on_device, sizes, penalties, history))
 
 
 def by_definition(edits: Any, logits: np.ndarray, sequence: list[int], prompt_len: int) -> np.ndarray:
@@ -110,8 +105,7 @@ def test_edits_in_a_mixed_batch_equal_their_definitions(
 def test_a_mask_forbids_what_it_has_no_bit_for_in_its_own_sequence_alone(vocab: int) -> None:
     from pjengine.edit_sizes import pack_masks, sizes_for
     from pjengine.edits import Edits, join_needs
-    from pjengine.logits import apply_edits
-    from pjengine.models.state import Batch
+    from pjengine.logits import History, apply_edits
     from pjengine.schedule import Masks
 
     rng = np.random.default_rng(vocab)
@@ -119,15 +113,14 @@ def test_a_mask_forbids_what_it_has_no_bit_for_in_its_own_sequence_alone(vocab: 
     sizes = sizes_for(join_needs(np.array([Edits(has_mask=True).needs] * len(seqs))), vocab)
     assert (sizes.num_masks, sizes.mask_words) == (4, -(-vocab // 32)) and sizes.can_forbid
     words = rng.integers(-(2**31), 2**31, (len(seqs), sizes.mask_words)).astype(np.int32)
-    parts = {name: np.full(shape, 77, np.int32) for name, shape in sizes.parts(NUM_SEQS, 8).items()}
+    parts = {name: np.full(shape, 77, np.int32) for name, shape in sizes.parts(NUM_SEQS).items()}
     pack_masks(parts, Masks(seqs, words))
     logits = rng.normal(0, 3, (NUM_SEQS, vocab)).astype(np.float32)
     lens = jnp.zeros(NUM_SEQS, jnp.int32)
-    batch = Batch(lens, lens, lens, lens, lens[:, None], lens, None)
+    history = History(jnp.zeros((1, PAGE), jnp.int32), lens[:, None], lens, lens)
     on_device = {name: jnp.asarray(part) for name, part in parts.items()}
     penalties = [jnp.ones(NUM_SEQS, jnp.float32)] * 3
-    table = jnp.zeros((1, PAGE), jnp.int32)
-    got = apply_edits(jnp.asarray(logits), on_device, sizes, penalties, batch, table, lens)
+    got = apply_edits(jnp.asarray(logits), on_device, sizes, penalties, history)
     wanted = logits.copy()
     for seq, mask in zip(seqs, words, strict=True):
         wanted[seq, [token for token in range(vocab) if not mask[token // 32] >> token % 32 & 1]] = -np.inf

@@ -117,7 +117,6 @@ def test_penalties_take_what_is_planned_however_long_the_context_is(monkeypatch:
 
     from pjengine import logits
     from pjengine.edit_sizes import EditSizes
-    from pjengine.models.state import Batch
 
     num_seqs, page_size, vocab_size = 64, 16, 1024
     monkeypatch.setattr(logits, "HISTORY_BLOCK", 2**16)
@@ -127,9 +126,9 @@ def test_penalties_take_what_is_planned_however_long_the_context_is(monkeypatch:
             return jax.ShapeDtypeStruct(axes, dtype)
 
         def edit(raw: Any, page_table: Any, lens: Any, penalty: Any, token_ids: Any) -> Any:
-            batch = Batch(lens, lens, lens, lens, page_table, lens, None)
+            history = logits.History(token_ids, page_table, lens, lens)
             sizes = EditSizes(has_penalties=True)
-            return logits.apply_edits(raw, {}, sizes, [penalty] * 3, batch, token_ids, lens)
+            return logits.apply_edits(raw, {}, sizes, [penalty] * 3, history)
 
         floats = shape(num_seqs, dtype=jnp.float32)
         raw, table = (

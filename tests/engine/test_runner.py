@@ -34,15 +34,35 @@ def runner() -> Any:
     return make_runner()
 
 
-@pytest.mark.parametrize(("index", "depth"), [*((index, 1) for index in range(5)), (2, 4)])
-def test_the_cache_is_updated_in_place_and_never_copied(runner: Any, index: int, depth: int) -> None:
-    layout = dataclasses.replace(runner.layouts()[index], depth=depth)
+@pytest.mark.parametrize(
+    ("index", "changes"),
+    [
+        *((index, {}) for index in range(5)),
+        (2, {"depth": 4}),
+        (2, {"ends_in_logits": True}),
+        (3, {"ends_in_logits": True, "num_prompt_top": 2}),
+    ],
+)
+def test_the_cache_is_updated_in_place_and_never_copied(
+    runner: Any, index: int, changes: dict[str, Any]
+) -> None:
+    layout = dataclasses.replace(runner.layouts()[index], **changes)
     assert len(runner.layouts()) == 5 and layout.is_decode == (index < 3)
-    memory = runner.lower(layout).compile().memory_analysis()
+    memory = runner.compiler.lower(layout).compile().memory_analysis()
     kv_bytes = runner.cache.k.nbytes + runner.cache.v.nbytes
     assert memory.alias_size_in_bytes >= kv_bytes
     # The reference attention gathers the pages of a few sequences; a copy of the cache would be far more.
     assert memory.temp_size_in_bytes < kv_bytes / 4
+
+
+def test_drawing_updates_rows_in_place_and_copies_no_token_ids(runner: Any) -> None:
+    from pjengine.draw import DrawLayout
+    from pjengine.edit_sizes import EditSizes
+
+    sizes = EditSizes(num_bias=2, num_bad_words=2, bad_word_len=4, has_penalties=True, num_top=2)
+    memory = runner.compiler.lower(DrawLayout(4, sizes)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in runner.rows)
+    assert memory.temp_size_in_bytes < runner.cache.token_ids.nbytes
 
 
 def test_donated_state_is_gone_after_a_step(runner: Any) -> None:
@@ -88,26 +108,32 @@ def test_large_decode_steps_are_padded_by_an_eighth_of_the_limit_at_most(max_num
 
 
 def test_a_compilation_after_warm_up_is_counted() -> None:
+    from pjengine.draw import Stages
+
     runner = make_runner(max_num_seqs=1, max_num_batched_tokens=16)
     runner.wait_until_warm()
     assert len(runner.programs) == len(runner.layouts()) == 2
     assert runner.recompiles_after_warmup == 0
-    layout = dataclasses.replace(runner.layouts()[0], num_tokens=2)
-    assert runner.program_for(layout)[0] == layout
+    stages = Stages(dataclasses.replace(runner.layouts()[0], num_tokens=2))
+    assert runner.stages_for(stages) == stages
     assert runner.recompiles_after_warmup == 1
 
 
 def test_a_step_runs_as_a_larger_one_until_its_own_program_pays() -> None:
+    from pjengine.draw import DrawLayout, Stages
+    from pjengine.edit_sizes import EditSizes
     from pjengine.runner import PATIENCE
 
     runner = make_runner(max_num_seqs=2, max_num_batched_tokens=16)
-    one, two, _ = runner.layouts()
-    assert runner.program_for(two)[0] == two
+    one, two, _ = (dataclasses.replace(layout, ends_in_logits=True) for layout in runner.layouts())
+    bias = EditSizes(num_bias=2)
+    small, large = Stages(one, DrawLayout(1, bias)), Stages(two, DrawLayout(2, bias))
+    assert runner.stages_for(large) == large
     for _ in range(PATIENCE):
-        assert runner.program_for(one)[0] == two
-    while one not in runner.programs:
+        assert runner.stages_for(small) == large
+    while not {*small}.issubset(runner.programs):
         runner.wait_for_programs()
-    assert runner.program_for(one)[0] == one
+    assert runner.stages_for(small) == small
 
 
 def needs_of(*edits: Any) -> np.ndarray:
@@ -117,6 +143,7 @@ def needs_of(*edits: Any) -> np.ndarray:
 
 
 def test_edits_can_be_made_once_their_largest_programs_are_there() -> None:
+    from pjengine.draw import DrawLayout
     from pjengine.edit_sizes import sizes_for
     from pjengine.edits import NO_EDITS, Edits
 
@@ -126,11 +153,11 @@ def test_edits_can_be_made_once_their_largest_programs_are_there() -> None:
     while not runner.can_edit(now, lambda: soon):
         runner.wait_for_programs()
     sizes = sizes_for(soon, 64)
-    assert (sizes.num_bias, sizes.num_top, sizes.num_prompt_top) == (2, 4, 1)
-    (decode,) = (layout for layout in runner.programs if layout.is_decode)
-    (mixed,) = (layout for layout in runner.programs if not layout.is_decode)
-    assert (mixed.num_tokens, mixed.edits) == (16, sizes)
-    assert (decode.num_tokens, decode.edits) == (2, dataclasses.replace(sizes, num_prompt_top=None))
+    assert (sizes.num_bias, sizes.num_top) == (2, 4)
+    decode, mixed, draw = sorted(runner.programs, key=lambda own: (type(own) is DrawLayout, own.size))
+    assert (mixed.is_decode, mixed.num_tokens, mixed.num_prompt_top) == (False, 16, 1)
+    assert (decode.is_decode, decode.num_tokens, decode.num_prompt_top) == (True, 2, None)
+    assert draw == DrawLayout(2, sizes)  # after either
     for covered in (soon, needs_of(NO_EDITS)):  # with the same ones
         assert runner.can_edit(covered, lambda: soon)
     other = needs_of(Edits(allowed=(1,)))
@@ -138,27 +165,28 @@ def test_edits_can_be_made_once_their_largest_programs_are_there() -> None:
     runner.close()
 
 
-def test_of_programs_with_room_for_edits_only_those_used_last_are_kept(
+def test_of_programs_that_depend_on_edits_only_those_used_last_are_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from pjengine import runner as module
+    from pjengine.draw import Stages
     from pjengine.edits import Edits
 
-    monkeypatch.setattr(module, "MAX_EDITING", 4)
+    monkeypatch.setattr(module, "MAX_EDITING", 2)
     runner = make_runner(max_num_seqs=1, max_num_batched_tokens=16)
     plain, _ = runner.layouts()
-    runner.program_for(plain)
+    runner.stages_for(Stages(plain))
 
     def ask(edits: Edits) -> set[Any]:
         needs = needs_of(edits)
         while not runner.can_edit(needs, lambda: needs):
             runner.wait_for_programs()
-        assert plain in runner.programs and len(runner.programs) <= 1 + 4
+        assert plain in runner.programs and len(runner.programs) <= 3 + 2
         return set(runner.programs)
 
     first = ask(Edits(allowed=(1,)))
-    second = ask(Edits(bias={1: 1.0}))
-    assert second > first and len(second) == 5
+    second = ask(Edits(bias={1: 1.0}))  # the model's programs are the same
+    assert second > first and (len(first), len(second)) == (4, 5)
     assert ask(Edits(allowed=(1,))) == second  # used again, it outlives the other
     assert ask(Edits(bad_words=((1,),))) & second == first
     for num_logprobs in (1, 3, 7):

@@ -17,7 +17,7 @@ from pjengine.schedule import step_limit
 from pjengine.scheduler import Scheduler
 from tests.engine.stub_device import StubDevice, expected
 
-LED = Edits(has_mask=True)
+MASKED = Edits(has_mask=True)
 
 
 def make_request(name: str, num_prompt: int, max_tokens: int, **fields: Any) -> Request:
@@ -366,41 +366,16 @@ def test_tokens_that_end_a_request_are_columns_unless_they_are_many() -> None:
     assert [set(ids) - {-1} for ids in table.end_ids[:3].tolist()] == [set(), {5, 6, 7}, set()]
 
 
-def test_a_led_row_waits_for_its_token_while_the_others_go_on() -> None:
+def test_rows_with_a_grammar_decode_in_every_step_and_one_token_at_a_time() -> None:
     scheduler = make_scheduler(decode_steps=3)
     device = StubDevice(scheduler)
-    led, free = make_request("led", 3, 12, edits=LED), make_request("free", 3, 40)
-    scheduler.add(led)
+    bound, free = make_request("bound", 3, 12, edits=MASKED), make_request("free", 3, 40)
+    scheduler.add(bound)
     scheduler.add(free)
-    steps = [device.step() for _ in range(7)]
-    names = [[request.request_id for request in step.decodes.requests] for step in steps]
-    assert names == [[], ["free"], *[["led", "free"], ["free"]] * 2, ["led", "free"]]
-    assert [step.decodes.lengths.tolist() for step in steps[1:4]] == [[3], [1, 1], [3]]
+    steps = [device.step() for _ in range(16)]
+    assert all(step.decodes.lengths.tolist() == [1, 1] for step in steps[1:12])
+    assert [[own.request_id for _, own in step.masked] for step in steps] == [["bound"]] * 12 + [[]] * 4
+    assert steps[12].decodes.lengths.tolist() == [3]
     while scheduler.has_requests:
         device.step()
-    assert led.output_token_ids == expected(led) and free.output_token_ids == expected(free)
-
-
-def test_led_rows_that_are_alone_go_together() -> None:
-    scheduler = make_scheduler()
-    device = StubDevice(scheduler)
-    requests = [make_request(name, 3, 12, edits=LED) for name in ("early", "late")]
-    scheduler.add(requests[0])
-    device.step()
-    scheduler.add(requests[1])  # one step behind
-    sizes = [len(device.step().decodes.requests) for _ in range(10)]
-    assert sizes == [0, 0, 2, 0, 2, 0, 2, 0, 2, 0]  # the first waits once for the other
-    while scheduler.has_requests:
-        device.step()
-    assert [request.output_token_ids for request in requests] == [expected(request) for request in requests]
-
-
-def test_prompts_that_keep_coming_do_not_keep_led_rows_back() -> None:
-    scheduler = make_scheduler(num_pages=200, max_num_seqs=40, max_num_batched_tokens=40)
-    device = StubDevice(scheduler)
-    first = make_request("0", 3, 12, edits=LED)
-    scheduler.add(first)
-    for i in range(1, 40):
-        scheduler.add(make_request(str(i), 3, 2, edits=LED, prompt_token_ids=[i, i, i]))
-        device.step()
-    assert first.output_token_ids == expected(first)
+    assert bound.output_token_ids == expected(bound) and free.output_token_ids == expected(free)
