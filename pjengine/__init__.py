@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pjengine.outputs import CompletionOutput as CompletionOutput
     from pjengine.outputs import RequestMetrics as RequestMetrics
     from pjengine.outputs import RequestOutput as RequestOutput
+    from pjengine.processors import HostProcessor as HostProcessor
+    from pjengine.processors import host_processor as host_processor
     from pjengine.sampling_params import RequestOutputKind as RequestOutputKind
     from pjengine.sampling_params import SamplingParams as SamplingParams
     from pjengine.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
@@ -32,6 +34,8 @@ _HOMES = {
     "CompletionOutput": "pjengine.outputs",
     "RequestMetrics": "pjengine.outputs",
     "RequestOutput": "pjengine.outputs",
+    "HostProcessor": "pjengine.processors",
+    "host_processor": "pjengine.processors",
     "RequestOutputKind": "pjengine.sampling_params",
     "SamplingParams": "pjengine.sampling_params",
     "StructuredOutputsParams": "pjengine.structured_outputs",
@@ -47,6 +51,7 @@ __all__ = [
     "EngineDeadError",
     "EngineGenerateError",
     "FlatLogprobs",
+    "HostProcessor",
     "LLMEngine",
     "Logprob",
     "RequestMetrics",
@@ -54,6 +59,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputsParams",
+    "host_processor",
 ]
 
 try:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pjengine.batching import PENALTIES, Layout, Rows, Vector, sampled_by
+from pjengine.call_processors import apply_processors
 from pjengine.edit_sizes import EditSizes, pack_edits, pack_masks
 from pjengine.logits import History, apply_edits
 from pjengine.logprobs import Logprobs, logprobs_of
@@ -67,7 +68,7 @@ def pack_draw(schedule: Schedule, masks: Masks, layout: DrawLayout) -> Int[np.nd
     """Writes edits and masks into a fresh vector."""
     blob = np.empty(layout.size, np.int32)
     parts = layout.split(blob)
-    pack_edits(parts, schedule.edits, layout.num_seqs)
+    pack_edits(parts, schedule.edits, layout.num_seqs, layout.edits.chains)
     pack_masks(parts, masks)
     return blob
 
@@ -91,9 +92,13 @@ def draw(
         full = jnp.split(page_table, layout.num_groups, axis=1)[0]
         history = History(token_ids, full, undrawn.kv_lens, prompt_lens)
         logits = apply_edits(raw, parts, layout.edits, penalties, history)
+        if chains := layout.edits.chains:
+            logits, failures = apply_processors(logits, parts["processed"], chains, history)
         tokens = sample(logits, backend=backend, **sampled_by(rows, row, undrawn.kv_lens))
         if layout.edits.can_forbid:
             tokens = jnp.where(jnp.max(logits, axis=-1) == -jnp.inf, FORBIDDEN, tokens)
+        if chains:
+            tokens = jnp.where(failures < 0, failures, tokens)
         tokens = jnp.where(jnp.isnan(jnp.max(raw, axis=-1)), BROKEN, tokens)
         if layout.edits.num_top is not None:
             logprobs = logprobs_of(raw, tokens, layout.edits.num_top, parts["asked"])

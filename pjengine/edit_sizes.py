@@ -1,11 +1,12 @@
 """The room for edits in a step's program, and how they are written into it. Plain Python and numpy."""
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from pjengine.edits import Edits
+from pjengine.processors import Chain
 from pjengine.schedule import Masks
 
 
@@ -22,6 +23,8 @@ class EditSizes:
     has_penalties: bool = False
     num_top: int | None = None  # logprobs; None: none
     num_asked: int = 0
+    num_processed: int = 0  # sequences with logits processors
+    chains: tuple[Chain, ...] = ()  # that any of these may have
 
     @property
     def can_forbid(self) -> bool:
@@ -29,10 +32,13 @@ class EditSizes:
 
     def covers(self, other: "EditSizes") -> bool:
         """Whether there is room for all that `other` has room for."""
-        return all(
-            theirs is None or (mine is not None and mine >= theirs)
-            for mine, theirs in zip(astuple(self), astuple(other), strict=True)
-        )
+        if not set(other.chains).issubset(self.chains):
+            return False
+        for name in _NUMBERS:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs is not None and (mine is None or mine < theirs):
+                return False
+        return True
 
     def within(self, num_seqs: int) -> "EditSizes":
         """The same for a program that holds so many sequences."""
@@ -47,15 +53,20 @@ class EditSizes:
             "mask_of": (num_seqs if self.num_masks else 0,),  # which of the masks; num_masks: none
             "masks": (self.num_masks, self.mask_words),  # a bit for each token
             "asked": (num_seqs, self.num_asked),
+            "processed": (2, self.num_processed),  # sequence, number of its chain
         }
 
 
 NO_SIZES = EditSizes()
+_NUMBERS = [own.name for own in fields(EditSizes) if own.name != "chains"]
 
 
-def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
-    """The program for a step that needs so much room: every number the next power of two."""
-    bias, allowed, bad_words, masks, bad_word_len, penalties, top, asked, _ = needs.tolist()
+def sizes_for(needs: np.ndarray, vocab_size: int, chains: Iterable[Chain] = ()) -> EditSizes:
+    """The program for a step that needs so much room: every number the next power of two.
+
+    `chains` are those of all its requests.
+    """
+    bias, allowed, bad_words, masks, processed, bad_word_len, penalties, top, asked, _ = needs.tolist()
     return EditSizes(
         num_bias=_room(bias),
         num_allowed=_room(allowed),
@@ -66,6 +77,8 @@ def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
         has_penalties=bool(penalties),
         num_top=_room_for_top(top, vocab_size),
         num_asked=min(_room(asked), vocab_size),
+        num_processed=_room(processed),
+        chains=tuple(sorted(chains, key=hash)),  # the same ones are the same program
     )
 
 
@@ -92,9 +105,15 @@ def _room_for_masks(count: int) -> int:
 
 
 def pack_edits(
-    parts: dict[str, np.ndarray], all_edits: Sequence[tuple[int, Edits, int]], num_seqs: int
+    parts: dict[str, np.ndarray],
+    all_edits: Sequence[tuple[int, Edits, int]],
+    num_seqs: int,
+    chains: Sequence[Chain] = (),
 ) -> None:
-    """Writes edits into the vector's parts, each with its sequence and the number of outputs so far."""
+    """Writes edits into the vector's parts, each with its sequence and the number of outputs so far.
+
+    `chains` are those of the program.
+    """
     bias: list[tuple[int, int, float]] = []
     allowed: list[tuple[int, int]] = []
     words: list[tuple[int, tuple[int, ...]]] = []
@@ -116,6 +135,11 @@ def pack_edits(
         parts["bad_words"][0, column] = seq
         parts["bad_words"][1, column] = len(word)
         parts["bad_words"][-len(word) :, column] = word  # the last token is the forbidden one
+    numbers = {chain: number for number, chain in enumerate(chains)}
+    processed = [(seq, numbers[edits.processors]) for seq, edits, _ in all_edits if edits.processors]
+    parts["processed"][:] = num_seqs
+    if processed:
+        parts["processed"][:, : len(processed)] = np.array(processed, np.int32).T
 
 
 def pack_masks(parts: dict[str, np.ndarray], masks: Masks) -> None:

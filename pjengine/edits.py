@@ -3,7 +3,9 @@
 A step whose requests ask for nothing of this runs a program that knows nothing of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ class Edits:
     logprob_ids: tuple[int, ...] = ()
     num_prompt_logprobs: int | None = None
     has_mask: bool = False  # what may come depends on all tokens before, and is told with every step
+    processors: tuple[Callable[[Any, Any], Any], ...] = ()  # functions of the caller's, one after the other
 
     @property
     def has_penalties(self) -> bool:
@@ -32,7 +35,8 @@ class Edits:
     @property
     def travels(self) -> bool:
         """Whether something of them goes to the device with every step."""
-        return bool(self.bias or self.allowed or self.bad_words or self.stops or self.logprob_ids)
+        lists = (self.bias, self.allowed, self.bad_words, self.stops, self.logprob_ids, self.processors)
+        return any(lists)
 
     @property
     def needs(self) -> tuple[int, ...]:
@@ -46,6 +50,7 @@ class Edits:
             len(self.allowed),
             len(self.bad_words),
             int(self.has_mask),
+            int(bool(self.processors)),
             max((len(word) for word in self.bad_words), default=0),
             int(self.has_penalties),
             top(self.num_logprobs),
@@ -55,10 +60,21 @@ class Edits:
 
 
 NO_EDITS = Edits()  # of nearly all requests: compared by identity
-# What a step needs is the sum of the first four over its requests, and the largest of the others. Numbers of
+# What a step needs is the sum of the first five over its requests, and the largest of the others. Numbers of
 # logprobs are one more than asked for; 0: none.
-NEEDS = ("bias", "allowed", "bad_words", "masks", "bad_word_len", "penalties", "top", "asked", "prompt_top")
-NUM_SUMMED = 4
+NEEDS = (
+    "bias",
+    "allowed",
+    "bad_words",
+    "masks",
+    "processed",
+    "bad_word_len",
+    "penalties",
+    "top",
+    "asked",
+    "prompt_top",
+)
+NUM_SUMMED = 5
 EVERY_TOKEN = 2**31  # a number of logprobs: those of the whole vocabulary
 MAX_ASKED = 128  # tokens that a request may name for their logprobs, whatever max_logprobs says; as in vLLM
 

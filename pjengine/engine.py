@@ -56,6 +56,7 @@ class LLMEngine:
             tokenizer=self.tokenizer,
             max_model_len=self.max_model_len,
             max_logprobs=config.max_logprobs,
+            history_len=sizes.pages_per_seq * sizes.page_size,
             generation_config=loaded.generation_config,
             draw_seed=seed_source(config.seed),
         )

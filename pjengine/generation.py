@@ -7,6 +7,7 @@ from threading import Lock
 
 from pjengine.grammars import Matcher
 from pjengine.outputs import CompletionOutput, RequestOutput, merge_metrics
+from pjengine.processors import why_no_token
 from pjengine.request import Request
 from pjengine.sampling_params import RequestOutputKind
 from pjengine.schedule import BROKEN, FORBIDDEN
@@ -59,8 +60,11 @@ class Completion:
         """
         with self._lock:
             if token < 0:
-                reason = "" if self.matcher is None else self.matcher.error
-                self.request.finish("error", reason or NO_TOKEN[token])
+                request = self.request
+                known = request.known_tokens(0, request.num_known)
+                reason = why_no_token(token, request.edits.processors, known)
+                reason = reason or ("" if self.matcher is None else self.matcher.error)
+                request.finish("error", reason or NO_TOKEN[token])
                 return
             if self.logprobs is not None and arrays is not None:
                 self.logprobs.add(arrays, row, token)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pjengine.call_processors import check_processors
 from pjengine.edits import NO_EDITS, Edits
 from pjengine.generation import Completion, Generation
 from pjengine.grammars import Grammars, Matcher
@@ -28,6 +29,7 @@ class Preparation:
     tokenizer: Tokenizer | None
     max_model_len: int
     max_logprobs: int
+    history_len: int  # token ids that logits processors get: max_model_len, rounded up to whole pages
     generation_config: Mapping[str, Any]  # of the model; empty: neutral defaults
     draw_seed: Callable[[], int]  # for requests that bring none
 
@@ -86,6 +88,7 @@ class Preparation:
                 f"truncate_prompt_tokens={params.truncate_prompt_tokens} is more than "
                 f"max_model_len={self.max_model_len}"
             )
+        check_processors(params.logits_processors or (), self.model_config.vocab_size, self.history_len)
         edits = self._resolver.edits(params)
         encoded = encode_prompt(
             prompt,

@@ -86,6 +86,7 @@ class Resolver:
             logprob_ids=asked,
             num_prompt_logprobs=params.prompt_logprobs,
             has_mask=params.structured_outputs is not None,
+            processors=tuple(params.logits_processors or ()),
         )
         self._check_any_left(edits)
         return NO_EDITS if edits == NO_EDITS else edits

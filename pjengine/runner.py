@@ -4,7 +4,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from pjengine.edits import past_prompts
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.state import KVCache, kv_shape
+from pjengine.processors import NO_CHAINS, Chain, Chains
 from pjengine.programs import CompilationError, Programs
 from pjengine.progress import progress_bar
 from pjengine.schedule import NO_MASKS, Masks, Schedule
@@ -160,7 +161,7 @@ class Runner:
         bucket = next(bucket for bucket in buckets if bucket >= wanted)
         if not schedule.needs.any():
             return Stages(self._layout(bucket, schedule.is_decode))
-        return self._editing_stages(bucket, schedule.is_decode, schedule.needs)
+        return self._editing_stages(bucket, schedule.is_decode, schedule.needs, schedule.chains)
 
     def layouts(self) -> list[Layout]:
         """Every program that a schedule without edits can need."""
@@ -171,14 +172,16 @@ class Runner:
         config, depth = self.config, self.config.decode_steps if is_decode else 1
         return Layout(bucket, config.max_num_seqs, config.page_size, is_decode, depth, config.num_groups)
 
-    def _editing_stages(self, bucket: int, is_decode: bool, needs: np.ndarray) -> Stages:
-        """Those of a step whose edits need so much, see `edits.NEEDS`."""
+    def _editing_stages(
+        self, bucket: int, is_decode: bool, needs: np.ndarray, chains: Iterable[Chain]
+    ) -> Stages:
+        """Those of a step whose edits need so much, see `edits.NEEDS`, and these logits processors."""
         vocab_size, num_groups = self.model.config.vocab_size, self.config.num_groups
         prompt_top = prompt_top_for(needs, vocab_size)
         model = replace(
             self._layout(bucket, is_decode), depth=1, ends_in_logits=True, num_prompt_top=prompt_top
         )
-        sizes = sizes_for(needs, vocab_size).within(model.num_seqs)
+        sizes = sizes_for(needs, vocab_size, chains).within(model.num_seqs)
         return Stages(model, DrawLayout(model.num_seqs, sizes, num_groups))
 
     def _by_need(self) -> list[Layout]:
@@ -242,7 +245,7 @@ class Runner:
             for stages in [own for own in self._num_misses if oldest in own.layouts]:
                 del self._num_misses[stages]
 
-    def can_edit(self, now: np.ndarray, soon: Callable[[], np.ndarray]) -> bool:
+    def can_edit(self, now: np.ndarray, soon: Callable[[], np.ndarray], chains: Chains = NO_CHAINS) -> bool:
         """Whether every step that needs so much (see `edits.NEEDS`) has programs.
 
         If not, begins to make those for `soon`, which is more: every new union would be compiled otherwise.
@@ -250,7 +253,7 @@ class Runner:
         Raises:
           CompilationError: they could not be made; the next call tries again.
         """
-        wanted = self._largest(now)
+        wanted = self._largest(now, chains.now)
         found = [next(iter(self._covers(stages)), None) for stages in wanted]
         if None not in found:
             self._keep([layout for own in found if own is not None for layout in own.layouts])
@@ -260,21 +263,21 @@ class Runner:
         failed, layouts = self._programs.failed, _layouts_of(wanted)
         if errors := [failed.pop(layout) for layout in layouts if layout in failed]:
             raise CompilationError(f"no program for these parameters: {errors[0]}") from errors[0]
-        larger = _layouts_of(self._largest(soon()))
+        larger = _layouts_of(self._largest(soon(), chains.soon))
         self._make(layouts if any(layout in failed for layout in larger) else larger)
         return False
 
-    def _largest(self, needs: np.ndarray) -> list[Stages]:
+    def _largest(self, needs: np.ndarray, chains: Iterable[Chain]) -> list[Stages]:
         """What any step that needs so much could run as."""
         config, anywhere = self.config, past_prompts(needs)
         most = config.mixed_buckets[-1]
-        stages = [self._editing_stages(config.decode_buckets[-1], True, anywhere)]
+        stages = [self._editing_stages(config.decode_buckets[-1], True, anywhere, chains)]
         if (anywhere != needs).any():
             limit = min(config.max_prompt_logprob_tokens or most, most)
-            stages.append(self._editing_stages(limit, False, needs))
+            stages.append(self._editing_stages(limit, False, needs, chains))
             if limit == most:
                 return stages
-        return [*stages, self._editing_stages(most, False, anywhere)]
+        return [*stages, self._editing_stages(most, False, anywhere, chains)]
 
     def wait_for_programs(self) -> None:
         """Returns once there is a new program, or after a moment."""

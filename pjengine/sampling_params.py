@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 MIN_TEMPERATURE = 0.01  # smaller ones overflow the scaled logits
 FLOAT32 = (2.0**-126, 2.0**127)  # numbers that the device keeps as they are
 MAX_BIAS = 100.0
+MAX_PROCESSORS = 8  # logits processors of one request
 MAX_N = 16384  # so that a slip of the keyboard does not fill the host's memory
 
 
@@ -65,6 +66,8 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = None  # keep so many, the last; -1: as many as fit
     skip_reading_prefix_cache: bool | None = None  # None: only if prompt_logprobs needs it
     structured_outputs: StructuredOutputsParams | None = None  # the form that the output must have
+    # Functions (token_ids, logits) -> logits, called one after the other: before temperature, after all else.
+    logits_processors: Sequence[Callable[[Any, Any], Any]] | None = None
 
     def __post_init__(self) -> None:
         given = self._given
@@ -153,6 +156,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "allowed_token_ids": _IDS,
     "logit_bias": (Mapping, NoneType),
     "bad_words": (list, tuple, NoneType),
+    "logits_processors": (list, tuple, NoneType),
     "output_kind": (RequestOutputKind,),
     "structured_outputs": (StructuredOutputsParams, NoneType),
 }
@@ -160,6 +164,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _ITEMS: dict[str, type] = {
     "stop": str,
     "bad_words": str,
+    "logits_processors": Callable,  # type: ignore[dict-item]
     **dict.fromkeys(("stop_token_ids", "logprob_token_ids", "allowed_token_ids", "logit_bias"), int),
 }
 
@@ -182,6 +187,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("logprob_token_ids", lambda ids: len(ids) > 0, "None or at least one id"),
     ("allowed_token_ids", lambda ids: len(ids) > 0, "None or at least one id"),
     ("bad_words", lambda words: "" not in words, "free of empty strings"),
+    ("logits_processors", lambda own: len(own) <= MAX_PROCESSORS, f"at most {MAX_PROCESSORS}"),
     ("truncate_prompt_tokens", lambda count: count >= 1 or count == -1, "at least 1, or -1 for what fits"),
 )
 

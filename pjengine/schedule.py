@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pjengine.edits import Edits
 from pjengine.page_groups import PageUpdates
 from pjengine.request import Request
+from pjengine.sampling_params import MAX_PROCESSORS
 
 # In place of a token, where there is none to choose.
 BROKEN = -1  # the logits hold NaN
 FORBIDDEN = -2  # the request's edits forbid every token
+FAILED = -16  # its first logits processor returned NaN; -17: the second, and so on
+EMPTIED = FAILED - MAX_PROCESSORS  # its first logits processor forbids every token, and so on
 # What a mixed step costs beside its tokens, in tokens: it reads all weights, however few there are.
 STEP_COST = 256
 
@@ -62,6 +65,11 @@ class Schedule:
     masked: list[tuple[int, Request]]  # sequences that sample among what a grammar allows
     refused: list[tuple[Request, str]]  # that were waiting and never can run, and why
     num_preempted: int = 0
+
+    @property
+    def chains(self) -> set[tuple[Any, ...]]:
+        """The logits processors of its requests, one after the other."""
+        return {edits.processors for _, edits, _ in self.edits if edits.processors}
 
     @property
     def num_seqs(self) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from pjengine.edits import NEEDS, NO_EDITS, Edits, join_needs, past_prompts
 from pjengine.page_groups import Found, PageGroups, PageUpdates
 from pjengine.page_pool import PagePool
+from pjengine.processors import MAX_CHAINS, NO_CHAINS, Chain, Chains, chains_wanted
 from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.row_table import RowTable
@@ -42,7 +43,7 @@ class Scheduler:
     window_pool: PagePool | None = None  # of the layers that see a window, if they have one of their own
     window: int | None = None  # slots that a token sees there, its own included
     # Whether there are programs for steps that need so much; if not, they are made for what comes soon.
-    can_edit: Callable[[np.ndarray, Callable[[], np.ndarray]], bool] = lambda now, soon: True
+    can_edit: Callable[..., bool] = lambda now, soon, chains=NO_CHAINS: True  # as Runner.can_edit
     num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
     num_cache_hits: int = 0  # tokens found there
     num_prompt_tokens: int = 0  # of requests that have got a row
@@ -52,6 +53,7 @@ class Scheduler:
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
     _approved: np.ndarray = field(default_factory=lambda: np.zeros(len(NEEDS)))  # by `can_edit`, last
+    _approved_chains: frozenset[Chain] = frozenset()
 
     def __post_init__(self) -> None:
         self.rows = RowTable(self.max_num_seqs)
@@ -155,7 +157,7 @@ class Scheduler:
             request = decodes.requests[seq]
             found.append((seq, request.edits, int(decodes.starts[seq]) + 1 - len(request.prompt_token_ids)))
         for seq, chunk in enumerate(chunks, len(decodes.requests)):
-            if self.rows.travels[chunk.row]:
+            if chunk.is_sampled and self.rows.travels[chunk.row]:
                 num_outputs = chunk.start + chunk.length - len(chunk.request.prompt_token_ids)
                 found.append((seq, chunk.request.edits, num_outputs))
         return found
@@ -272,17 +274,29 @@ class Scheduler:
         """Whether there are programs for the request among those that run."""
         running = self.rows.needs[self.rows.admissions > 0]
         now = join_needs(np.vstack([running, request.edits.needs]))
-        if (now <= self._approved).all():
+        chains = self._chains(request)
+        if len(chains.now) > MAX_CHAINS:
+            return False  # until others have ended
+        if (now <= self._approved).all() and chains.now <= self._approved_chains:
             return True
 
         def soon() -> np.ndarray:
             waiting = [other.edits.needs for _, other in self._waiting if other.edits is not NO_EDITS]
             return join_needs(np.vstack([running, *waiting[: self.rows.num_free]]))
 
-        is_ready = self.can_edit(now, soon)
+        is_ready = self.can_edit(now, soon, chains) if chains.now else self.can_edit(now, soon)
         if is_ready:
-            self._approved = now
+            self._approved, self._approved_chains = now, chains.now
         return is_ready
+
+    def _chains(self, request: Request) -> Chains:
+        """The logits processors of all that run with the request, and of those that wait."""
+        rows = np.flatnonzero(self.rows.needs[:, NEEDS.index("processed")]).tolist()
+        running = [self.rows.owner(row).edits.processors for row in rows]
+        if not running and not request.edits.processors:
+            return NO_CHAINS
+        waiting = (other.edits.processors for _, other in self._waiting)
+        return chains_wanted([*running, request.edits.processors], waiting)
 
     def _start(self, request: Request, found: Found, updates: PageUpdates) -> None:
         """Gives a waiting request a row and the cached pages of its beginning."""

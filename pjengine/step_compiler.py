@@ -66,7 +66,7 @@ class StepCompiler:
 
     def load(self, layout: Layout | DrawLayout) -> Compiled | None:
         """The program for `layout` as an earlier run compiled it."""
-        if self.cache is None:
+        if self.cache is None or not _is_kept(layout):
             return None
         return self.cache.load(self._key(layout), *self._trees(layout), self.devices)
 
@@ -83,7 +83,7 @@ class StepCompiler:
             options["xla_gpu_per_fusion_autotune_cache_dir"] = str(self.cache.autotune_folder)
         program = lowered.compile(options or None)
         logger.info("compiled %s seconds=%.1f", layout, time.perf_counter() - start)
-        if self.cache is not None:
+        if self.cache is not None and _is_kept(layout):
             self.cache.store(self._key(layout), program, *self._trees(layout))
         _return_memory()
         return program
@@ -138,6 +138,11 @@ class StepCompiler:
         else:
             results = cache, rows, StepOutput(leaf)
         return jax.tree.structure((self._arguments(layout), {})), jax.tree.structure(results)
+
+
+def _is_kept(layout: Layout | DrawLayout) -> bool:
+    """Whether later runs can know the program again: of a caller's functions nothing is known."""
+    return not (isinstance(layout, DrawLayout) and layout.edits.chains)
 
 
 def _return_memory() -> None:

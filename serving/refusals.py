@@ -30,6 +30,7 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     **dict.fromkeys(("modalities", "audio", "media_io_kwargs", "mm_processor_kwargs"), _TEXT_ONLY),
     **dict.fromkeys(("store", "safety_identifier", "prompt_cache_key"), _STORED),
     "metadata": _STORED._replace(neutral={}),
+    "logits_processors": Refusal("a function does not travel; LLM and AsyncLLM take them in Python"),
     "prompt_embeds": Refusal("prompts are text or token ids"),
     "kv_transfer_params": _TRANSFERS,
     "vllm_xargs": Refusal("there are no plugins to pass arguments to"),

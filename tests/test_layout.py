@@ -30,6 +30,7 @@ HOST_ONLY = (
     "outputs.py",
     "request.py",
     "page_pool.py",
+    "processors.py",
     "row_table.py",
     "schedule.py",
     "scheduler.py",

@@ -61,6 +61,8 @@ WANTED = {
     "several tokens at once": 20,
     **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop"), 10),
     "structured_outputs": 20,
+    "logits_processors": 20,
+    "preempted with a processor": 3,
     "preempted with a grammar": 3,
     "ended by a grammar": 5,
     "stopped by a string": 5,
@@ -137,8 +139,16 @@ def make_edits(rng: random.Random, max_tokens: int, share: float) -> dict[str, A
         "min_tokens": rng.randint(1, max_tokens),
         "stop": [*single[4:], *pairs],
         "structured_outputs": make_form(rng),
+        "logits_processors": [shun_known],
     }
     return {**LOOKED_AT, **{name: wish for name, wish in wishes.items() if rng.random() < share}}
+
+
+def shun_known(token_ids: Any, logits: Any) -> Any:
+    """A logits processor: the more often a token has come, the rarer it gets."""
+    import jax.numpy as jnp
+
+    return logits.at[jnp.where(token_ids < 0, VOCAB_SIZE, token_ids)].add(-0.5, mode="drop")
 
 
 def make_form(rng: random.Random) -> Any:
@@ -271,10 +281,13 @@ def note(seen: Counter[str], arrival: Arrival, output: Any, chunk_size: int, is_
     seen["cached prompts with penalties"] += output.num_cached_tokens > 0 and has_logprobs
     seen["several continuations"] += params.n > 1 and output.finished
     seen["continuations without a cache"] += params.n > 1 and output.finished and not is_caching
-    for wish in ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop", "structured_outputs"):
+    for wish in ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop"):
+        seen[wish] += bool(getattr(params, wish)) and output.finished
+    for wish in ("structured_outputs", "logits_processors"):
         seen[wish] += bool(getattr(params, wish)) and output.finished
     form = params.structured_outputs
     seen["preempted with a grammar"] += is_preempted and form is not None
+    seen["preempted with a processor"] += is_preempted and params.logits_processors is not None
     seen["aborted with tokens"] += not output.finished
     for completion in output.outputs:
         seen[f"ended by {completion.finish_reason}"] += 1

@@ -59,7 +59,13 @@ def test_drawing_updates_rows_in_place_and_copies_no_token_ids(runner: Any) -> N
     from pjengine.draw import DrawLayout
     from pjengine.edit_sizes import EditSizes
 
-    sizes = EditSizes(num_bias=2, num_bad_words=2, bad_word_len=4, has_penalties=True, num_top=2)
+    def double(token_ids: Any, logits: Any) -> Any:
+        return 2 * logits
+
+    sizes = EditSizes(
+        num_bias=2, num_bad_words=2, bad_word_len=4, has_penalties=True, num_top=2,
+        num_processed=4, chains=((double,),),
+    )  # fmt: skip
     memory = runner.compiler.lower(DrawLayout(4, sizes)).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in runner.rows)
     assert memory.temp_size_in_bytes < runner.cache.token_ids.nbytes

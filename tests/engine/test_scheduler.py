@@ -9,6 +9,7 @@ import pytest
 from pjengine.config import buckets
 from pjengine.edits import NO_EDITS, Edits, join_needs
 from pjengine.page_pool import PagePool
+from pjengine.processors import MAX_CHAINS, Chains
 from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.row_table import MAX_END_IDS
@@ -290,6 +291,31 @@ def test_a_request_whose_program_cannot_be_made_is_refused_and_nobody_else() -> 
     while scheduler.has_requests:
         assert not device.step().refused
     assert plain.output_token_ids == expected(plain)
+
+
+def test_more_different_processors_than_a_program_holds_wait_for_each_other() -> None:
+    scheduler = make_scheduler(num_pages=256, max_num_seqs=12, max_num_batched_tokens=64)
+    device = StubDevice(scheduler)
+    asked: list[tuple[int, int]] = []
+
+    def can_edit(now: np.ndarray, soon: Callable[[], np.ndarray], chains: Chains) -> bool:
+        asked.append((len(chains.now), len(chains.soon)))
+        return True
+
+    scheduler.can_edit = can_edit
+    functions = [lambda token_ids, logits, number=number: logits for number in range(MAX_CHAINS + 2)]
+    requests = [
+        make_request(str(number), 4, 6 + number, edits=Edits(processors=(function,)))
+        for number, function in enumerate([*functions, functions[0]])
+    ]
+    for request in requests:
+        scheduler.add(request)
+    largest = 0
+    while scheduler.has_requests:
+        largest = max(largest, len(device.step().chains))
+    assert largest == MAX_CHAINS and asked[0] == (1, MAX_CHAINS)
+    assert max(asked) == (MAX_CHAINS, MAX_CHAINS)
+    assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
 
 
 def test_what_only_prompts_need_is_gone_with_the_prompt() -> None:
