@@ -166,7 +166,8 @@ def test_chunks_under_way_when_a_prompt_is_preempted_do_not_count() -> None:
             assert (own.result() is not None) == ((start, end) == (0, 4))
             own.put(start, end - start, StateArrays(pooled, np.pad(part, ((0, 0), (2, 1), (0, 0)))), 0, 2)
         wanted = {None: every, "mean": every.mean(axis=1), "last": every[:, -1]}[pooling]
-        np.testing.assert_allclose(own.result(), wanted[::-1], rtol=1e-5)
+        found: Any = own.result()
+        np.testing.assert_allclose(found, wanted[::-1], rtol=1e-5)
 
 
 def test_outputs_of_what_is_new_hold_the_states_once(llm: Any) -> None:
@@ -242,21 +243,19 @@ def test_a_step_keeps_no_more_states_than_there_is_room_for_and_nobody_starves()
 
 def test_steps_without_such_requests_run_programs_that_know_nothing_of_them(llm: Any) -> None:
     from pjengine import SamplingParams
-    from pjengine.edit_sizes import NO_SIZES
 
-    launched = []
-    program_for = llm.engine.runner.program_for
+    asked, stages_for = [], llm.engine.runner.stages_for
 
-    def noted(layout: Any) -> Any:
-        launched.append(layout)  # what is wanted; a larger one may run
-        return program_for(layout)
+    def noted(wanted: Any) -> Any:
+        asked.append(wanted)
+        return stages_for(wanted)
 
-    llm.engine.runner.program_for = noted
+    llm.engine.runner.stages_for = noted
     try:
         llm.generate([LONG[:40]], params((0,)), use_tqdm=False)
-        assert all(own.edits.num_states for own in launched if not own.is_decode)
-        launched.clear()
+        assert {stages.model.num_states for stages in asked if not stages.model.is_decode} == {1}
+        asked.clear()
         llm.generate([LONG[:40]], SamplingParams(max_tokens=4), use_tqdm=False)
     finally:
-        del llm.engine.runner.program_for
-    assert {own.edits for own in launched} == {NO_SIZES}
+        del llm.engine.runner.stages_for
+    assert asked and all(s.draw is None and s.model.num_states == 0 for s in asked)

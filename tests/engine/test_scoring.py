@@ -147,7 +147,7 @@ def test_texts_are_encoded_together_and_divided_where_the_prompts_own_tokens_end
     prepared = prepare_scores(demo.engine, text, completions)
     assert prepared.prompt.text == text and prepared.prompt.token_ids == encode(text)
     for generation, completion in zip(prepared.generations, completions, strict=True):
-        found = generation.prompt_logprobs
+        found: Any = generation.prompt_logprobs
         assert found.token_ids == encode(text + completion)
         shared = found.token_ids[: found.first]
         assert shared == encode(text)[: found.first] and len(shared) >= len(encode(text)) - 1
