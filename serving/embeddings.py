@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pjengine.embeddings import EmbeddingOutput, embedding_of, embedding_params
-from pjengine.serving.errors import ERRORS, bad_request
+from pjengine.serving.errors import ERRORS, ApiError, bad_request
 from pjengine.serving.prompt_reader import GivenPrompt
 from pjengine.serving.protocol import EmbeddingRequest
 from pjengine.serving.replies import EmbeddingReply
@@ -38,6 +38,8 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> Respons
 
 
 def _call(body: EmbeddingRequest, service: Service, request_id: str) -> Call:
+    if not body.inputs:
+        raise ApiError(400, "input is empty: at least one text is needed", param="input")
     try:
         params = embedding_params(
             pooling=body.pooling, layer=body.layer, truncate_prompt_tokens=body.truncate_prompt_tokens
@@ -51,7 +53,7 @@ def _call(body: EmbeddingRequest, service: Service, request_id: str) -> Call:
         priority=body.priority,
         cache_salt=body.cache_salt,
         user=body.user,
-        fields={"prompt": "input", "hidden_states": "layer"},
+        fields={"prompt": "input"},
     )
 
 
