@@ -17,6 +17,7 @@ from pjengine.models.block import Block, Layer, normal
 from pjengine.models.config import ModelConfig
 from pjengine.models.config_reader import ConfigReader
 from pjengine.models.fused_decode import fused_layers, is_fused
+from pjengine.models.kept_states import KeptStates
 from pjengine.models.layers import normalize, rotary_table, soft_cap, unembed
 from pjengine.models.rope import RopeConfig
 from pjengine.models.state import KVCache
@@ -94,7 +95,21 @@ class Decoder:
         cache: KVCache | None,
         attend: Attend,
     ) -> tuple[Float[Array, "*t e"], KVCache | None]:
-        """Token ids to final hidden states, before the last norm.
+        """Token ids to final hidden states, before the last norm."""
+        hidden, cache, _ = self.forward_keeping(params, tokens, positions, rope_lens, cache, attend, None)
+        return hidden, cache
+
+    def forward_keeping(
+        self,
+        params: Params,
+        tokens: Int[Array, "*t"],
+        positions: Int[Array, "*t"],
+        rope_lens: Int[Array, "*t"],
+        cache: KVCache | None,
+        attend: Attend,
+        kept: KeptStates | None,
+    ) -> tuple[Float[Array, "*t e"], KVCache | None, KeptStates | None]:
+        """The same; puts what goes into each layer, and what the last norm makes of the end, into `kept`.
 
         Layers are unrolled and take static slices of the stacked weights: a scan would make XLA
         copy every layer's weights each step.
@@ -104,13 +119,14 @@ class Decoder:
         rotary = self.rotary_tables(positions, rope_lens)
         if isinstance(attend, PagedAttend) and cache is not None and self.block is Block:
             table = rotary[0]
-            if table is not None and is_fused(c, x, attend):
-                return fused_layers(params, c, x, table, cache, attend)
+            if table is not None and kept is None and is_fused(c, x, attend):
+                return *fused_layers(params, c, x, table, cache, attend), None
         # A backend that is named for all ops keeps to the reference here; `jax_triton` is of attention only.
         is_free = isinstance(attend, PagedAttend) and attend.backend in (None, "jax_triton")
         block = self.block(c, self.dtype)
         of_layer = {n: (name, place) for name, ns in self.stacks.items() for place, n in enumerate(ns)}
         for number in range(c.num_layers):
+            kept = None if kept is None else kept.put(number, x)
             name, place = of_layer[number]
             stack = params[name]
             weights = jax.tree.map(lambda stacked, place=place: stacked[place], stack)
@@ -118,7 +134,10 @@ class Decoder:
             with jax.named_scope(f"layer_{number}"):
                 output: Any = block.apply({"params": weights}, x, layer)
                 x, cache = output
-        return x, cache
+        if kept is not None:
+            last = self.normalize(params, "final_norm", x) if c.has_final_norm else x
+            kept = kept.put(c.num_layers, last)
+        return x, cache, kept
 
     def embed(
         self, params: Params, tokens: Int[Array, "*t"], positions: Int[Array, "*t"]

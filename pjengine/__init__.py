@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from pjengine.async_llm import EngineDeadError as EngineDeadError
     from pjengine.async_llm import EngineGenerateError as EngineGenerateError
     from pjengine.config import EngineConfig as EngineConfig
+    from pjengine.embeddings import EmbeddingOutput as EmbeddingOutput
     from pjengine.engine import LLMEngine as LLMEngine
+    from pjengine.hidden_states import HiddenStatesParams as HiddenStatesParams
     from pjengine.llm import LLM as LLM
     from pjengine.llm import CompletionChunk as CompletionChunk
     from pjengine.outputs import CompletionOutput as CompletionOutput
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from pjengine.processors import host_processor as host_processor
     from pjengine.sampling_params import RequestOutputKind as RequestOutputKind
     from pjengine.sampling_params import SamplingParams as SamplingParams
+    from pjengine.scoring import CompletionScore as CompletionScore
+    from pjengine.scoring import PerplexityOutput as PerplexityOutput
+    from pjengine.scoring import ScoreOutput as ScoreOutput
     from pjengine.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
     from pjengine.token_logprobs import FlatLogprobs as FlatLogprobs
     from pjengine.token_logprobs import Logprob as Logprob
@@ -29,6 +34,11 @@ _HOMES = {
     "EngineGenerateError": "pjengine.async_llm",
     "EngineConfig": "pjengine.config",
     "LLMEngine": "pjengine.engine",
+    "EmbeddingOutput": "pjengine.embeddings",
+    "HiddenStatesParams": "pjengine.hidden_states",
+    "CompletionScore": "pjengine.scoring",
+    "PerplexityOutput": "pjengine.scoring",
+    "ScoreOutput": "pjengine.scoring",
     "LLM": "pjengine.llm",
     "CompletionChunk": "pjengine.llm",
     "CompletionOutput": "pjengine.outputs",
@@ -47,17 +57,22 @@ __all__ = [
     "AsyncLLM",
     "CompletionChunk",
     "CompletionOutput",
+    "CompletionScore",
+    "EmbeddingOutput",
     "EngineConfig",
     "EngineDeadError",
     "EngineGenerateError",
     "FlatLogprobs",
+    "HiddenStatesParams",
     "HostProcessor",
     "LLMEngine",
     "Logprob",
+    "PerplexityOutput",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoreOutput",
     "StructuredOutputsParams",
     "host_processor",
 ]

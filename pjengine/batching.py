@@ -22,6 +22,7 @@ PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", *PENALTIES)
 ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", *FLOAT_FIELDS)
 SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
+NO_LAYER = 2**30  # in place of a layer's number
 FROM_DEVICE = -1  # in place of a token id: the row's last token, known to the device only
 
 
@@ -85,6 +86,8 @@ class Layout(Vector):
     num_groups: int = 1  # of KV pages; 2: some layers see a window only
     ends_in_logits: bool = False  # another program draws the tokens
     num_prompt_top: int | None = None  # logprobs of prompts, where it ends in logits; None: none
+    num_states: int = 0  # layers whose hidden states are kept of prompts, where it ends in logits
+    has_token_states: bool = False  # those of each token come down, not only pooled ones
 
     @property
     def num_seqs(self) -> int:
@@ -99,6 +102,8 @@ class Layout(Vector):
         kind = (self.is_decode, self.depth, self.ends_in_logits)
         if kind != (other.is_decode, other.depth, other.ends_in_logits) or self.num_tokens < other.num_tokens:
             return False
+        if self.num_states < other.num_states or self.has_token_states < other.has_token_states:
+            return False
         return other.num_prompt_top is None or (
             self.num_prompt_top is not None and self.num_prompt_top >= other.num_prompt_top
         )
@@ -111,6 +116,8 @@ class Layout(Vector):
             return {"rows": seqs, **lengths, "page_updates": (3, self.num_groups * self.num_seqs)}
         return {
             "targets": (0 if self.num_prompt_top is None else self.num_tokens,),
+            "layers": (self.num_states,),
+            "is_mean": (self.num_seqs if self.num_states else 0,),  # of all its tokens; 0: the last one's
             "tokens": (self.num_tokens,),
             "rows": seqs,
             "starts": seqs,  # position of each sequence's first token
@@ -176,6 +183,8 @@ def _pack_chunks(parts: dict[str, np.ndarray], schedule: Schedule, layout: Layou
         )
     if layout.num_prompt_top is not None:
         _pack_targets(parts["targets"], chunks, cu_q_lens[first:end])
+    if layout.num_states:
+        _pack_layers(parts, chunks, first)
     parts["sampled_rows"][:first] = decodes.rows
     unsampled = [seq for seq, chunk in enumerate(chunks, first) if not chunk.is_sampled]
     parts["sampled_rows"][unsampled] = layout.num_rows
@@ -189,8 +198,22 @@ def _pack_targets(targets: np.ndarray, chunks: list[Chunk], starts: np.ndarray) 
     targets[:] = 0
     for chunk, start in zip(chunks, starts, strict=True):
         if chunk.request.edits.num_prompt_logprobs is not None:
-            following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+            request, end = chunk.request, chunk.start + chunk.length
+            following = request.prompt_token_ids[chunk.start + 1 : end + 1]
+            if end == len(request.prompt_token_ids) and request.next_token is not None:
+                following = [*following, request.next_token]
             targets[start : start + len(following)] = following
+
+
+def _pack_layers(parts: dict[str, np.ndarray], chunks: list[Chunk], first: int) -> None:
+    """The layers whose states are kept, the same for all who ask in a step, and how to pool them."""
+    parts["layers"][:] = NO_LAYER
+    parts["is_mean"][:] = 0
+    for seq, chunk in enumerate(chunks, first):
+        edits = chunk.request.edits
+        if chunk.start < len(chunk.request.prompt_token_ids):
+            parts["layers"][: len(edits.layers)] = edits.layers
+            parts["is_mean"][seq] = edits.pooling == "mean"
 
 
 def _row_record(chunk: Chunk, vocab_size: int) -> Int[np.ndarray, " fields"]:

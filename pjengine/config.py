@@ -121,6 +121,9 @@ class RunnerConfig:
     decode_steps: int = 1
     # Tokens of a step with logprobs of a prompt: a power of two, at least max_num_seqs. None: any number.
     max_prompt_logprob_tokens: int | None = None
+    max_states: int | None = (
+        None  # hidden states that a step keeps: its tokens times layers. None: any number
+    )
     kernel_backend: str | None = None
     window_group: WindowGroup | None = (
         None  # layers with pages of their own; then `num_pages` is of the others

@@ -54,6 +54,12 @@ class Stages(NamedTuple):
     def size(self) -> int:
         return sum(layout.size for layout in self.layouts)
 
+    def covers(self, other: "Stages") -> bool:
+        """Whether a step that `other` was chosen for may run as this."""
+        if self.draw is None or other.draw is None:
+            return self.draw is other.draw and self.model.covers(other.model)
+        return self.model.covers(other.model) and self.draw.covers(other.draw)
+
 
 class Undrawn(NamedTuple):
     """What the model leaves: sequences without their next tokens."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from pjengine.edits import Edits
+from pjengine.edits import NEEDS, Edits
 from pjengine.processors import Chain
 from pjengine.schedule import Masks
 
@@ -66,7 +66,7 @@ def sizes_for(needs: np.ndarray, vocab_size: int, chains: Iterable[Chain] = ()) 
 
     `chains` are those of all its requests.
     """
-    bias, allowed, bad_words, masks, processed, bad_word_len, penalties, top, asked, _ = needs.tolist()
+    bias, allowed, bad_words, masks, processed, bad_word_len, penalties, top, asked, *_ = needs.tolist()
     return EditSizes(
         num_bias=_room(bias),
         num_allowed=_room(allowed),
@@ -84,7 +84,17 @@ def sizes_for(needs: np.ndarray, vocab_size: int, chains: Iterable[Chain] = ()) 
 
 def prompt_top_for(needs: np.ndarray, vocab_size: int) -> int | None:
     """The same for the likeliest tokens of each position of a prompt; None: none are asked for."""
-    return _room_for_top(int(needs[-1]), vocab_size)
+    return _room_for_top(int(needs[NEEDS.index("prompt_top")]), vocab_size)
+
+
+def num_states_for(needs: np.ndarray) -> int:
+    """The same for the layers whose hidden states are kept of a prompt."""
+    return _room(int(needs[NEEDS.index("states")]))
+
+
+def has_token_states(needs: np.ndarray) -> bool:
+    """Whether the states of each token are asked for, not only pooled ones."""
+    return bool(needs[NEEDS.index("token_states")])
 
 
 def _room_for_top(count: int, vocab_size: int) -> int | None:

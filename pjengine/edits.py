@@ -25,6 +25,8 @@ class Edits:
     num_logprobs: int | None = None  # None: none wanted; 0: the chosen token's only
     logprob_ids: tuple[int, ...] = ()
     num_prompt_logprobs: int | None = None
+    layers: tuple[int, ...] = ()  # whose hidden states are wanted of the prompt, in order
+    pooling: str | None = None  # one state of each layer, "mean" or "last"; None: one of each token
     has_mask: bool = False  # what may come depends on all tokens before, and is told with every step
     processors: tuple[Callable[[Any, Any], Any], ...] = ()  # functions of the caller's, one after the other
 
@@ -56,6 +58,8 @@ class Edits:
             top(self.num_logprobs),
             len(self.logprob_ids),
             top(self.num_prompt_logprobs),
+            len(self.layers),
+            int(bool(self.layers) and self.pooling is None),
         )
 
 
@@ -63,22 +67,15 @@ NO_EDITS = Edits()  # of nearly all requests: compared by identity
 # What a step needs is the sum of the first five over its requests, and the largest of the others. Numbers of
 # logprobs are one more than asked for; 0: none.
 NEEDS = (
-    "bias",
-    "allowed",
-    "bad_words",
-    "masks",
-    "processed",
-    "bad_word_len",
-    "penalties",
-    "top",
-    "asked",
-    "prompt_top",
+    *("bias", "allowed", "bad_words", "masks", "processed"),
+    *("bad_word_len", "penalties", "top", "asked"),
+    *("prompt_top", "states", "token_states"),
 )
 NUM_SUMMED = 5
 EVERY_TOKEN = 2**31  # a number of logprobs: those of the whole vocabulary
 MAX_ASKED = 128  # tokens that a request may name for their logprobs, whatever max_logprobs says; as in vLLM
 
-_PAST_PROMPTS = np.array([name != "prompt_top" for name in NEEDS])
+_PAST_PROMPTS = np.array([name not in ("prompt_top", "states", "token_states") for name in NEEDS])
 
 
 def join_needs(needs: np.ndarray) -> np.ndarray:
@@ -86,6 +83,11 @@ def join_needs(needs: np.ndarray) -> np.ndarray:
     if len(needs) == 0:
         return np.zeros(len(NEEDS), np.int64)
     return np.concatenate([needs[:, :NUM_SUMMED].sum(axis=0), needs[:, NUM_SUMMED:].max(axis=0)])
+
+
+def without(needs: np.ndarray, *names: str) -> np.ndarray:
+    """Without those that are named."""
+    return needs * np.array([name not in names for name in NEEDS])
 
 
 def past_prompts(needs: np.ndarray) -> np.ndarray:

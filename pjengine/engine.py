@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from pjengine.compile_cache import open_compile_cache
 from pjengine.config import EngineConfig, compile_cache_folder, is_whole
 from pjengine.generation import Completion, Generation
+from pjengine.hidden_states import states_to_host
 from pjengine.loading import LoadedModel, load_model
 from pjengine.outputs import RequestOutput
 from pjengine.page_pool import PagePool
@@ -21,7 +22,8 @@ from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
 from pjengine.schedule import NO_MASKS, Decodes, Masks, Schedule
 from pjengine.scheduler import Scheduler
-from pjengine.token_logprobs import LogprobArrays, to_host
+from pjengine.step import StepOutput
+from pjengine.token_logprobs import to_host
 from pjengine.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ class LLMEngine:
             decode_steps=sizes.decode_steps,
             can_edit=self.runner.can_edit,
             max_prompt_logprob_tokens=sizes.max_prompt_logprob_tokens,
+            max_states=sizes.max_states,
             mixed_sizes=sizes.mixed_buckets,
             window_pool=None if group is None else PagePool(group.num_pages),
             window=None if group is None else group.window,
@@ -220,8 +223,8 @@ class LLMEngine:
         schedule, output, now = ended.schedule, ended.read(), time.perf_counter()
         sampled = np.asarray(output.tokens)
         arrays = None if output.logprobs is None else to_host(output.logprobs)
-        if output.prompt_logprobs is not None:
-            self._take_prompt_logprobs(schedule, to_host(output.prompt_logprobs))
+        if output.prompt_logprobs is not None or output.states is not None:
+            self._take_prompts(schedule, output)
         grown: list[Generation] = []
         finished: list[Completion] = []
 
@@ -267,14 +270,21 @@ class LLMEngine:
         is_short = decodes.lengths < len(tokens)
         return table.is_watched[rows] | (stops >= table.limit[rows]) | is_short | is_end.any(axis=0)
 
-    def _take_prompt_logprobs(self, schedule: Schedule, arrays: LogprobArrays) -> None:
-        first_row = len(schedule.decodes.requests)
-        for chunk in schedule.chunks:
-            if chunk.request.edits.num_prompt_logprobs is not None and not chunk.request.is_finished:
+    def _take_prompts(self, schedule: Schedule, output: StepOutput) -> None:
+        """What requests want to know of the tokens of their prompts."""
+        arrays = None if output.prompt_logprobs is None else to_host(output.prompt_logprobs)
+        states = None if output.states is None else states_to_host(output.states)
+        first = row = len(schedule.decodes.requests)
+        for seq, chunk in enumerate(schedule.chunks, first):
+            edits = chunk.request.edits
+            is_asked = edits.num_prompt_logprobs is not None or edits.layers
+            if is_asked and not chunk.request.is_finished:
                 _, generation = self._completions[chunk.request.request_id]
-                assert generation.prompt_logprobs is not None
-                generation.prompt_logprobs.put(chunk.start, arrays, first_row, chunk.length)
-            first_row += chunk.length
+                if generation.prompt_logprobs is not None and arrays is not None:
+                    generation.prompt_logprobs.put(chunk.start, arrays, row, chunk.length)
+                if generation.prompt_states is not None and states is not None:
+                    generation.prompt_states.put(chunk.start, chunk.length, states, seq, row)
+            row += chunk.length
 
     def abort_request(self, request_id: str) -> None:
         """Ends a request wherever it is: now, or after the step that another thread is in.

@@ -4,14 +4,16 @@ import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 from pjengine.grammars import Matcher
+from pjengine.hidden_states import PromptStates
 from pjengine.outputs import CompletionOutput, RequestOutput, merge_metrics
 from pjengine.processors import why_no_token
 from pjengine.request import Request
 from pjengine.sampling_params import RequestOutputKind
 from pjengine.schedule import BROKEN, FORBIDDEN
-from pjengine.token_logprobs import LogprobArrays, LogprobsList, OutputLogprobs, PromptLogprobs
+from pjengine.token_logprobs import LogprobArrays, OutputLogprobs, PromptLogprobs
 from pjengine.tokenizer import IncrementalDetokenizer
 
 logger = logging.getLogger(__name__)
@@ -194,7 +196,8 @@ class Generation:
 
     completions: list[Completion]
     prompt_logprobs: PromptLogprobs | None = None
-    _is_prompt_taken: bool = False  # its logprobs, by an output that holds only what is new
+    prompt_states: PromptStates | None = None
+    _taken: set[str] = field(default_factory=set)  # of the prompt, by an output that holds what is new alone
 
     @property
     def request(self) -> Request:
@@ -234,17 +237,19 @@ class Generation:
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
-            prompt_logprobs=self._prompt_logprobs() if self.prompt_logprobs is not None else None,
+            prompt_logprobs=self._of_prompt("logprobs", self.prompt_logprobs),
+            hidden_states=self._of_prompt("states", self.prompt_states),
             outputs=outputs,
             finished=is_finished,
             num_cached_tokens=request.num_cached_tokens,
             metrics=merge_metrics([completion.request.metrics for completion in self.completions]),
         )
 
-    def _prompt_logprobs(self) -> LogprobsList | None:
-        assert self.prompt_logprobs is not None
-        if self.request.params.output_kind is not RequestOutputKind.DELTA:
-            return self.prompt_logprobs.result()
-        result = None if self._is_prompt_taken else self.prompt_logprobs.result()
-        self._is_prompt_taken |= result is not None
+    def _of_prompt(self, name: str, part: PromptLogprobs | PromptStates | None) -> Any:
+        """What there is of it; with `output_kind` DELTA, once."""
+        if part is None or name in self._taken:
+            return None
+        result = part.result()
+        if result is not None and self.request.params.output_kind is RequestOutputKind.DELTA:
+            self._taken.add(name)
         return result

@@ -11,11 +11,20 @@ import numpy as np
 from tqdm import tqdm
 
 from pjengine.config import EngineConfig, known_settings
+from pjengine.embeddings import EmbeddingOutput, embedding_of, embedding_params
 from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
 from pjengine.outputs import RequestOutput
 from pjengine.prompts import Prompt
 from pjengine.sampling_params import SamplingParams
+from pjengine.scoring import (
+    PerplexityOutput,
+    ScoreOutput,
+    perplexity_of,
+    prepare_scores,
+    prepare_windows,
+    score_of,
+)
 
 type Message = Mapping[str, Any]
 
@@ -91,13 +100,7 @@ class LLM:
           ValueError: a prompt or parameter is not possible. Nothing has been run then.
         """
         generations = self._prepare(as_prompts(prompts), sampling_params, priority)
-        bar = _progress_bar(use_tqdm, len(generations))
-        try:
-            self._submit(generations)
-            outputs = self._run(generations, bar)
-        finally:
-            self._abort(generations)
-            bar.close()
+        outputs = self._finish(generations, use_tqdm, Generation.output)
         return [outputs[generation] for generation in generations]
 
     def stream(
@@ -157,6 +160,85 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        completions: Sequence[Any],
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[ScoreOutput]:
+        """How likely each completion is after its prompt, in the order of the prompts.
+
+        The completions of a prompt share its pages: together they cost about as much as one. A text is
+        encoded together with its prompt (`prepare_scores` says where it begins); token ids follow as they
+        are.
+
+        Args:
+          completions: of one prompt, a list of texts or lists of token ids; of a list of prompts, such a list
+            for each.
+
+        Raises:
+          ValueError, TypeError: a prompt or a completion is not possible. Nothing has been run then.
+        """
+        each = as_prompts(prompts)
+        is_one = len(each) == 1 and each[0] is prompts
+        if not is_one and len(completions) != len(each):
+            raise ValueError(
+                f"completions must be a list for each of the {len(each)} prompts, got {len(completions)}"
+            )
+        pairs = zip(each, [completions] if is_one else completions, strict=True)
+        prepared = [prepare_scores(self.engine, *pair) for pair in pairs]
+        generations = [generation for own in prepared for generation in own.generations]
+        scores = self._finish(generations, use_tqdm, score_of)
+        return [own.output(scores) for own in prepared]
+
+    def perplexity(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        stride: int | None = None,
+        max_window: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[PerplexityOutput]:
+        """The perplexity of each text, of any length.
+
+        It is exp(-sum of logprobs / number of tokens), over all tokens but the first. A text longer than
+        `max_window` tokens (None: max_model_len) is read in windows of so many that begin `stride` tokens
+        apart (None: half a window), and each counts the tokens that none before it has. These have at least
+        `max_window - stride` tokens before them: a small stride is exacter, and dearer.
+
+        Raises:
+          ValueError, TypeError: a text has fewer than two tokens, or an argument is out of range.
+        """
+        each = [prepare_windows(self.engine, prompt, stride, max_window) for prompt in as_prompts(prompts)]
+        scores = self._finish([own for windows in each for own in windows], use_tqdm, score_of)
+        return [perplexity_of([scores[own] for own in windows]) for windows in each]
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "last",
+        layer: int = -1,
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[EmbeddingOutput]:
+        """An embedding of each prompt, in the order of the prompts.
+
+        Args:
+          pooling: "last": the hidden state of the last token; "mean": the mean of all tokens'.
+          layer: numbered as `HiddenStatesParams` says; -1: after the last norm.
+          normalize: makes its length 1.
+          truncate_prompt_tokens: as of `SamplingParams`.
+
+        Raises:
+          ValueError, TypeError: a prompt or an argument is not possible. Nothing has been run then.
+        """
+        params = embedding_params(pooling=pooling, layer=layer, truncate_prompt_tokens=truncate_prompt_tokens)
+        outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
+        return [embedding_of(output, normalize=normalize) for output in outputs]
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What holds where a caller gives none: the model's generation_config.json says it."""
         return self.engine.default_sampling_params
@@ -178,10 +260,24 @@ class LLM:
         for generation in generations:
             self.engine.submit(generation)
 
-    def _run(self, generations: list[Generation], bar: Any) -> dict[Generation, RequestOutput]:
+    def _finish[T](
+        self, generations: list[Generation], use_tqdm: Any, output_of: Callable[[Generation], T]
+    ) -> dict[Generation, T]:
+        """Queues requests and runs until they have ended, or one cannot go on."""
+        bar = _progress_bar(use_tqdm, len(generations))
+        try:
+            self._submit(generations)
+            return self._run(generations, bar, output_of)
+        finally:
+            self._abort(generations)
+            bar.close()
+
+    def _run[T](
+        self, generations: list[Generation], bar: Any, output_of: Callable[[Generation], T]
+    ) -> dict[Generation, T]:
         """Runs until all have ended; makes each one's output as it ends, while the device computes."""
         num_prompt_tokens = num_output_tokens = 0
-        outputs: dict[Generation, RequestOutput] = {}
+        outputs: dict[Generation, T] = {}
         still_open, each_in_turn = set(generations), itertools.cycle(generations)
         while still_open:
             grown = self.engine.advance()
@@ -193,7 +289,7 @@ class LLM:
             if not ended:
                 continue
             still_open.difference_update(ended)
-            outputs |= {generation: generation.output() for generation in ended}
+            outputs |= {generation: output_of(generation) for generation in ended}
             num_prompt_tokens += sum(len(generation.request.prompt_token_ids) for generation in ended)
             num_output_tokens += sum(generation.num_output_tokens for generation in ended)
             elapsed = max(bar.format_dict["elapsed"], 1e-9)

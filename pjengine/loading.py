@@ -79,6 +79,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         page_size=plan.page_size,
         max_model_len=plan.max_model_len,
         max_prompt_logprob_tokens=plan.max_prompt_logprob_tokens,
+        max_states=plan.max_states,
         decode_steps=choose_decode_steps(
             config.decode_steps, plan.weights_bytes, is_gpu=device.platform == "gpu"
         ),

@@ -20,6 +20,7 @@ from pjengine.models.config import ModelConfig
 from pjengine.models.window_group import WindowGroup
 from pjengine.page_counts import count_pages
 from pjengine.page_groups import window_pages
+from pjengine.state_sizes import max_states, state_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class MemoryPlan:
     num_pages: int  # the null page among them
     max_model_len: int  # shortened to what fits, where the caller left it open
     max_prompt_logprob_tokens: int | None = None  # as in `RunnerConfig`
+    max_states: int | None = None  # the same
     window_group: WindowGroup | None = None  # layers with pages of their own
     window_page_bytes: int = 0  # one of their pages, all of these layers
 
@@ -78,7 +80,11 @@ class MemoryPlan:
         rows = [
             ("weights", self.weights_bytes, ""),
             ("activations", self.activations_bytes, "the largest program's, at most"),
-            ("program temp", self.temp_bytes, "for penalties, logprobs, grammars and compilation, at most"),
+            (
+                "program temp",
+                self.temp_bytes,
+                "for penalties, logprobs, grammars, hidden states and compilation, at most",
+            ),
             ("KV pages", self.kv_bytes - self.window_bytes, pages),
         ]
         if group is not None:
@@ -178,6 +184,8 @@ def plan_memory(
         "max_num_batched_tokens": max_num_batched_tokens,
     }
     activations, temp, bound = _program_bytes(config, dtype, budget_bytes, max_logprobs, **limits)
+    states = max_states(config, dtype, budget_bytes, max_num_batched_tokens)
+    temp += states * state_bytes(config, dtype)
     kv_bytes = kv_cache_memory_bytes
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations - temp
@@ -191,6 +199,7 @@ def plan_memory(
         page_size=page_size,
         max_model_len=min(wanted_len, room),
         max_prompt_logprob_tokens=bound,
+        max_states=states,
         **counts._asdict(),
     )
     is_given = kv_cache_memory_bytes is not None

@@ -4,6 +4,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pjengine.token_logprobs import LogprobsList
 
 
@@ -121,6 +123,8 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     prompt_logprobs: LogprobsList | None = None  # one entry for each token; the first is None
+    # float32 [layers, tokens, width], or pooled [layers, width]; None: not asked for, or not computed yet
+    hidden_states: np.ndarray | None = None
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int  # of the prompt, whose pages the prefix cache had

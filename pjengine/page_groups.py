@@ -127,7 +127,8 @@ class PageGroups:
         if self._chain(request) is None or not request.is_cache_read:
             return Found([], [])
         self._hash_pages(request)
-        names = request.page_hashes[: (request.num_known - 1) // self._page_size]
+        most = request.num_known - 1 if request.max_cached is None else request.max_cached
+        names = request.page_hashes[: most // self._page_size]
         pages = self.pool.match(names)
         if self.window_pool is None:
             return Found(pages, [])

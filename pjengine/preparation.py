@@ -12,6 +12,7 @@ from pjengine.call_processors import check_processors
 from pjengine.edits import NO_EDITS, Edits
 from pjengine.generation import Completion, Generation
 from pjengine.grammars import Grammars, Matcher
+from pjengine.hidden_states import PromptStates
 from pjengine.models.config import ModelConfig
 from pjengine.prompts import EncodedPrompt, Prompt, encode_prompt
 from pjengine.request import Request, request_id_for
@@ -51,6 +52,7 @@ class Preparation:
         return Resolver(
             tokenizer=self.tokenizer,
             vocab_size=self.model_config.vocab_size,
+            num_layers=self.model_config.num_layers,
             eos_token_ids=frozenset(self._eos_token_ids),
             max_logprobs=self.max_logprobs,
         )
@@ -103,9 +105,11 @@ class Preparation:
         if params.structured_outputs is not None:
             matcher = self.grammars.matcher(params.structured_outputs)
         first = self._request(request_id, encoded, params, edits, seed, priority, fork)
-        generation = Generation([self._completion(first, matcher)], self._prompt_logprobs(first))
-        if generation.prompt_logprobs is not None:  # one continuation is enough for them
-            edits = dataclasses.replace(edits, num_prompt_logprobs=None)
+        generation = Generation(
+            [self._completion(first, matcher)], self._prompt_logprobs(first), self._prompt_states(first)
+        )
+        if edits is not NO_EDITS:  # one continuation is enough for what is asked of the prompt
+            edits = dataclasses.replace(edits, num_prompt_logprobs=None, layers=(), pooling=None)
             edits = NO_EDITS if edits == NO_EDITS else edits
         for i in range(1, params.n):
             other = self._request(f"{i}_{request_id}", encoded, params, edits, seed + i, priority, fork)
@@ -164,6 +168,13 @@ class Preparation:
             return None
         decode = self._decode_token if params.detokenize else None
         return PromptLogprobs(request.prompt_token_ids, params.prompt_logprobs, params.flat_logprobs, decode)
+
+    def _prompt_states(self, request: Request) -> PromptStates | None:
+        wanted, layers = request.params.hidden_states, request.edits.layers
+        if wanted is None:
+            return None
+        places = [layers.index(number) for number in wanted.numbers(self.model_config.num_layers)]
+        return PromptStates(len(request.prompt_token_ids), places, wanted.pooling)
 
 
 def seed_source(seed: int) -> Callable[[], int]:

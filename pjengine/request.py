@@ -47,6 +47,10 @@ class Request:
     salt: str = ""  # requests share cached pages only under the same salt
     fork: str = ""  # names the continuations of one prompt, which share its pages without a prefix cache too
     is_cache_read: bool = True  # take pages that others have computed
+    max_cached: int | None = None  # tokens of its beginning in such pages; None: any number
+    next_token: int | None = (
+        None  # that follows its prompt, if its logprob is wanted with those of the prompt
+    )
     page_hashes: list[bytes] = field(default_factory=list)  # of its first full pages
     num_registered: int = 0  # pages, from the first, that the prefix cache has been told of
     num_cached_tokens: int = 0  # of the prompt, found in the cache when first admitted

@@ -46,6 +46,7 @@ class Resolver:
 
     tokenizer: Tokenizer | None
     vocab_size: int
+    num_layers: int
     eos_token_ids: frozenset[int]
     max_logprobs: int  # -1: the vocabulary
 
@@ -69,6 +70,7 @@ class Resolver:
                 f"logprob_token_ids must hold at most {limit} ids, got {len(asked)}: create the engine with "
                 "a higher max_logprobs"
             )
+        states = params.hidden_states
         stops = self.eos_token_ids | params.stop_ids if params.min_tokens else ()
         edits = Edits(
             bias={
@@ -85,6 +87,8 @@ class Resolver:
             num_logprobs=0 if asked else params.logprobs,
             logprob_ids=asked,
             num_prompt_logprobs=params.prompt_logprobs,
+            layers=() if states is None else tuple(sorted(set(states.numbers(self.num_layers)))),
+            pooling=None if states is None else states.pooling,
             has_mask=params.structured_outputs is not None,
             processors=tuple(params.logits_processors or ()),
         )

@@ -24,15 +24,16 @@ from pjengine.batching import (
 from pjengine.compile_cache import CompileCache
 from pjengine.config import RunnerConfig
 from pjengine.draw import DrawLayout, Stages, Undrawn, pack_draw
-from pjengine.edit_sizes import prompt_top_for, sizes_for
-from pjengine.edits import past_prompts
+from pjengine.edit_sizes import has_token_states, num_states_for, prompt_top_for, sizes_for
+from pjengine.edits import past_prompts, without
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.state import KVCache, kv_shape
+from pjengine.pooling import StepStates
 from pjengine.processors import NO_CHAINS, Chain, Chains
 from pjengine.programs import CompilationError, Programs
 from pjengine.progress import progress_bar
-from pjengine.schedule import NO_MASKS, Masks, Schedule
+from pjengine.schedule import NO_MASKS, Masks, Schedule, state_limit
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
 
@@ -53,6 +54,7 @@ class Launched:
     undrawn: Undrawn | None = None
     draw_layout: DrawLayout | None = None
     prompt_logprobs: Logprobs | None = None
+    states: StepStates | None = None
 
     def read(self) -> StepOutput:
         """Waits for the step to end; numpy arrays."""
@@ -124,8 +126,8 @@ class Runner:
         if draw_layout is None:
             _send_home(results)
             return Launched(schedule, *results)
-        undrawn, prompt_logprobs = results
-        launched = Launched(schedule, None, undrawn, draw_layout, prompt_logprobs)
+        undrawn, *of_prompts = results
+        launched = Launched(schedule, None, undrawn, draw_layout, *of_prompts)
         if not schedule.masked:
             self.draw(launched, NO_MASKS)
         return launched
@@ -140,7 +142,7 @@ class Runner:
         blob = jax.device_put(pack_draw(launched.schedule, masks, layout), self.sharding)
         self.rows, tokens, logprobs = self.programs[layout](self.rows, self.cache.token_ids, undrawn, blob)
         launched.undrawn = None  # the logits take much memory
-        launched.output = StepOutput(tokens[None], logprobs, launched.prompt_logprobs)
+        launched.output = StepOutput(tokens[None], logprobs, launched.prompt_logprobs, launched.states)
         _send_home(launched.output)
 
     def _update_early(
@@ -177,9 +179,13 @@ class Runner:
     ) -> Stages:
         """Those of a step whose edits need so much, see `edits.NEEDS`, and these logits processors."""
         vocab_size, num_groups = self.model.config.vocab_size, self.config.num_groups
-        prompt_top = prompt_top_for(needs, vocab_size)
         model = replace(
-            self._layout(bucket, is_decode), depth=1, ends_in_logits=True, num_prompt_top=prompt_top
+            self._layout(bucket, is_decode),
+            depth=1,
+            ends_in_logits=True,
+            num_prompt_top=prompt_top_for(needs, vocab_size),
+            num_states=num_states_for(needs),
+            has_token_states=has_token_states(needs),
         )
         sizes = sizes_for(needs, vocab_size, chains).within(model.num_seqs)
         return Stages(model, DrawLayout(model.num_seqs, sizes, num_groups))
@@ -234,7 +240,7 @@ class Runner:
         What requests may ask for makes thousands of different ones.
         """
         for layout in layouts:
-            if isinstance(layout, DrawLayout) or layout.num_prompt_top is not None:
+            if isinstance(layout, DrawLayout) or layout.num_prompt_top is not None or layout.num_states:
                 self._editing.pop(layout, None)
                 self._editing[layout] = None
         while len(self._editing) > MAX_EDITING:
@@ -272,12 +278,20 @@ class Runner:
         config, anywhere = self.config, past_prompts(needs)
         most = config.mixed_buckets[-1]
         stages = [self._editing_stages(config.decode_buckets[-1], True, anywhere, chains)]
-        if (anywhere != needs).any():
-            limit = min(config.max_prompt_logprob_tokens or most, most)
-            stages.append(self._editing_stages(limit, False, needs, chains))
-            if limit == most:
-                return stages
-        return [*stages, self._editing_stages(most, False, anywhere, chains)]
+        limits = [most, most]  # of steps with logprobs of prompts, and with hidden states
+        if prompt_top_for(needs, self.model.config.vocab_size) is not None:
+            limits[0] = min(config.max_prompt_logprob_tokens or most, most)
+        if num_layers := num_states_for(needs):
+            limits[1] = state_limit(config.max_states, num_layers, config.mixed_buckets) or most
+        kinds = dict.fromkeys(
+            (
+                self._editing_stages(limits[0], False, without(needs, "states", "token_states"), chains),
+                self._editing_stages(limits[1], False, without(needs, "prompt_top"), chains),
+                self._editing_stages(min(limits), False, needs, chains),
+                self._editing_stages(most, False, anywhere, chains),
+            )
+        )
+        return stages + [own for own in kinds if not any(o != own and o.covers(own) for o in kinds)]
 
     def wait_for_programs(self) -> None:
         """Returns once there is a new program, or after a moment."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from types import NoneType
 from typing import Any
 
+from pjengine.hidden_states import HiddenStatesParams
 from pjengine.structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
@@ -64,10 +65,11 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None  # all others are forbidden
     bad_words: Sequence[str] | None = None  # never in the output, at the start of a word or within one
     truncate_prompt_tokens: int | None = None  # keep so many, the last; -1: as many as fit
-    skip_reading_prefix_cache: bool | None = None  # None: only if prompt_logprobs needs it
+    skip_reading_prefix_cache: bool | None = None  # None: only if the whole prompt must be computed
     structured_outputs: StructuredOutputsParams | None = None  # the form that the output must have
     # Functions (token_ids, logits) -> logits, called one after the other: before temperature, after all else.
     logits_processors: Sequence[Callable[[Any, Any], Any]] | None = None
+    hidden_states: HiddenStatesParams | None = None  # which of the prompt are wanted
 
     def __post_init__(self) -> None:
         given = self._given
@@ -102,9 +104,9 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens={shown(self.min_tokens)} must not exceed max_tokens={self.max_tokens}"
             )
-        if self.prompt_logprobs is not None and self.is_cache_read:
+        if (name := self._reads_prompt) is not None and self.is_cache_read:
             raise ValueError(
-                "prompt_logprobs needs the whole prompt computed: leave skip_reading_prefix_cache out, "
+                f"{name} needs the whole prompt computed: leave skip_reading_prefix_cache out, "
                 f"got {self.skip_reading_prefix_cache}"
             )
         if self.logprob_token_ids is not None and self.logprobs not in (None, len(self.logprob_token_ids)):
@@ -128,10 +130,18 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def _reads_prompt(self) -> str | None:
+        """A field that wants something of every token of the prompt."""
+        if self.prompt_logprobs is not None:
+            return "prompt_logprobs"
+        states = self.hidden_states
+        return None if states is None or states.pooling == "last" else "hidden_states"
+
+    @property
     def is_cache_read(self) -> bool:
-        """Cached pages are taken: their tokens are not computed, so they have no logprobs."""
+        """Cached pages are taken: their tokens are not computed, so nothing is known of them."""
         if self.skip_reading_prefix_cache is None:
-            return self.prompt_logprobs is None
+            return self._reads_prompt is None
         return not self.skip_reading_prefix_cache
 
 
@@ -159,6 +169,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "logits_processors": (list, tuple, NoneType),
     "output_kind": (RequestOutputKind,),
     "structured_outputs": (StructuredOutputsParams, NoneType),
+    "hidden_states": (HiddenStatesParams, NoneType),
 }
 
 _ITEMS: dict[str, type] = {

@@ -91,6 +91,9 @@ class TokenBudget:
     num_taken: int
     limit: int
     prompt_logprob_limit: int
+    max_states: int | None = None
+    sizes: Sequence[int] = ()  # that steps are padded to
+    layers: tuple[int, ...] = ()  # whose hidden states the step keeps
 
     @property
     def num_left(self) -> int:
@@ -98,6 +101,14 @@ class TokenBudget:
 
     def take(self, request: Request, start: int, stop: int) -> int:
         """Takes up to stop - start tokens for a request, and returns how many."""
+        if request.edits.layers and start < len(request.prompt_token_ids):
+            most = state_limit(self.max_states, len(request.edits.layers), self.sizes)
+            if self.num_taken >= (most or self.limit) or self.layers not in ((), request.edits.layers):
+                self.limit = (
+                    self.num_taken
+                )  # nobody goes before it: those that decode end, and it has its turn
+                return 0
+            self.layers, self.limit = request.edits.layers, min(self.limit, most or self.limit)
         if request.edits.num_prompt_logprobs is not None and start < len(request.prompt_token_ids):
             limit = min(self.limit, self.prompt_logprob_limit)
             if self.num_taken >= limit:
@@ -106,6 +117,14 @@ class TokenBudget:
         length = min(stop - start, self.num_left)
         self.num_taken += length
         return length
+
+
+def state_limit(max_states: int | None, num_layers: int, sizes: Sequence[int]) -> int | None:
+    """Tokens of a step that keeps the hidden states of so many layers: one of `sizes`; None: any number."""
+    if max_states is None or not sizes:
+        return None
+    room = 1 << (num_layers - 1).bit_length()  # as of `EditSizes`
+    return max((size for size in sizes if size * room <= max_states), default=sizes[0])
 
 
 def step_limit(num_wanted: int, num_decodes: int, sizes: Sequence[int]) -> int:

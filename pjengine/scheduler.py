@@ -39,6 +39,7 @@ class Scheduler:
     is_caching: bool = True  # prefixes
     decode_steps: int = 1  # tokens of a row in one step of decodes alone; at most a page
     max_prompt_logprob_tokens: int | None = None  # in a step with logprobs of a prompt; None: no limit
+    max_states: int | None = None  # hidden ones that a step keeps: its tokens times layers; None: no limit
     mixed_sizes: Sequence[int] = ()  # tokens that mixed steps are padded to, in order; none: any number
     window_pool: PagePool | None = None  # of the layers that see a window, if they have one of their own
     window: int | None = None  # slots that a token sees there, its own included
@@ -175,7 +176,8 @@ class Scheduler:
         most = self.max_num_batched_tokens
         if self.mixed_sizes:
             most = step_limit(self._num_wanted(num_decodes), num_decodes, self.mixed_sizes)
-        return TokenBudget(num_decodes, most, self.max_prompt_logprob_tokens or most)
+        limit = self.max_prompt_logprob_tokens or most
+        return TokenBudget(num_decodes, most, limit, self.max_states, self.mixed_sizes)
 
     def _num_wanted(self, num_decodes: int) -> int:
         """How many tokens the next step would take without a limit; at least, where it has more than that.

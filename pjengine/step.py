@@ -14,8 +14,10 @@ from pjengine.draw import Undrawn
 from pjengine.logprobs import Logprobs, prompt_logprobs_of
 from pjengine.models.attention import PagedAttend
 from pjengine.models.decoder import Decoder, Params
+from pjengine.models.kept_states import KeptStates
 from pjengine.models.state import Batch, KVCache
 from pjengine.models.window_group import WindowGroup
+from pjengine.pooling import StepStates, step_states
 from pjengine.sampler import sample
 from pjengine.schedule import BROKEN
 
@@ -31,6 +33,7 @@ class StepOutput(NamedTuple):
     tokens: Int[Array, "depth seqs"]  # for each sequence of the layout, those sampled one after the other
     logprobs: Logprobs | None = None  # of the tokens sampled first, where a request asks
     prompt_logprobs: Logprobs | None = None  # by token of the batch: of the token after it
+    states: StepStates | None = None  # hidden ones, where a request asks
 
 
 def step(
@@ -61,7 +64,7 @@ def step(
         cache: KVCache, rows: Rows, index: int | Int[Array, ""]
     ) -> tuple[KVCache, Rows, Int[Array, " seqs"]]:
         row = live_rows(parts, layout, index)
-        cache, batch, hidden = run(cache, rows, row)
+        cache, batch, hidden, _ = run(cache, rows, row)
         hidden, own = last_of_each(hidden, batch), sampled_by(rows, row, batch.kv_lens)
         with jax.named_scope("sample"):
             if layout.is_decode or layout.num_seqs <= FEW:
@@ -103,15 +106,15 @@ def compute_logits(
     num_pages: int,
     window_group: WindowGroup | None = None,
     backend: str | None,
-) -> tuple[KVCache, Rows, Undrawn, Logprobs | None]:
-    """Computes the batch in `blob` for `draw`, and logprobs of prompts. Donates `cache` and `rows`.
+) -> tuple[KVCache, Rows, Undrawn, Logprobs | None, StepStates | None]:
+    """Computes the batch in `blob` for `draw`, and what is asked of prompts. Donates `cache` and `rows`.
 
     The first program of a step with edits, whatever they are.
     """
     parts = layout.split(blob)
     rows = update_rows(rows, parts, layout)
     row = parts["rows"]
-    cache, batch, hidden = run_model(
+    cache, batch, hidden, states = run_model(
         params, cache, rows, row, parts=parts, model=model, layout=layout,
         num_pages=num_pages, window_group=window_group, backend=backend,
     )  # fmt: skip
@@ -124,7 +127,7 @@ def compute_logits(
         logits = model.logits(params, last_of_each(hidden, batch))
     rows = rows._replace(position=rows.position.at[row].set(batch.kv_lens, mode="drop"))
     sampled_rows = row if layout.is_decode else parts["sampled_rows"]
-    return cache, rows, Undrawn(logits, row, sampled_rows, batch.kv_lens), prompt_logprobs
+    return cache, rows, Undrawn(logits, row, sampled_rows, batch.kv_lens), prompt_logprobs, states
 
 
 def run_model(
@@ -139,13 +142,20 @@ def run_model(
     num_pages: int,
     window_group: WindowGroup | None = None,
     backend: str | None,
-) -> tuple[KVCache, Batch, Float[Array, "t e"]]:
-    """The model once: the batch, and the final hidden state of each of its tokens."""
+) -> tuple[KVCache, Batch, Float[Array, "t e"], StepStates | None]:
+    """The model once: the batch, the final hidden state of each of its tokens, and those kept on the way."""
     batch = unpack(rows, row, parts, layout)
     attend = PagedAttend(batch, num_pages, backend, window_group)
-    hidden, updated = model.forward(params, batch.tokens, batch.positions, batch.rope_lens, cache, attend)
+    inputs, states = (batch.tokens, batch.positions, batch.rope_lens), None
+    if batch.cu_q_lens is None or layout.num_states == 0:
+        hidden, updated = model.forward(params, *inputs, cache, attend)
+    else:
+        room = KeptStates.empty(parts["layers"], model.config, layout.num_tokens, model.dtype)
+        hidden, updated, kept = model.forward_keeping(params, *inputs, cache, attend, room)
+        assert kept is not None
+        states = step_states(kept, batch.cu_q_lens, parts["is_mean"], has_tokens=layout.has_token_states)
     assert updated is not None
-    return updated._replace(token_ids=write_tokens(updated.token_ids, batch)), batch, hidden
+    return updated._replace(token_ids=write_tokens(updated.token_ids, batch)), batch, hidden, states
 
 
 def last_of_each(hidden: Float[Array, "t e"], batch: Batch) -> Float[Array, "s e"]:

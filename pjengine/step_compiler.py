@@ -22,6 +22,7 @@ from pjengine.models.decoder import Decoder, Params
 from pjengine.models.registry import is_ours
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.triton_extra import backend_versions
+from pjengine.pooling import StepStates
 from pjengine.step import StepOutput, compute_logits, step
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,12 @@ class StepCompiler:
             results = rows, leaf, None if layout.edits.num_top is None else logprobs
         elif layout.ends_in_logits:
             undrawn = Undrawn(*[leaf] * len(Undrawn._fields))
-            results = cache, rows, undrawn, None if layout.num_prompt_top is None else logprobs
+            states = StepStates(leaf, leaf if layout.has_token_states else None)
+            of_prompts = (
+                None if layout.num_prompt_top is None else logprobs,
+                states if layout.num_states else None,
+            )
+            results = cache, rows, undrawn, *of_prompts
         else:
             results = cache, rows, StepOutput(leaf)
         return jax.tree.structure((self._arguments(layout), {})), jax.tree.structure(results)

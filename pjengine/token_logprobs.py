@@ -155,9 +155,13 @@ class PromptLogprobs:
     num_top: int  # -1: the vocabulary
     is_flat: bool
     decode: DecodeToken | None
+    first: int = 1  # position whose logprobs are wanted; that of 0 has nothing before it
     _parts: dict[int, LogprobArrays] = field(default_factory=dict)  # by their first position
-    _num_known: int = 1  # positions; the first has nothing before it
+    _num_known: int = field(init=False)  # positions, those before `first` among them
     _result: LogprobsList | None = None
+
+    def __post_init__(self) -> None:
+        self._num_known = self.first
 
     def put(self, start: int, arrays: LogprobArrays, first_row: int, length: int) -> None:
         """Takes what a step gave for the tokens from `start`: row t is about the token after it.
@@ -174,10 +178,11 @@ class PromptLogprobs:
         self._num_known = end
 
     def result(self) -> LogprobsList | None:
-        """By position, the first being None; None as long as the prompt is not computed."""
+        """By position, those before `first` being None; None as long as the prompt is not computed."""
         if self._result is None and self._num_known == len(self.token_ids):
             result: list[PositionLogprobs | None] | FlatLogprobs = FlatLogprobs() if self.is_flat else []
-            result.append(None)
+            for _ in range(self.first):
+                result.append(None)
             for start, arrays in self._parts.items():
                 for row in range(len(arrays.chosen)):
                     token = self.token_ids[start + row]
@@ -185,3 +190,13 @@ class PromptLogprobs:
             self._result = result
             self._parts.clear()
         return self._result
+
+    def chosen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Logprobs and ranks of the tokens from `first` on, as far as they are computed.
+
+        Before `result`, which costs more.
+        """
+        empty = (np.zeros(0, np.float32), np.zeros(0, np.int32))
+        parts = [empty, *((arrays.chosen, arrays.rank) for arrays in self._parts.values())]
+        logprobs, ranks = (np.concatenate(kind) for kind in zip(*parts, strict=True))
+        return logprobs, ranks

@@ -5,7 +5,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 import pjengine
-from pjengine.serving import chat, completions, dashboard, generate, operations, tokenization
+from pjengine.serving import chat, completions, dashboard, embeddings, generate, operations, tokenization
 from pjengine.serving.errors import add_error_handlers
 from pjengine.serving.gates import KeyGate, SizeGate
 from pjengine.serving.server_config import ServerConfig
@@ -21,7 +21,7 @@ def build_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    for module in (completions, chat, generate, tokenization, operations, dashboard):
+    for module in (completions, chat, embeddings, generate, tokenization, operations, dashboard):
         app.include_router(module.router)
     add_error_handlers(app)
     return app

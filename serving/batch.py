@@ -28,7 +28,7 @@ from pjengine.serving.server_config import ServerConfig
 from pjengine.serving.service import Service
 from pjengine.serving.stream import dumps
 
-URLS = ("/v1/completions", "/v1/chat/completions")
+URLS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 _KEYS = ("custom_id", "method", "url", "body")
 
 

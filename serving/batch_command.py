@@ -21,8 +21,8 @@ def add_run_batch(commands: Any) -> None:
         help="answer a file of requests",
         usage="%(prog)s [options] -i FILE -o FILE MODEL",
         description="Answers a file of requests in the format of OpenAI's batches: JSON lines of custom_id, "
-        "method, url (/v1/completions or /v1/chat/completions) and body. The answers come in the order in "
-        "which they are ready. Run again, it goes on with what has no answer yet.",
+        "method, url (/v1/completions, /v1/chat/completions or /v1/embeddings) and body. The answers come in "
+        "the order in which they are ready. Run again, it goes on with what has no answer yet.",
     )
     command.set_defaults(run=_run_batch)
     command.add_argument("model", metavar="MODEL", help='folder, Hub id, or "demo" for the packaged model')

@@ -10,7 +10,7 @@ from pjengine.sampling_params import RequestOutputKind, SamplingParams
 from pjengine.serving.body import Body
 from pjengine.serving.errors import ApiError, bad_request
 from pjengine.serving.messages import Message
-from pjengine.serving.refusals import REFUSED_OUTSIDE_CHAT
+from pjengine.serving.refusals import REFUSED_OUTSIDE_CHAT, REFUSED_WITH_EMBEDDINGS
 from pjengine.serving.response_format import ResponseFormat, StructuredOutputs, form_of
 from pjengine.serving.tools import ToolChoiceFields, ToolFields
 from pjengine.structured_outputs import StructuredOutputsParams
@@ -141,9 +141,35 @@ class CompletionRequest(GenerationFields):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        prompt: Any = self.prompt
-        is_one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
-        return [prompt] if is_one else prompt
+        return _each(self.prompt)
+
+
+class EmbeddingRequest(Body):
+    refused = REFUSED_WITH_EMBEDDINGS
+
+    model: str | None = None
+    input: str | Annotated[list[str], _MANY] | _TokenIds | Annotated[list[_TokenIds], _MANY]
+    encoding_format: Literal["float", "base64"] = "float"  # base64: of the float32s, little-endian
+    user: str | None = None  # for the log
+    request_id: Annotated[str, Field(pattern=REQUEST_ID)] | None = None  # part of the answer's id
+    pooling: Literal["last", "mean"] = "last"  # which tokens' states
+    layer: int = -1  # of which layer, as `HiddenStatesParams` numbers them
+    normalize: bool = True  # to length 1
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left"] = "left"
+    add_special_tokens: bool = True  # to inputs that are text
+    priority: int = 0
+    cache_salt: str = ""  # cached pages are shared only under the same salt
+
+    @property
+    def inputs(self) -> list[str] | list[list[int]]:
+        return _each(self.input)
+
+
+def _each(given: Any) -> Any:
+    """One text or list of token ids, or a list of such, as a list."""
+    is_one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
+    return [given] if is_one else given
 
 
 class ConversationFields(ToolFields):

@@ -49,6 +49,13 @@ REFUSED_OUTSIDE_CHAT: Mapping[str, Refusal] = {
     **dict.fromkeys(("parallel_tool_calls", "include_reasoning"), _CHAT._replace(neutral=True)),
 }
 
+REFUSED_WITH_EMBEDDINGS: Mapping[str, Refusal] = {
+    "dimensions": Refusal("embeddings have the width of the model"),
+    "embed_dtype": Refusal("embeddings are float32", neutral="float32"),
+    "use_activation": Refusal("it is called normalize here"),
+    "messages": Refusal("embeddings are of texts and of token ids, in input"),
+}
+
 REFUSED_MESSAGE_FIELDS: Mapping[str, Refusal] = {
     "function_call": _FUNCTIONS,
     "audio": _TEXT_ONLY,

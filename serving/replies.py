@@ -59,6 +59,21 @@ class UsageReply(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
+class EmbeddingData(BaseModel):
+    index: int
+    object: Literal["embedding"]
+    embedding: list[float] | str
+
+
+class EmbeddingReply(BaseModel):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[EmbeddingData]
+    usage: UsageReply
+
+
 class TokenLogprob(BaseModel):
     token: str
     logprob: float

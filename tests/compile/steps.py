@@ -38,6 +38,7 @@ class Step:
     depth: int = 1
     ends_in_logits: bool = False
     num_prompt_top: int | None = None
+    num_states: int = 0
     make_model: Callable[..., Decoder] = build_model
 
     @functools.cached_property
@@ -49,7 +50,7 @@ class Step:
         num_groups = self.config.num_groups
         return Layout(
             self.num_tokens, MAX_NUM_SEQS, PAGE_SIZE, self.is_decode, self.depth, num_groups,
-            self.ends_in_logits, self.num_prompt_top,
+            self.ends_in_logits, self.num_prompt_top, self.num_states, self.num_states > 0,
         )  # fmt: skip
 
     @property
@@ -149,7 +150,7 @@ STEPS: Mapping[str, Step] = {
     "opt-125m-llama decode 32 times 4": Step("opt-125m-llama", 32, True, depth=4),
     "opt-125m-llama mixed 1024": Step("opt-125m-llama", 1024, False),
     "opt-125m-llama mixed 32 to logits": Step(
-        "opt-125m-llama", 32, False, ends_in_logits=True, num_prompt_top=32
+        "opt-125m-llama", 32, False, ends_in_logits=True, num_prompt_top=32, num_states=2
     ),
 }
 DRAW = DrawLayout(64, EDITS)

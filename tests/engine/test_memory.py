@@ -166,11 +166,24 @@ def test_a_plan_without_a_device_needs_no_weights() -> None:
 def test_a_gpu_has_room_for_the_products_that_the_compiler_times() -> None:
     """On a card of 80 GB with 70 % of it for the engine, the first program could not be made without."""
     from pjengine.models.shapes import SHAPES
+    from pjengine.state_sizes import state_bytes
 
     config = SHAPES["llama-8b"]
     on_gpu, on_cpu = plan(), plan(budget_bytes=None, max_num_seqs=1024)
     head = config.vocab_size * config.hidden_size * 2
-    assert on_gpu.temp_bytes - on_cpu.temp_bytes >= head
+    states = state_bytes(config, jnp.dtype("bfloat16")) * (on_gpu.max_states - on_cpu.max_states)
+    assert on_gpu.temp_bytes - on_cpu.temp_bytes - states >= head
+
+
+def test_hidden_states_take_a_share_that_is_planned_for() -> None:
+    from pjengine.models.shapes import SHAPES
+    from pjengine.state_sizes import SHARE, state_bytes
+
+    each = state_bytes(SHAPES["llama-8b"], jnp.dtype("bfloat16"))
+    made, small = plan(), plan(budget_bytes=40 * 10**9)
+    assert made.max_states * each <= SHARE * 100 * 10**9 < (made.max_states + 1) * each
+    assert made.temp_bytes - small.temp_bytes == (made.max_states - small.max_states) * each
+    assert plan(max_num_batched_tokens=1024).max_states == 1024  # one layer of whole steps
 
 
 def test_few_logprobs_bound_nothing_and_cost_next_to_nothing() -> None:

@@ -486,7 +486,9 @@ def test_equal_bad_words_are_encoded_once() -> None:
             return [len(text)]
 
     tokenizer = Tokenizer(hf=CountingEncoder(), has_byte_tokens=False)
-    resolver = Resolver(tokenizer=tokenizer, vocab_size=9, eos_token_ids=frozenset(), max_logprobs=0)
+    resolver = Resolver(
+        num_layers=2, tokenizer=tokenizer, vocab_size=9, eos_token_ids=frozenset(), max_logprobs=0
+    )
     edits = resolver.edits(SamplingParams(bad_words=["ab"] * 1000))
     assert (edits.bad_words, CountingEncoder.texts) == (((2,), (3,)), ["ab", " ab"])
     with pytest.raises(ValueError, match="at most 65536 characters together, got 65540"):

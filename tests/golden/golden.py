@@ -55,6 +55,9 @@ BY_ARCHITECTURE: dict[str, list[str]] = {
 }
 CASES = {name: architecture for architecture, names in BY_ARCHITECTURE.items() for name in names}
 LLAMA_CASES = BY_ARCHITECTURE["LlamaForCausalLM"]
+# Whose hidden states are in a file of their own: with embeddings scaled, with positions, or behind a norm;
+# with a last norm or none.
+STATES = {"gqa", "gpt2", "bloom", "gemma2", "opt_no_final_norm", "falcon_rw", "qwen3_moe", "granite"}
 _NORM = re.compile(r"norm|\bln_|_ln\b")
 _EMBEDDING = re.compile(r"embed|\bwte\b|\bwpe\b")
 

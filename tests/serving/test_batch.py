@@ -56,7 +56,7 @@ BAD_LINES = {
     '{"custom_id": "k"}': "method is missing",
     json.dumps(completion(7)): "custom_id must be a string, got 7",
     json.dumps({**completion("m"), "method": "GET"}): "method must be POST, got 'GET'",
-    json.dumps({**completion("u"), "url": "/v1/embeddings"}): "url must be /v1/completions or",
+    json.dumps({**completion("u"), "url": "/v1/rerank"}): "url must be /v1/completions or",
     json.dumps({**completion("b"), "body": []}): "body must be an object, got list",
     json.dumps({**completion("x"), "extra": 1}): "'extra' is no part of a request",
     json.dumps(completion("s", stream=True)): "stream is not for batches",

@@ -119,6 +119,14 @@ def test_openai_chat(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(messages=again, **GREEDY).choices[0].message.content
 
 
+def test_openai_embeddings(client: openai.OpenAI) -> None:
+    both = client.embeddings.create(model="demo", input=["import os", "import sys"])
+    again = client.embeddings.create(model="demo", input="import sys", encoding_format="float")
+    for found, wanted in zip(both.data[1].embedding, again.data[0].embedding, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-2)  # the client asked for base64
+    assert both.usage.prompt_tokens == both.usage.total_tokens > 0
+
+
 def test_openai_async(server: Server) -> None:
     async def main() -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
