@@ -5,8 +5,11 @@ from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
+from pjengine.beam_search import BeamStep
 from pjengine.edits import Edits
 from pjengine.schedule import Masks
+
+OUT_OF_RANGE = 2**30  # of sequences, rows and tokens: stands for nothing
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class EditSizes:
     has_penalties: bool = False
     num_top: int | None = None  # logprobs; None: none
     num_asked: int = 0
+    num_beams: int = 0  # of all searches together
+    num_beam_searches: int = 0
+    beam_width: int = 0
+    num_beam_ends: int = 0
 
     @property
     def can_forbid(self) -> bool:
@@ -47,6 +54,10 @@ class EditSizes:
             "mask_of": (num_seqs if self.num_masks else 0,),  # which of the masks; num_masks: none
             "masks": (self.num_masks, self.mask_words),  # a bit for each token
             "asked": (num_seqs, self.num_asked),
+            "beam_seqs": (self.num_beams,),
+            "beam_ends": (self.num_beams, self.num_beam_ends),
+            "beam_of": (self.num_beam_searches, self.beam_width),  # by search: which of `beam_seqs`
+            "beam_rows": (self.num_beam_searches, self.beam_width),
         }
 
 
@@ -55,7 +66,8 @@ NO_SIZES = EditSizes()
 
 def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
     """The program for a step that needs so much room: every number the next power of two."""
-    bias, allowed, bad_words, masks, bad_word_len, penalties, top, asked, _ = needs.tolist()
+    bias, allowed, bad_words, masks, beams, beam_searches, *largest = needs.tolist()
+    bad_word_len, penalties, top, asked, _, beam_width, beam_ends = largest
     return EditSizes(
         num_bias=_room(bias),
         num_allowed=_room(allowed),
@@ -66,6 +78,10 @@ def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
         has_penalties=bool(penalties),
         num_top=_room_for_top(top, vocab_size),
         num_asked=min(_room(asked), vocab_size),
+        num_beams=_room(beams),
+        num_beam_searches=_room(beam_searches),
+        beam_width=_room(beam_width),
+        num_beam_ends=_room(beam_ends),
     )
 
 
@@ -116,6 +132,20 @@ def pack_edits(
         parts["bad_words"][0, column] = seq
         parts["bad_words"][1, column] = len(word)
         parts["bad_words"][-len(word) :, column] = word  # the last token is the forbidden one
+
+
+def pack_beams(parts: dict[str, np.ndarray], steps: Sequence[BeamStep]) -> None:
+    """Writes which sequences are beams, of which searches, and what ends them."""
+    for name in ("beam_seqs", "beam_ends", "beam_of", "beam_rows"):
+        parts[name][:] = OUT_OF_RANGE
+    first = 0
+    for index, step in enumerate(steps):
+        end = first + len(step.seqs)
+        parts["beam_seqs"][first:end] = step.seqs
+        parts["beam_ends"][first:end, : len(step.ends)] = step.ends
+        parts["beam_of"][index, : len(step.seqs)] = np.arange(first, end)
+        parts["beam_rows"][index, : len(step.rows)] = step.rows
+        first = end
 
 
 def pack_masks(parts: dict[str, np.ndarray], masks: Masks) -> None:

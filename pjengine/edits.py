@@ -24,6 +24,9 @@ class Edits:
     logprob_ids: tuple[int, ...] = ()
     num_prompt_logprobs: int | None = None
     has_mask: bool = False  # what may come depends on all tokens before, and is told with every step
+    beam_width: int = 0  # of its beam search; 0: none
+    beam_ends: tuple[int, ...] = ()  # tokens that end one of its sequences
+    leads_beams: bool = True  # it is the first of the search's rows
 
     @property
     def has_penalties(self) -> bool:
@@ -46,19 +49,26 @@ class Edits:
             len(self.allowed),
             len(self.bad_words),
             int(self.has_mask),
+            int(self.beam_width > 0),
+            int(self.beam_width > 0 and self.leads_beams),
             max((len(word) for word in self.bad_words), default=0),
             int(self.has_penalties),
             top(self.num_logprobs),
             len(self.logprob_ids),
             top(self.num_prompt_logprobs),
+            self.beam_width,
+            max(1, len(self.beam_ends)) if self.beam_width else 0,
         )
 
 
 NO_EDITS = Edits()  # of nearly all requests: compared by identity
-# What a step needs is the sum of the first four over its requests, and the largest of the others. Numbers of
+# What a step needs is the sum of the first six over its requests, and the largest of the others. Numbers of
 # logprobs are one more than asked for; 0: none.
-NEEDS = ("bias", "allowed", "bad_words", "masks", "bad_word_len", "penalties", "top", "asked", "prompt_top")
-NUM_SUMMED = 4
+NEEDS = (
+    *("bias", "allowed", "bad_words", "masks", "beams", "beam_searches"),
+    *("bad_word_len", "penalties", "top", "asked", "prompt_top", "beam_width", "beam_ends"),
+)
+NUM_SUMMED = 6
 EVERY_TOKEN = 2**31  # a number of logprobs: those of the whole vocabulary
 MAX_ASKED = 128  # tokens that a request may name for their logprobs, whatever max_logprobs says; as in vLLM
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pjengine.beam_search import BeamStep
 from pjengine.edits import NEEDS, NO_EDITS, Edits, join_needs, past_prompts
 from pjengine.page_groups import Found, PageGroups, PageUpdates
 from pjengine.page_pool import PagePool
@@ -101,13 +102,22 @@ class Scheduler:
           ValueError: it cannot; the text says by how much.
         """
         # The last token is never computed.
-        for needed, pool in self._pages.most_held(request.max_total_tokens - 1):
+        num_rows, is_shared = len(request.row_requests), self.window_pool is None
+        if num_rows > self.max_num_seqs:
+            raise ValueError(
+                f"best_of={num_rows} beams run at once, and max_num_seqs={self.max_num_seqs}: ask for fewer, "
+                "or create the engine with a higher max_num_seqs"
+            )
+        num_shared = len(request.prompt_token_ids) // self.page_size if is_shared else 0
+        for most, pool in self._pages.most_held(request.max_total_tokens - 1):
+            needed = num_shared + num_rows * (most - num_shared)
             if needed > pool.num_usable:
+                beams = f" in each of {num_rows} beams" if num_rows > 1 else ""
                 raise ValueError(
-                    f"request {request.request_id} may grow to {request.max_total_tokens} tokens, which need "
-                    f"{needed} pages of {self.page_size}; the KV cache has {pool.num_usable}. Lower "
-                    f"max_tokens, shorten the prompt ({len(request.prompt_token_ids)} tokens) or give the "
-                    f"cache more memory"
+                    f"request {request.request_id} may grow to {request.max_total_tokens} tokens{beams}, "
+                    f"which need {needed} pages of {self.page_size}; the KV cache has {pool.num_usable}. "
+                    f"Lower max_tokens, shorten the prompt ({len(request.prompt_token_ids)} tokens) or give "
+                    f"the cache more memory"
                 )
 
     def schedule(self) -> Schedule:
@@ -136,6 +146,7 @@ class Scheduler:
             edits=self._edits(decodes, chunks),
             masked=self._masked(decodes, chunks),
             refused=refused,
+            beams=self._beams(decodes, chunks),
             num_preempted=num_preempted,
         )
 
@@ -168,6 +179,29 @@ class Scheduler:
             if chunk.is_sampled and has_mask[chunk.row]:
                 found.append((seq, chunk.request))
         return found
+
+    def _beams(self, decodes: Decodes, chunks: list[Chunk]) -> list[BeamStep]:
+        """The searches that go on in a step; all beams of one are in it, or none."""
+        table, found = self.rows, []
+
+        def add(request: Request, kv_len: int, seqs: list[int]) -> None:
+            rows = [own.row for own in request.row_requests]
+            admission = int(table.admissions[request.row])
+            found.append(BeamStep(request, admission, kv_len, rows, seqs, request.edits.beam_ends))
+
+        for seq in np.flatnonzero(table.is_beam[decodes.rows]).tolist():
+            request = decodes.requests[seq]
+            if request.edits.leads_beams:
+                rows = [own.row for own in request.row_requests]
+                add(request, int(decodes.starts[seq]) + 1, np.searchsorted(decodes.rows, rows).tolist())
+        for seq, chunk in enumerate(chunks, len(decodes.requests)):
+            if chunk.is_sampled and table.is_beam[chunk.row]:
+                add(chunk.request, chunk.start + chunk.length, [seq])
+        return found
+
+    def follow(self, step: BeamStep, parents: Sequence[int]) -> None:
+        """Learns which beams have gone on as which others' continuations."""
+        self._pages.reorder(step.request.row_requests, parents, step.kv_len)
 
     def _budget(self, num_decodes: int) -> TokenBudget:
         most = self.max_num_batched_tokens
@@ -206,7 +240,9 @@ class Scheduler:
             rows = table.decoding()
             needed = int(np.count_nonzero(table.computed[rows] == table.room[rows]))
             for row, length in self._prompt_lengths(self._budget(len(rows))):
-                needed += self._pages_for(int(table.computed[row]) + length) - len(table.owner(row).pages)
+                request, end = table.owner(row), int(table.computed[row]) + length
+                needed += self._pages_for(end) - len(request.pages)
+                needed += self._num_tails(request) if end == table.prefill_end[row] else 0
             if needed <= self._pages.num_free:
                 return num_preempted
             candidates = [table.owner(row) for row in [*rows.tolist(), *table.prefilling()]]
@@ -251,11 +287,13 @@ class Scheduler:
             except CompilationError as error:
                 refused.append((heapq.heappop(self._waiting)[1], str(error)))
                 continue
+            if is_ready and len(request.row_requests) > self.rows.num_free:
+                break
             if not is_ready:
                 held_back.append(heapq.heappop(self._waiting))
                 continue
             found = self._pages.find(request)
-            cost = self._pages.cost(request, found)
+            cost = self._pages.cost(request, found) + self._num_tails(request)
             if (cost > left).any():
                 break
             num_cached = len(found.pages) * self.page_size
@@ -271,12 +309,12 @@ class Scheduler:
     def _can_run(self, request: Request) -> bool:
         """Whether there are programs for the request among those that run."""
         running = self.rows.needs[self.rows.admissions > 0]
-        now = join_needs(np.vstack([running, request.edits.needs]))
+        now = join_needs(np.vstack([running, *self._row_needs([request])]))
         if (now <= self._approved).all():
             return True
 
         def soon() -> np.ndarray:
-            waiting = [other.edits.needs for _, other in self._waiting if other.edits is not NO_EDITS]
+            waiting = self._row_needs(other for _, other in self._waiting if other.edits is not NO_EDITS)
             return join_needs(np.vstack([running, *waiting[: self.rows.num_free]]))
 
         is_ready = self.can_edit(now, soon)
@@ -284,12 +322,24 @@ class Scheduler:
             self._approved = now
         return is_ready
 
+    def _row_needs(self, requests: Iterable[Request]) -> list[tuple[int, ...]]:
+        return [own.edits.needs for request in requests for own in request.row_requests]
+
+    def _num_tails(self, request: Request) -> int:
+        """Pages beside its own that a request's followers need, when they fork from the end of the prompt."""
+        return len(request.followers) if request.num_known % self.page_size else 0
+
     def _start(self, request: Request, found: Found, updates: PageUpdates) -> None:
         """Gives a waiting request a row and the cached pages of its beginning."""
         num_cached = len(found.pages) * self.page_size
         request.status = RequestStatus.RUNNING
         request.row = self.rows.admit(request, num_cached, room=num_cached)
         self._pages.take(request, found, updates)
+        for follower in request.followers:
+            follower.status = RequestStatus.RUNNING
+            follower.row = self.rows.admit_follower(follower)
+        if request.beams is not None:
+            request.beams.begin()
         if self.is_caching and request.is_cache_read:
             self.num_cache_queries += request.num_known
             self.num_cache_hits += num_cached
@@ -312,13 +362,16 @@ class Scheduler:
         self._pages.grow(request, self._pages_for(start + length) - len(request.pages), updates)
         table.computed[row] += length
         self._pages.register(request)  # those of outputs when it leaves its row
+        is_sampled = start + length == table.prefill_end[row]
+        if is_sampled:
+            self._pages.fork(request, updates)
         return Chunk(
             request=request,
             row=row,
             admission=int(table.admissions[row]),
             start=start,
             length=length,
-            is_sampled=start + length == table.prefill_end[row],
+            is_sampled=bool(is_sampled),
             is_admitted=is_admitted,
         )
 
@@ -347,10 +400,11 @@ class Scheduler:
         self._pages.forget(self.running)
 
     def _free(self, request: Request) -> None:
-        self._pages.register(request)
-        self._pages.release(request)
-        self.rows.vacate(request.row)
-        request.row = -1
+        for own in request.row_requests:
+            self._pages.register(own)
+            self._pages.release(own)
+            self.rows.vacate(own.row)
+            own.row = -1
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pjengine.batching import Layout, Rows, live_rows, sampled_by, unpack, update_rows
+from pjengine.beam_selection import BeamOutput
 from pjengine.draw import Undrawn
 from pjengine.logprobs import Logprobs, prompt_logprobs_of
 from pjengine.models.attention import PagedAttend
@@ -31,6 +32,7 @@ class StepOutput(NamedTuple):
     tokens: Int[Array, "depth seqs"]  # for each sequence of the layout, those sampled one after the other
     logprobs: Logprobs | None = None  # of the tokens sampled first, where a request asks
     prompt_logprobs: Logprobs | None = None  # by token of the batch: of the token after it
+    beams: BeamOutput | None = None  # of the beam searches, whose rows have no use for `tokens`
 
 
 def step(
