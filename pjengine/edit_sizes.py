@@ -67,7 +67,7 @@ NO_SIZES = EditSizes()
 def sizes_for(needs: np.ndarray, vocab_size: int) -> EditSizes:
     """The program for a step that needs so much room: every number the next power of two."""
     bias, allowed, bad_words, masks, beams, beam_searches, *largest = needs.tolist()
-    bad_word_len, penalties, top, asked, _, beam_width, beam_ends = largest
+    bad_word_len, penalties, top, asked, beam_width, beam_ends, _ = largest
     return EditSizes(
         num_bias=_room(bias),
         num_allowed=_room(allowed),

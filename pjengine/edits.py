@@ -55,9 +55,9 @@ class Edits:
             int(self.has_penalties),
             top(self.num_logprobs),
             len(self.logprob_ids),
-            top(self.num_prompt_logprobs),
             self.beam_width,
             max(1, len(self.beam_ends)) if self.beam_width else 0,
+            top(self.num_prompt_logprobs),
         )
 
 
@@ -66,7 +66,7 @@ NO_EDITS = Edits()  # of nearly all requests: compared by identity
 # logprobs are one more than asked for; 0: none.
 NEEDS = (
     *("bias", "allowed", "bad_words", "masks", "beams", "beam_searches"),
-    *("bad_word_len", "penalties", "top", "asked", "prompt_top", "beam_width", "beam_ends"),
+    *("bad_word_len", "penalties", "top", "asked", "beam_width", "beam_ends", "prompt_top"),
 )
 NUM_SUMMED = 6
 EVERY_TOKEN = 2**31  # a number of logprobs: those of the whole vocabulary

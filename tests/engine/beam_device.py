@@ -14,7 +14,7 @@ type Chosen = tuple[list[Candidate], list[Candidate]]
 
 def choose(beams: list[tuple[int, float] | None], width: int) -> Chosen:
     """From the digest and the score of each beam: those that go on, those that end; no two are alike."""
-    going_on, ended = [], []
+    going_on, ended = list[Candidate](), list[Candidate]()
     for parent, beam in enumerate(beams):
         if beam is None:
             continue
