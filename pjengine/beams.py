@@ -11,8 +11,8 @@ from pjengine.tokenizer import Tokenizer
 class BeamSearchParams:
     """How to search, and how long.
 
-    Sequences are compared by the sum of their logprobs / number of generated tokens ** `length_penalty`, as in
-    Hugging Face's `generate(num_beams=beam_width)`.
+    Sequences are compared by the sum of their logprobs / number of generated tokens ** `length_penalty`,
+    as in Hugging Face's `generate(num_beams=beam_width)`.
 
     Raises:
       ValueError: a field is out of its range, or asks for what there is not; the text names it.

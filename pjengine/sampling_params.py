@@ -225,7 +225,7 @@ _ITEMS: dict[str, type] = {
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("n", lambda n: 1 <= n <= MAX_N, f"in [1, {MAX_N}]"),
     ("best_of", lambda count: 1 <= count <= MAX_N, f"in [1, {MAX_N}]"),
-    ("length_penalty", lambda penalty: -100 <= penalty <= 100, "in [-100, 100]"),
+    ("length_penalty", lambda penalty: -10 <= penalty <= 10, "in [-10, 10]"),
     ("early_stopping", lambda when: when in (True, False, "never"), "True, False or 'never'"),
     ("presence_penalty", lambda penalty: -2 <= penalty <= 2, "in [-2, 2]"),
     ("frequency_penalty", lambda penalty: -2 <= penalty <= 2, "in [-2, 2]"),

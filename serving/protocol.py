@@ -23,7 +23,7 @@ _TokenIds = Annotated[list[int], Field(fail_fast=True)]
 MAX_MESSAGES = 65_536  # with the parts of their contents and their tool calls
 _LISTS_OF_MESSAGES = ("content", "tool_calls")
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
-_NOTHING_DRAWN = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}  # in a beam search
+_NOTHING_DRAWN: dict[str, Any] = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}  # in a beam search
 _OF_VOCABULARY = Field(max_length=2**19)  # no vocabulary is as large
 
 

@@ -122,19 +122,22 @@ def make_requests(rng: random.Random) -> list[tuple[list[int], Any]]:
         prompt = shared[: rng.choice((0, 16, 30))] + [
             rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, 6))
         ]
-        max_tokens = rng.randint(1, 26)
+        max_tokens, ignore_eos = rng.choice((rng.randint(1, 26), 26)), rng.random() < 0.8
         if rng.random() < 0.5:
             width = rng.choice((1, 2, 3, 4))
             more: dict[str, Any] = {
                 "early_stopping": rng.choice((True, False, "never")),
                 "length_penalty": rng.choice((0.6, 1.0, 2.0)),
-                "stop_token_ids": rng.sample(range(VOCAB_SIZE), rng.randint(0, 3)),
+                "stop_token_ids": rng.sample(range(VOCAB_SIZE), rng.choice((0, 0, 3))),
                 "min_tokens": rng.choice((0, min(4, max_tokens))),
             }
-            params = beams(width, max_tokens=max_tokens, **more)
+            params = beams(width, max_tokens=max_tokens, ignore_eos=ignore_eos, **more)
         else:
             params = SamplingParams(
-                max_tokens=max_tokens, seed=rng.randrange(100), temperature=rng.choice((0, 1.0))
+                max_tokens=max_tokens,
+                ignore_eos=ignore_eos,
+                seed=rng.randrange(100),
+                temperature=rng.choice((0, 1.0)),
             )
         requests.append((prompt, params))
     return requests
@@ -173,7 +176,7 @@ def test_searches_among_others_find_what_they_find_alone(llm: Any) -> None:
             num_preemptions += output.metrics.num_preemptions if requests[number][1].use_beam_search else 0
             check_same(output, llm.generate(*requests[number], use_tqdm=False)[0])
             num_compared += 1
-    assert num_preemptions > 2 and num_compared > 40
+    assert num_preemptions > 2 and num_compared > 30
 
 
 def test_an_aborted_search_returns_all_pages(golden: dict[str, Any], llm: Any) -> None:
