@@ -289,7 +289,7 @@ class LLMEngine:
             for kind in (0, 1)
         )
         going_on = going_on[: request.beams.width]
-        self.scheduler.follow(step, [candidate.parent for candidate in going_on])
+        self.scheduler.beams.follow(step, [candidate.parent for candidate in going_on])
         if not request.beams.take(going_on, ended):
             return False
         generation.take_beams(request.beams.finished)

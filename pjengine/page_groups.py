@@ -14,7 +14,7 @@ A step's pages are given back by the step after it at the earliest: within one, 
 write what this one reads. The device need not be told: attention reads no page before the window.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,43 +167,6 @@ class PageGroups:
             request.window_pages += pages
             updates.window.extend((row, column, page) for column, page in zip(columns, pages, strict=True))
         self._rows.room[row] += count * self._page_size
-
-    def fork(self, request: Request, updates: PageUpdates) -> None:
-        """Has a request's followers share its pages; if the last one is not full, each gets its own."""
-        row, table = request.row, self._rows
-        full, rest = divmod(int(table.computed[row]), self._page_size)
-        first = int(table.window_start[row]) // self._page_size
-        for follower in request.followers:
-            table.fork(row, follower.row)
-            follower.pages = request.pages[:full]
-            self.pool.retain(follower.pages)
-            if self.window_pool is not None:
-                follower.window_pages = request.window_pages[:full]
-                self.window_pool.retain(follower.window_pages[first:])
-            table.room[follower.row] = full * self._page_size
-            if rest:
-                self.grow(follower, 1, updates)
-
-    def reorder(self, requests: Sequence[Request], parents: Sequence[int], num_tokens: int) -> None:
-        """Has beams go on as others did: each takes over its parent's pages, but for the one not full.
-
-        `num_tokens`: of each beam when they were chosen. Steps since then know it already, and what they
-        have opened is each beam's own. A page that no beam refers to any more is free at once: no step
-        under way reads it.
-        """
-        full = num_tokens // self._page_size
-        for pool, held in zip(self.pools, ("pages", "window_pages"), strict=False):
-            before = [getattr(request, held) for request in requests]
-            taken, left = list[int](), list[int]()
-            for request, own, parent in zip(requests, before, parents, strict=True):
-                theirs = before[parent]
-                if theirs[:full] != own[:full]:
-                    changed = [c for c in range(full) if theirs[c] != own[c]]
-                    taken += [theirs[c] for c in changed]
-                    left += [own[c] for c in changed]
-                    setattr(request, held, theirs[:full] + own[full:])
-            pool.retain(taken)
-            pool.release(left)
 
     def give_back_unseen(self) -> None:
         """Releases the pages that no token still to be computed sees. Before a step is put together."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pjengine.beam_search import BeamStep
+from pjengine.beam_rows import BeamRows
 from pjengine.edits import NEEDS, NO_EDITS, Edits, join_needs, past_prompts
 from pjengine.page_groups import Found, PageGroups, PageUpdates
 from pjengine.page_pool import PagePool
@@ -49,6 +49,7 @@ class Scheduler:
     num_prompt_tokens: int = 0  # of requests that have got a row
     num_preemptions: int = 0
     rows: RowTable = field(init=False)
+    beams: BeamRows = field(init=False)
     _pages: PageGroups = field(init=False)
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
@@ -65,6 +66,7 @@ class Scheduler:
             window_pool=self.window_pool,
             window=self.window,
         )
+        self.beams = BeamRows(self.rows, self._pages, self.page_size)
 
     @property
     def has_requests(self) -> bool:
@@ -146,7 +148,7 @@ class Scheduler:
             edits=self._edits(decodes, chunks),
             masked=self._masked(decodes, chunks),
             refused=refused,
-            beams=self._beams(decodes, chunks),
+            beams=self.beams.steps(decodes, chunks),
             num_preempted=num_preempted,
         )
 
@@ -179,29 +181,6 @@ class Scheduler:
             if chunk.is_sampled and has_mask[chunk.row]:
                 found.append((seq, chunk.request))
         return found
-
-    def _beams(self, decodes: Decodes, chunks: list[Chunk]) -> list[BeamStep]:
-        """The searches that go on in a step; all beams of one are in it, or none."""
-        table, found = self.rows, []
-
-        def add(request: Request, kv_len: int, seqs: list[int]) -> None:
-            rows = [own.row for own in request.row_requests]
-            admission = int(table.admissions[request.row])
-            found.append(BeamStep(request, admission, kv_len, rows, seqs, request.edits.beam_ends))
-
-        for seq in np.flatnonzero(table.is_beam[decodes.rows]).tolist():
-            request = decodes.requests[seq]
-            if request.edits.leads_beams:
-                rows = [own.row for own in request.row_requests]
-                add(request, int(decodes.starts[seq]) + 1, np.searchsorted(decodes.rows, rows).tolist())
-        for seq, chunk in enumerate(chunks, len(decodes.requests)):
-            if chunk.is_sampled and table.is_beam[chunk.row]:
-                add(chunk.request, chunk.start + chunk.length, [seq])
-        return found
-
-    def follow(self, step: BeamStep, parents: Sequence[int]) -> None:
-        """Learns which beams have gone on as which others' continuations."""
-        self._pages.reorder(step.request.row_requests, parents, step.kv_len)
 
     def _budget(self, num_decodes: int) -> TokenBudget:
         most = self.max_num_batched_tokens
@@ -242,7 +221,7 @@ class Scheduler:
             for row, length in self._prompt_lengths(self._budget(len(rows))):
                 request, end = table.owner(row), int(table.computed[row]) + length
                 needed += self._pages_for(end) - len(request.pages)
-                needed += self._num_tails(request) if end == table.prefill_end[row] else 0
+                needed += self.beams.num_tails(request) if end == table.prefill_end[row] else 0
             if needed <= self._pages.num_free:
                 return num_preempted
             candidates = [table.owner(row) for row in [*rows.tolist(), *table.prefilling()]]
@@ -293,7 +272,7 @@ class Scheduler:
                 held_back.append(heapq.heappop(self._waiting))
                 continue
             found = self._pages.find(request)
-            cost = self._pages.cost(request, found) + self._num_tails(request)
+            cost = self._pages.cost(request, found) + self.beams.num_tails(request)
             if (cost > left).any():
                 break
             num_cached = len(found.pages) * self.page_size
@@ -325,21 +304,13 @@ class Scheduler:
     def _row_needs(self, requests: Iterable[Request]) -> list[tuple[int, ...]]:
         return [own.edits.needs for request in requests for own in request.row_requests]
 
-    def _num_tails(self, request: Request) -> int:
-        """Pages beside its own that a request's followers need, when they fork from the end of the prompt."""
-        return len(request.followers) if request.num_known % self.page_size else 0
-
     def _start(self, request: Request, found: Found, updates: PageUpdates) -> None:
         """Gives a waiting request a row and the cached pages of its beginning."""
         num_cached = len(found.pages) * self.page_size
         request.status = RequestStatus.RUNNING
         request.row = self.rows.admit(request, num_cached, room=num_cached)
         self._pages.take(request, found, updates)
-        for follower in request.followers:
-            follower.status = RequestStatus.RUNNING
-            follower.row = self.rows.admit_follower(follower)
-        if request.beams is not None:
-            request.beams.begin()
+        self.beams.start(request)
         if self.is_caching and request.is_cache_read:
             self.num_cache_queries += request.num_known
             self.num_cache_hits += num_cached
@@ -364,7 +335,7 @@ class Scheduler:
         self._pages.register(request)  # those of outputs when it leaves its row
         is_sampled = start + length == table.prefill_end[row]
         if is_sampled:
-            self._pages.fork(request, updates)
+            self.beams.fork(request, updates)
         return Chunk(
             request=request,
             row=row,

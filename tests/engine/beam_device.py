@@ -80,7 +80,7 @@ class BeamDevice(StubDevice):
             request = step.request
             if self.scheduler.rows.admissions[step.rows[0]] != step.admission:
                 continue
-            self.scheduler.follow(step, [candidate.parent for candidate in going_on])
+            self.scheduler.beams.follow(step, [candidate.parent for candidate in going_on])
             if request.beams.take(going_on, ended):
                 request.finish("stop")
                 self.scheduler.finish([request])
