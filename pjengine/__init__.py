@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     from pjengine.async_llm import AsyncLLM as AsyncLLM
     from pjengine.async_llm import EngineDeadError as EngineDeadError
     from pjengine.async_llm import EngineGenerateError as EngineGenerateError
+    from pjengine.beams import BeamSearchOutput as BeamSearchOutput
+    from pjengine.beams import BeamSearchParams as BeamSearchParams
+    from pjengine.beams import BeamSearchSequence as BeamSearchSequence
     from pjengine.config import EngineConfig as EngineConfig
     from pjengine.embeddings import EmbeddingOutput as EmbeddingOutput
     from pjengine.engine import LLMEngine as LLMEngine
@@ -32,6 +35,9 @@ _HOMES = {
     "AsyncLLM": "pjengine.async_llm",
     "EngineDeadError": "pjengine.async_llm",
     "EngineGenerateError": "pjengine.async_llm",
+    "BeamSearchOutput": "pjengine.beams",
+    "BeamSearchParams": "pjengine.beams",
+    "BeamSearchSequence": "pjengine.beams",
     "EngineConfig": "pjengine.config",
     "LLMEngine": "pjengine.engine",
     "EmbeddingOutput": "pjengine.embeddings",
@@ -55,6 +61,9 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionChunk",
     "CompletionOutput",
     "CompletionScore",

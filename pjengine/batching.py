@@ -19,7 +19,7 @@ from pjengine.schedule import Chunk, Schedule
 
 # What a row is told about its request when it is admitted.
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-FLOAT_FIELDS = ("temperature", "top_p", "min_p", *PENALTIES)
+FLOAT_FIELDS = ("temperature", "top_p", "min_p", *PENALTIES, "beam_score")
 ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", *FLOAT_FIELDS)
 SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
 NO_LAYER = 2**30  # in place of a layer's number
@@ -41,6 +41,7 @@ class Rows(NamedTuple):
     repetition_penalty: Float[Array, " rows"]
     frequency_penalty: Float[Array, " rows"]
     presence_penalty: Float[Array, " rows"]
+    beam_score: Float[Array, " rows"]  # in a beam search: the sum of the logprobs of its output
     page_table: Int[Array, "rows columns"]  # where layers have windows, their columns follow the others
 
     @classmethod
@@ -222,7 +223,7 @@ def _row_record(chunk: Chunk, vocab_size: int) -> Int[np.ndarray, " fields"]:
     top_k = vocab_size if params.top_k <= 0 else min(params.top_k, vocab_size)
     seed_low, seed_high = np.array([request.seed], np.uint64).view(np.int32)  # little-endian
     penalties = [getattr(request.edits, name) for name in PENALTIES]
-    floats = np.array([params.temperature, params.top_p, params.min_p, *penalties], np.float32)
+    floats = np.array([params.temperature, params.top_p, params.min_p, *penalties, 0], np.float32)
     return np.array(
         [chunk.row, len(request.prompt_token_ids), seed_high, seed_low, top_k, *floats.view(np.int32)],
         np.int32,

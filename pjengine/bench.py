@@ -128,12 +128,14 @@ def latency(
 ) -> dict[str, Any]:
     """Decoding of one batch: TPOT = (T(all tokens) - T(1 token)) / (tokens - 1), T being medians.
 
-    `sampling` are fields of SamplingParams; without, it is greedy.
+    `sampling` are fields of SamplingParams; without, it is greedy. Of a beam search the rate is that of the
+    sequences, and that of all beams is beside it.
 
     Raises:
       ValueError: the batch does not run at once, or its requests are longer than `max_model_len`.
     """
-    check_batch(llm, batch_size, prompt_len, output_len)
+    num_beams = (sampling or {}).get("best_of", 1)
+    check_batch(llm, batch_size, prompt_len, output_len, num_beams)
     _warm_up(llm)
     prompts = random_tokens(llm.engine.model_config.vocab_size, [prompt_len] * batch_size, seed=0)
 
@@ -159,16 +161,18 @@ def latency(
         "tpot_ms": 1e3 * tpot_s,
         "tpot_spread_ms": 1e3 * range_s / steps,  # largest less smallest that these runs could be paired to
         "output_tokens_per_s": batch_size / tpot_s if tpot_s > 0 else 0.0,
+        **({"beam_tokens_per_s": num_beams * batch_size / max(tpot_s, 1e-9)} if num_beams > 1 else {}),
         "recompiles_after_warmup": llm.engine.runner.recompiles_after_warmup,
     }
 
 
-def check_batch(llm: Any, batch_size: int, prompt_len: int, output_len: int) -> None:
+def check_batch(llm: Any, batch_size: int, prompt_len: int, output_len: int, num_beams: int = 1) -> None:
     """Raises ValueError where the figures of `latency` would not be those of one batch."""
     max_num_seqs = llm.engine.runner.config.max_num_seqs
-    if batch_size > max_num_seqs:
+    if batch_size * num_beams > max_num_seqs:
+        beams = f" searches of {num_beams} beams" if num_beams > 1 else ""
         raise ValueError(
-            f"a batch of {batch_size} does not run at once with max_num_seqs={max_num_seqs}: "
+            f"a batch of {batch_size}{beams} does not run at once with max_num_seqs={max_num_seqs}: "
             "raise it, or lower the batch size"
         )
     if output_len < 2:

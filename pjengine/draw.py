@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.batching import PENALTIES, Layout, Rows, Vector, sampled_by
 from pjengine.call_processors import apply_processors
-from pjengine.edit_sizes import EditSizes, pack_edits, pack_masks
+from pjengine.edit_sizes import EditSizes, pack_beams, pack_edits, pack_masks
 from pjengine.logits import History, apply_edits
 from pjengine.logprobs import Logprobs, logprobs_of
 from pjengine.sampler import sample
@@ -71,11 +71,12 @@ class Undrawn(NamedTuple):
 
 
 def pack_draw(schedule: Schedule, masks: Masks, layout: DrawLayout) -> Int[np.ndarray, " size"]:
-    """Writes edits and masks into a fresh vector."""
+    """Writes edits, masks and beams into a fresh vector."""
     blob = np.empty(layout.size, np.int32)
     parts = layout.split(blob)
     pack_edits(parts, schedule.edits, layout.num_seqs, layout.edits.chains)
     pack_masks(parts, masks)
+    pack_beams(parts, schedule.beams)
     return blob
 
 
@@ -89,7 +90,23 @@ def draw(
     backend: str | None,
 ) -> tuple[Rows, Int[Array, " seqs"], Logprobs | None]:
     """Edits the logits and draws a token for each sequence. Donates `rows`."""
-    parts, row, raw = layout.split(blob), undrawn.row, undrawn.logits
+    rows, tokens, logprobs, _ = edit_and_draw(
+        rows, token_ids, undrawn, layout.split(blob), layout=layout, backend=backend
+    )
+    return rows, tokens, logprobs
+
+
+def edit_and_draw(
+    rows: Rows,
+    token_ids: Int[Array, "pages page_size"],
+    undrawn: Undrawn,
+    parts: dict[str, Array],
+    *,
+    layout: DrawLayout,
+    backend: str | None,
+) -> tuple[Rows, Int[Array, " seqs"], Logprobs | None, Float[Array, "seqs vocab"]]:
+    """The same, and the edited logits."""
+    row, raw = undrawn.row, undrawn.logits
     page_table = rows.page_table.at[row].get(mode="fill", fill_value=0)
     prompt_lens = rows.prompt_len.at[row].get(mode="clip")
     penalties = [getattr(rows, name).at[row].get(mode="clip") for name in PENALTIES]
@@ -109,4 +126,4 @@ def draw(
         if layout.edits.num_top is not None:
             logprobs = logprobs_of(raw, tokens, layout.edits.num_top, parts["asked"])
     last_token = rows.last_token.at[undrawn.sampled_rows].set(tokens, mode="drop")
-    return rows._replace(last_token=last_token), tokens, logprobs
+    return rows._replace(last_token=last_token), tokens, logprobs, logits

@@ -5,9 +5,12 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from pjengine.beam_search import BeamStep
 from pjengine.edits import NEEDS, Edits
 from pjengine.processors import Chain
 from pjengine.schedule import Masks
+
+OUT_OF_RANGE = 2**30  # of sequences, rows and tokens: stands for nothing
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class EditSizes:
     num_asked: int = 0
     num_processed: int = 0  # sequences with logits processors
     chains: tuple[Chain, ...] = ()  # that any of these may have
+    num_beams: int = 0  # of all searches together
+    num_beam_searches: int = 0
+    beam_width: int = 0
+    num_beam_ends: int = 0
 
     @property
     def can_forbid(self) -> bool:
@@ -54,6 +61,10 @@ class EditSizes:
             "masks": (self.num_masks, self.mask_words),  # a bit for each token
             "asked": (num_seqs, self.num_asked),
             "processed": (2, self.num_processed),  # sequence, number of its chain
+            "beam_seqs": (self.num_beams,),
+            "beam_ends": (self.num_beams, self.num_beam_ends),
+            "beam_of": (self.num_beam_searches, self.beam_width),  # by search: which of `beam_seqs`
+            "beam_rows": (self.num_beam_searches, self.beam_width),
         }
 
 
@@ -66,7 +77,8 @@ def sizes_for(needs: np.ndarray, vocab_size: int, chains: Iterable[Chain] = ()) 
 
     `chains` are those of all its requests.
     """
-    bias, allowed, bad_words, masks, processed, bad_word_len, penalties, top, asked, *_ = needs.tolist()
+    bias, allowed, bad_words, masks, processed, beams, beam_searches, *largest = needs.tolist()
+    bad_word_len, penalties, top, asked, beam_width, beam_ends, *_ = largest
     return EditSizes(
         num_bias=_room(bias),
         num_allowed=_room(allowed),
@@ -79,6 +91,10 @@ def sizes_for(needs: np.ndarray, vocab_size: int, chains: Iterable[Chain] = ()) 
         num_asked=min(_room(asked), vocab_size),
         num_processed=_room(processed),
         chains=tuple(sorted(chains, key=hash)),  # the same ones are the same program
+        num_beams=_room(beams),
+        num_beam_searches=_room(beam_searches),
+        beam_width=_room(beam_width),
+        num_beam_ends=_room(beam_ends),
     )
 
 
@@ -150,6 +166,20 @@ def pack_edits(
     parts["processed"][:] = num_seqs
     if processed:
         parts["processed"][:, : len(processed)] = np.array(processed, np.int32).T
+
+
+def pack_beams(parts: dict[str, np.ndarray], steps: Sequence[BeamStep]) -> None:
+    """Writes which sequences are beams, of which searches, and what ends them."""
+    for name in ("beam_seqs", "beam_ends", "beam_of", "beam_rows"):
+        parts[name][:] = OUT_OF_RANGE
+    first = 0
+    for index, step in enumerate(steps):
+        end = first + len(step.seqs)
+        parts["beam_seqs"][first:end] = step.seqs
+        parts["beam_ends"][first:end, : len(step.ends)] = step.ends
+        parts["beam_of"][index, : len(step.seqs)] = np.arange(first, end)
+        parts["beam_rows"][index, : len(step.rows)] = step.rows
+        first = end
 
 
 def pack_masks(parts: dict[str, np.ndarray], masks: Masks) -> None:

@@ -29,6 +29,9 @@ class Edits:
     pooling: str | None = None  # one state of each layer, "mean" or "last"; None: one of each token
     has_mask: bool = False  # what may come depends on all tokens before, and is told with every step
     processors: tuple[Callable[[Any, Any], Any], ...] = ()  # functions of the caller's, one after the other
+    beam_width: int = 0  # of its beam search; 0: none
+    beam_ends: tuple[int, ...] = ()  # tokens that end one of its sequences
+    leads_beams: bool = True  # it is the first of the search's rows
 
     @property
     def has_penalties(self) -> bool:
@@ -53,10 +56,14 @@ class Edits:
             len(self.bad_words),
             int(self.has_mask),
             int(bool(self.processors)),
+            int(self.beam_width > 0),
+            int(self.beam_width > 0 and self.leads_beams),
             max((len(word) for word in self.bad_words), default=0),
             int(self.has_penalties),
             top(self.num_logprobs),
             len(self.logprob_ids),
+            self.beam_width,
+            max(1, len(self.beam_ends)) if self.beam_width else 0,
             top(self.num_prompt_logprobs),
             len(self.layers),
             int(bool(self.layers) and self.pooling is None),
@@ -64,14 +71,14 @@ class Edits:
 
 
 NO_EDITS = Edits()  # of nearly all requests: compared by identity
-# What a step needs is the sum of the first five over its requests, and the largest of the others. Numbers of
+# What a step needs is the sum of the first seven over its requests, and the largest of the others. Numbers of
 # logprobs are one more than asked for; 0: none.
 NEEDS = (
-    *("bias", "allowed", "bad_words", "masks", "processed"),
-    *("bad_word_len", "penalties", "top", "asked"),
+    *("bias", "allowed", "bad_words", "masks", "processed", "beams", "beam_searches"),
+    *("bad_word_len", "penalties", "top", "asked", "beam_width", "beam_ends"),
     *("prompt_top", "states", "token_states"),
 )
-NUM_SUMMED = 5
+NUM_SUMMED = 7
 EVERY_TOKEN = 2**31  # a number of logprobs: those of the whole vocabulary
 MAX_ASKED = 128  # tokens that a request may name for their logprobs, whatever max_logprobs says; as in vLLM
 

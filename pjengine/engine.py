@@ -8,9 +8,10 @@ from itertools import compress
 import numpy as np
 from jaxtyping import Bool, Int
 
+from pjengine.beam_search import BeamStep, Candidate
 from pjengine.compile_cache import open_compile_cache
 from pjengine.config import EngineConfig, compile_cache_folder, is_whole
-from pjengine.generation import Completion, Generation
+from pjengine.generation import NO_TOKEN, Completion, Generation
 from pjengine.hidden_states import states_to_host
 from pjengine.loading import LoadedModel, load_model
 from pjengine.outputs import RequestOutput
@@ -20,7 +21,7 @@ from pjengine.prompts import Prompt
 from pjengine.request import Request, request_id_for
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
-from pjengine.schedule import NO_MASKS, Decodes, Masks, Schedule
+from pjengine.schedule import BROKEN, NO_MASKS, Decodes, Masks, Schedule
 from pjengine.scheduler import Scheduler
 from pjengine.step import StepOutput
 from pjengine.token_logprobs import to_host
@@ -146,7 +147,7 @@ class LLMEngine:
             for request_id in ids:
                 if request_id in self._completions or request_id in self._generations:
                     raise ValueError(f"request id {request_id!r} is in use; choose another or leave it out")
-            for completion in generation.completions:
+            for completion in generation.completions[: 1 if generation.request.beams else None]:
                 self.scheduler.add(completion.request)
             self._completions |= {
                 request_id: (completion, generation)
@@ -214,8 +215,10 @@ class LLMEngine:
         refused = []
         for request, reason in schedule.refused:
             completion, generation = self._completions[request.request_id]
-            completion.abort("error", reason)
-            self._drop([completion])
+            ended = generation.completions if request.beams else [completion]
+            for one in ended:
+                one.abort("error", reason)
+            self._drop(ended)
             refused.append(generation)
         return refused
 
@@ -240,6 +243,7 @@ class LLMEngine:
 
         decodes, table = schedule.decodes, self.scheduler.rows
         is_live = table.admissions[decodes.rows] == decodes.admissions  # not ended or preempted since
+        is_live &= ~table.is_beam[decodes.rows]
         is_plain = is_live & ~self._needs_look(decodes, sampled)
         plain = np.flatnonzero(is_plain)
         completions, depth = self._completions, len(sampled)
@@ -255,10 +259,44 @@ class LLMEngine:
         for seq in np.flatnonzero(is_live & ~is_plain).tolist():
             look(decodes.requests[seq], seq, int(decodes.lengths[seq]))
         for seq, chunk in enumerate(schedule.chunks, len(decodes.requests)):
-            if chunk.is_sampled and table.admissions[chunk.row] == chunk.admission:
+            is_own = table.admissions[chunk.row] == chunk.admission
+            if chunk.is_sampled and is_own and chunk.request.beams is None:
                 look(chunk.request, seq, 1)
+        for index, step in enumerate(schedule.beams):
+            if table.admissions[step.rows[0]] == step.admission:
+                _, generation = self._completions[step.request.request_id]
+                every = list(generation.completions)
+                if self._take_beams(step, index, output, now):
+                    finished += every
+                    grown.append(generation)
         self._drop(finished)
         return list(dict.fromkeys(grown))
+
+    def _take_beams(self, step: BeamStep, index: int, output: StepOutput, now: float) -> bool:
+        """Follows the `index`-th beam search of a step; returns whether it has ended."""
+        request, beams = step.request, output.beams
+        _, generation = self._completions[request.request_id]
+        assert beams is not None and request.beams is not None
+        metrics = request.metrics
+        metrics.first_token_s = metrics.first_token_s or now
+        metrics.last_token_s = now
+        self.num_generation_tokens += request.beams.width
+        if (output.tokens[0, step.seqs] == BROKEN).any():
+            generation.abort("error", NO_TOKEN[BROKEN])
+            return True
+        going_on, ended = (
+            [
+                Candidate(*fields)
+                for fields in zip(*(array[index, kind].tolist() for array in beams), strict=True)
+            ]
+            for kind in (0, 1)
+        )
+        going_on = going_on[: request.beams.width]
+        self.scheduler.beams.follow(step, [candidate.parent for candidate in going_on])
+        if not request.beams.take(going_on, ended):
+            return False
+        generation.take_beams(request.beams.finished)
+        return True
 
     def _needs_look(
         self, decodes: Decodes, tokens: Int[np.ndarray, "depth seqs"]

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
+from pjengine.beam_search import Hypothesis
 from pjengine.grammars import Matcher
 from pjengine.hidden_states import PromptStates
-from pjengine.outputs import CompletionOutput, RequestOutput, merge_metrics
+from pjengine.outputs import CompletionOutput, RequestMetrics, RequestOutput, merge_metrics
 from pjengine.processors import why_no_token
 from pjengine.request import Request
-from pjengine.sampling_params import RequestOutputKind
+from pjengine.sampling_params import RequestOutputKind, SamplingParams
 from pjengine.schedule import BROKEN, FORBIDDEN
 from pjengine.token_logprobs import LogprobArrays, OutputLogprobs, PromptLogprobs
 from pjengine.tokenizer import IncrementalDetokenizer
@@ -39,6 +40,7 @@ class Completion:
     index: int = 0
     logprobs: OutputLogprobs | None = None  # None: not asked for
     matcher: Matcher | None = None  # None: no grammar
+    cumulative_logprob: float | None = None  # of a beam that has ended; of others `logprobs` have it
     is_end_taken: bool = False  # by an output that holds what is new
     _text: str = ""
     _num_read: int = 0  # tokens that are in `_text`
@@ -130,6 +132,20 @@ class Completion:
             self._is_text_complete = True
             self.request.finish("stop", stop)
 
+    def fill(self, beam: Hypothesis, metrics: RequestMetrics) -> None:
+        """Takes all of its tokens, as a beam search found them, with the times of the search."""
+        with self._lock:
+            request, own = self.request, self.request.metrics
+            request.output_token_ids += beam.token_ids
+            self.cumulative_logprob = beam.cumulative_logprob
+            own.num_generation_tokens = len(request.output_token_ids)
+            for name in ("scheduled_s", "first_token_s", "last_token_s"):
+                setattr(own, name, getattr(metrics, name))
+            if beam.is_stopped:
+                request.stop_after(beam.end.token)
+            else:
+                request.finish("length")
+
     def abort(self, reason: str = "abort", stop_reason: str | None = None) -> None:
         """Ends it where it stands, if it has not ended by itself."""
         with self._lock:
@@ -183,8 +199,8 @@ class Completion:
             index=self.index,
             text=self._text[first_char:num_chars],
             token_ids=request.output_token_ids[first_token:num_tokens],
-            cumulative_logprob=None if logprobs is None else logprobs.cumulative,
-            logprobs=None if logprobs is None else logprobs.positions[first_token:],
+            cumulative_logprob=self.cumulative_logprob if logprobs is None else logprobs.cumulative,
+            logprobs=logprobs.positions[first_token:] if logprobs and request.params.has_logprobs else None,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
@@ -215,10 +231,18 @@ class Generation:
     def num_output_tokens(self) -> int:
         return sum(len(completion.request.output_token_ids) for completion in self.completions)
 
-    def abort(self) -> None:
+    def abort(self, reason: str = "abort", stop_reason: str | None = None) -> None:
         """Ends what has not ended by itself."""
         for completion in self.completions:
-            completion.abort()
+            completion.abort(reason, stop_reason)
+
+    def take_beams(self, found: list[Hypothesis]) -> None:
+        """Ends a beam search with what it has found, best first. There may be less than is asked for."""
+        del self.completions[max(1, len(found)) :]
+        for completion, beam in zip(self.completions, found, strict=False):
+            completion.fill(beam, self.request.metrics)
+        if not found:
+            self.abort("error", NO_TOKEN[FORBIDDEN])
 
     def output(self) -> RequestOutput:
         """All that there is so far; with `output_kind` DELTA, what is new since the last call.
@@ -230,7 +254,9 @@ class Generation:
             outputs = [output for output in new if output is not None]
             is_finished = all(completion.is_end_taken for completion in self.completions)
         else:
-            outputs = [completion.output() for completion in self.completions]
+            outputs = _likeliest(
+                [completion.output() for completion in self.completions], self.request.params
+            )
             is_finished = all(output.finished() for output in outputs)
         request = self.request
         return RequestOutput(
@@ -253,3 +279,13 @@ class Generation:
         if result is not None and self.request.params.output_kind is RequestOutputKind.DELTA:
             self._taken.add(name)
         return result
+
+
+def _likeliest(outputs: list[CompletionOutput], params: SamplingParams) -> list[CompletionOutput]:
+    """Those `n` with the highest cumulative logprob, best first, where `best_of` asks for more."""
+    if len(outputs) <= params.n:
+        return outputs
+    chosen = sorted(outputs, key=lambda output: -(output.cumulative_logprob or 0.0))[: params.n]
+    for index, output in enumerate(chosen):
+        output.index = index
+    return chosen

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pjengine.beams import BeamSearchOutput, BeamSearchParams, beam_search_output
 from pjengine.config import EngineConfig, known_settings
 from pjengine.embeddings import EmbeddingOutput, embedding_of, embedding_params
 from pjengine.engine import LLMEngine
@@ -103,6 +104,26 @@ class LLM:
         outputs = self._finish(generations, use_tqdm, Generation.output)
         return [outputs[generation] for generation in generations]
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool | Callable[..., Any] = False,
+    ) -> list[BeamSearchOutput]:
+        """Finds the likeliest sequences after each prompt: `params.beam_width` of them, best first.
+
+        Their tokens and texts begin with the prompt's, as vLLM's do. `generate` takes the same search as
+        `SamplingParams(use_beam_search=True)`, with more to choose, and gives the continuations alone.
+
+        Raises:
+          ValueError: a prompt or parameter is not possible. Nothing has been run then.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise TypeError(f"params must be BeamSearchParams, got {params!r:.80}")
+        outputs = self.generate(prompts, params.sampling_params, use_tqdm=use_tqdm)
+        return [beam_search_output(output, params, self.engine.tokenizer) for output in outputs]
+
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -113,7 +134,13 @@ class LLM:
         Takes what `generate` takes, and checks it when called. The requests start with the first chunk
         that is asked for, and end when the loop is left.
         """
-        return self._chunks(self._prepare(as_prompts(prompts), sampling_params, 0))
+        generations = self._prepare(as_prompts(prompts), sampling_params, 0)
+        if any(generation.request.params.is_chosen for generation in generations):
+            raise ValueError(
+                "beam search, and best_of above n, cannot be streamed: what is chosen is known at the end. "
+                "Use generate"
+            )
+        return self._chunks(generations)
 
     def chat(
         self,

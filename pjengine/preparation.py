@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from pjengine.beam_search import BeamSearch
 from pjengine.call_processors import check_processors
 from pjengine.edits import NO_EDITS, Edits
 from pjengine.generation import Completion, Generation
 from pjengine.grammars import Grammars, Matcher
 from pjengine.hidden_states import PromptStates
 from pjengine.models.config import ModelConfig
+from pjengine.outputs import RequestMetrics
 from pjengine.prompts import EncodedPrompt, Prompt, encode_prompt
 from pjengine.request import Request, request_id_for
 from pjengine.resolution import Resolver, default_params
@@ -100,7 +102,8 @@ class Preparation:
             keep_last=params.truncate_prompt_tokens,
         )
         seed = self.draw_seed() if params.seed is None or params.seed < 0 else params.seed
-        fork = request_id_for(None) if params.n > 1 else ""
+        num_sampled = 1 if params.use_beam_search else params.num_sequences
+        fork = request_id_for(None) if num_sampled > 1 else ""
         matcher = None
         if params.structured_outputs is not None:
             matcher = self.grammars.matcher(params.structured_outputs)
@@ -111,10 +114,15 @@ class Preparation:
         if edits is not NO_EDITS:  # one continuation is enough for what is asked of the prompt
             edits = dataclasses.replace(edits, num_prompt_logprobs=None, layers=(), pooling=None)
             edits = NO_EDITS if edits == NO_EDITS else edits
-        for i in range(1, params.n):
+        for i in range(1, num_sampled):
             other = self._request(f"{i}_{request_id}", encoded, params, edits, seed + i, priority, fork)
             other.is_cache_read = True
             generation.completions.append(self._completion(other, matcher and matcher.fork(), i))
+        if params.use_beam_search:
+            add_beams(generation)
+            for i in range(1, params.n):
+                other = self._request(f"{i}_{request_id}", encoded, params, edits, seed, priority, fork)
+                generation.completions.append(self._completion(other, None, i))
         return generation
 
     def _request(
@@ -158,7 +166,7 @@ class Preparation:
                 prompt_ids=request.prompt_token_ids[-16:],  # enough to tell whether the text starts here
             )
         if edits.num_logprobs is not None:
-            decode = self._decode_token if params.detokenize else None
+            decode = self._decode_token if params.detokenize and params.has_logprobs else None
             logprobs = OutputLogprobs(edits, params.flat_logprobs, decode)
         return Completion(request, detokenizer, index, logprobs, matcher)
 
@@ -175,6 +183,32 @@ class Preparation:
             return None
         places = [layers.index(number) for number in wanted.numbers(self.model_config.num_layers)]
         return PromptStates(len(request.prompt_token_ids), places, wanted.pooling)
+
+
+def add_beams(generation: Generation) -> None:
+    """Makes the first request lead a beam search, which is queued with it; the others get what it finds."""
+    request = generation.request
+    params, edits = request.params, dataclasses.replace(request.edits, leads_beams=False)
+    request.beams = BeamSearch(
+        width=params.num_sequences,
+        max_tokens=request.max_total_tokens - len(request.prompt_token_ids),
+        length_penalty=params.length_penalty,
+        early_stopping=params.early_stopping,
+    )
+    # What they share grows in one place only: names of the prompt's pages.
+    own: dict[str, Callable[[], Any]] = {
+        "pages": list, "window_pages": list, "output_token_ids": list, "followers": list,
+        "metrics": RequestMetrics,
+    }  # fmt: skip
+    request.followers = [
+        dataclasses.replace(
+            request,
+            request_id=f"{request.request_id} beam {i}",
+            edits=edits,
+            **{name: make() for name, make in own.items()},
+        )
+        for i in range(1, params.num_sequences)
+    ]
 
 
 def seed_source(seed: int) -> Callable[[], int]:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from pjengine.beam_search import BeamSearch
 from pjengine.edits import NO_EDITS, Edits
 from pjengine.outputs import RequestMetrics
 from pjengine.sampling_params import SamplingParams
@@ -55,6 +56,8 @@ class Request:
     num_registered: int = 0  # pages, from the first, that the prefix cache has been told of
     num_cached_tokens: int = 0  # of the prompt, found in the cache when first admitted
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    beams: BeamSearch | None = None
+    followers: list["Request"] = field(default_factory=list, repr=False)  # the search's other rows
 
     @property
     def num_known(self) -> int:
@@ -67,7 +70,8 @@ class Request:
     @property
     def is_watched(self) -> bool:
         """Whether each of its tokens has to be looked at, not only those that end it."""
-        return bool(self.params.stop_strings or self.edits.num_logprobs is not None or self.edits.has_mask)
+        is_seen = self.edits.num_logprobs is not None or self.edits.has_mask or self.beams is not None
+        return bool(self.params.stop_strings or is_seen)
 
     @cached_property
     def _silent_ends(self) -> frozenset[int]:
@@ -78,6 +82,11 @@ class Request:
         """Tokens after any of which it ends."""
         more = frozenset() if self.params.ignore_eos else self.more_eos_token_ids
         return self._silent_ends | more | self.params.stop_ids
+
+    @property
+    def row_requests(self) -> list["Request"]:
+        """Those that have rows while it runs: of a beam search one for each beam."""
+        return [self, *self.followers]
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -106,9 +115,13 @@ class Request:
         metrics.last_token_s = now
         metrics.num_generation_tokens += 1
         if token in self.end_ids:
-            self.finish("stop", None if token in self._silent_ends else token)
+            self.stop_after(token)
         elif self.num_known >= self.max_total_tokens:
             self.finish("length")
+
+    def stop_after(self, token: int) -> None:
+        """Ends it by one of `end_ids`."""
+        self.finish("stop", None if token in self._silent_ends else token)
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.status = RequestStatus.FINISHED

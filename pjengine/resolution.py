@@ -72,6 +72,8 @@ class Resolver:
             )
         states = params.hidden_states
         stops = self.eos_token_ids | params.stop_ids if params.min_tokens else ()
+        ends = params.stop_ids | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        is_ranked = not params.use_beam_search and params.num_sequences > params.n
         edits = Edits(
             bias={
                 token: float(min(max(bias, -MAX_BIAS), MAX_BIAS))
@@ -80,20 +82,26 @@ class Resolver:
             allowed=tuple(sorted(set(params.allowed_token_ids or ()))),
             bad_words=tuple(dict.fromkeys(self._bad_words(dict.fromkeys(params.bad_words or ())))),
             min_tokens=params.min_tokens,
-            stops=tuple(sorted(token for token in stops if token < self.vocab_size)),
+            stops=self._known(stops),
             repetition_penalty=float(params.repetition_penalty),
             frequency_penalty=float(params.frequency_penalty),
             presence_penalty=float(params.presence_penalty),
-            num_logprobs=0 if asked else params.logprobs,
+            num_logprobs=0 if asked or (is_ranked and params.logprobs is None) else params.logprobs,
             logprob_ids=asked,
             num_prompt_logprobs=params.prompt_logprobs,
             layers=() if states is None else tuple(sorted(set(states.numbers(self.num_layers)))),
             pooling=None if states is None else states.pooling,
             has_mask=params.structured_outputs is not None,
             processors=tuple(params.logits_processors or ()),
+            beam_width=params.num_sequences if params.use_beam_search else 0,
+            beam_ends=self._known(ends) if params.use_beam_search else (),
         )
         self._check_any_left(edits)
         return NO_EDITS if edits == NO_EDITS else edits
+
+    def _known(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """Those within the vocabulary, which a tokenizer's may not be."""
+        return tuple(sorted(token for token in ids if token < self.vocab_size))
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:
         for token in ids:

@@ -35,6 +35,7 @@ class RowTable:
         self.needs = np.zeros((num_rows, len(NEEDS)), np.int64)  # of its edits
         self.travels = np.zeros(num_rows, np.bool_)  # something of its edits, with every step
         self.has_mask = np.zeros(num_rows, np.bool_)  # what may come depends on all tokens before
+        self.is_beam = np.zeros(num_rows, np.bool_)  # it and others are the beams of one search
         self.is_watched = np.zeros(num_rows, np.bool_)  # each of its tokens has to be looked at
         self.end_ids = np.full((num_rows, 1), -1, np.int32)  # tokens that end it; -1: no more
         self._free = list(range(num_rows))  # a heap: low rows first
@@ -61,9 +62,21 @@ class RowTable:
         self.needs[row] = request.edits.needs
         self.travels[row] = request.edits.travels
         self.has_mask[row] = request.edits.has_mask
+        self.is_beam[row] = request.beams is not None
         self.is_watched[row] = request.is_watched or len(request.end_ids) > MAX_END_IDS
         self._set_end_ids(row, () if self.is_watched[row] else tuple(request.end_ids))
         return row
+
+    def admit_follower(self, request: Request) -> int:
+        """The same for another beam, which has nothing to compute until `fork`."""
+        row = self.admit(request, num_computed=0, room=0)
+        self.prefill_end[row] = self.limit[row] = 0
+        return row
+
+    def fork(self, row: int, follower: int) -> None:
+        """Has a follower decode from where `row` is; its pages are yet to be counted."""
+        for column in (self.computed, self.prefill_end, self.limit, self.window_start):
+            column[follower] = column[row]
 
     def _set_end_ids(self, row: int, ids: tuple[int, ...]) -> None:
         if (more := len(ids) - self.end_ids.shape[1]) > 0:
@@ -74,6 +87,7 @@ class RowTable:
     def vacate(self, row: int) -> None:
         self.requests[row] = None
         self.admissions[row] = 0
+        self.is_beam[row] = False
         self.needs[row] = 0
         heapq.heappush(self._free, row)
 

@@ -140,9 +140,13 @@ class Runner:
         layout, undrawn = launched.draw_layout, launched.undrawn
         assert layout is not None and undrawn is not None
         blob = jax.device_put(pack_draw(launched.schedule, masks, layout), self.sharding)
-        self.rows, tokens, logprobs = self.programs[layout](self.rows, self.cache.token_ids, undrawn, blob)
+        program, beams = self.programs[layout], None
+        if layout.edits.num_beams:
+            self.cache, self.rows, tokens, logprobs, beams = program(self.cache, self.rows, undrawn, blob)
+        else:
+            self.rows, tokens, logprobs = program(self.rows, self.cache.token_ids, undrawn, blob)
         launched.undrawn = None  # the logits take much memory
-        launched.output = StepOutput(tokens[None], logprobs, launched.prompt_logprobs, launched.states)
+        launched.output = StepOutput(tokens[None], logprobs, launched.prompt_logprobs, launched.states, beams)
         _send_home(launched.output)
 
     def _update_early(

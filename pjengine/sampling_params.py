@@ -9,6 +9,7 @@ from functools import cached_property
 from types import NoneType
 from typing import Any
 
+from pjengine.beam_search import MAX_BEAM_WIDTH
 from pjengine.hidden_states import HiddenStatesParams
 from pjengine.structured_outputs import StructuredOutputsParams
 
@@ -39,6 +40,10 @@ class SamplingParams:
     """
 
     n: int = 1  # continuations of the same prompt; the seed of the i-th (from 0) is seed + i
+    best_of: int | None = None  # so many are generated, and the n likeliest given back; None: n
+    use_beam_search: bool = False  # best_of beams, of which the n best are given back
+    length_penalty: float = 1.0  # beams are compared by the sum of logprobs / length ** length_penalty
+    early_stopping: bool | str = False  # True: once best_of beams have ended; "never": only for certain
     presence_penalty: float = 0.0  # taken from the logits of tokens in the output
     frequency_penalty: float = 0.0  # the same, times their number
     repetition_penalty: float = 1.0  # divides the logits of tokens in prompt or output; above 1: rarer
@@ -86,6 +91,8 @@ class SamplingParams:
         if 0 < self.temperature < MIN_TEMPERATURE:
             logger.warning("temperature=%s is raised to %s", self.temperature, MIN_TEMPERATURE)
             object.__setattr__(self, "temperature", MIN_TEMPERATURE)
+        if self.is_chosen:
+            object.__setattr__(self, "output_kind", RequestOutputKind.FINAL_ONLY)
 
     @property
     def _given(self) -> dict[str, Any]:
@@ -96,17 +103,28 @@ class SamplingParams:
         """Raises ValueError where one field does not go with another."""
         if self.stop_strings and not self.detokenize:
             raise ValueError("stop strings are looked for in the text: they need detokenize=True")
-        if self.is_greedy and self.n > 1:
+        if self.num_sequences < self.n:
+            raise ValueError(f"best_of must be at least n={self.n}, got {self.best_of}")
+        if self.is_chosen and self.output_kind is RequestOutputKind.DELTA:
+            raise ValueError("output_kind must not be DELTA: what is chosen is known at the end only")
+        if self.use_beam_search:
+            self._check_beams()
+        elif self.is_greedy and self.num_sequences > 1:
+            name = "n" if self.best_of is None else "best_of"
             raise ValueError(
-                f"n={self.n} greedy continuations are all the same: raise temperature, got {self.temperature}"
+                f"{name}={self.num_sequences} greedy continuations are all the same: raise temperature, got "
+                f"{self.temperature}"
             )
+        for name in ("length_penalty", "early_stopping"):
+            if not self.use_beam_search and getattr(self, name) != _DEFAULTS[name]:
+                raise ValueError(f"{name}={getattr(self, name)} is for beams: it needs use_beam_search=True")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens={shown(self.min_tokens)} must not exceed max_tokens={self.max_tokens}"
             )
-        if (name := self._reads_prompt) is not None and self.is_cache_read:
+        if (reader := self._reads_prompt) is not None and self.is_cache_read:
             raise ValueError(
-                f"{name} needs the whole prompt computed: leave skip_reading_prefix_cache out, "
+                f"{reader} needs the whole prompt computed: leave skip_reading_prefix_cache out, "
                 f"got {self.skip_reading_prefix_cache}"
             )
         if self.logprob_token_ids is not None and self.logprobs not in (None, len(self.logprob_token_ids)):
@@ -114,6 +132,32 @@ class SamplingParams:
                 f"logprob_token_ids takes the place of the likeliest tokens: logprobs must be None or "
                 f"{len(self.logprob_token_ids)}, got {shown(self.logprobs)}"
             )
+
+    def _check_beams(self) -> None:
+        """Raises ValueError for what a beam search has no use for, or does not do."""
+        if self.num_sequences > MAX_BEAM_WIDTH:
+            raise ValueError(f"best_of must be at most {MAX_BEAM_WIDTH} beams, got {self.num_sequences}")
+        for name, neutral in _WITH_BEAMS.items():
+            if (value := getattr(self, name)) not in neutral:
+                raise ValueError(
+                    f"{name} must be {neutral[0]!r} with use_beam_search: the likeliest beams go on, and "
+                    f"nothing else is looked at; got {shown(value)}"
+                )
+
+    @property
+    def num_sequences(self) -> int:
+        """How many are generated; `n` of them are given back."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def is_chosen(self) -> bool:
+        """What is given back is known at the end only."""
+        return self.use_beam_search or self.num_sequences > self.n
+
+    @property
+    def has_logprobs(self) -> bool:
+        """They are asked for."""
+        return self.logprobs is not None or self.logprob_token_ids is not None
 
     @cached_property
     def stop_strings(self) -> tuple[str, ...]:
@@ -146,6 +190,16 @@ class SamplingParams:
 
 
 _DEFAULTS = {own.name: own.default for own in fields(SamplingParams)}
+# What a beam search leaves as it is.
+_WITH_BEAMS: dict[str, tuple[Any, ...]] = {
+    "temperature": (0,),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "seed": (None, -1),
+    **dict.fromkeys(("stop", "logprobs", "prompt_logprobs", "logprob_token_ids"), (None,)),
+    "structured_outputs": (None,),
+}
 
 _NUMBER = (int, float)
 _FLAG = (bool,)
@@ -154,6 +208,10 @@ _IDS = (list, tuple, set, frozenset, NoneType)
 
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("n", "top_k", "min_tokens"), (int,)),
+    "best_of": _COUNT,
+    "use_beam_search": _FLAG,
+    "length_penalty": _NUMBER,
+    "early_stopping": (bool, str),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), _NUMBER),
     **dict.fromkeys(("temperature", "top_p", "min_p"), _NUMBER),
     **dict.fromkeys(("seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"), _COUNT),
@@ -182,6 +240,9 @@ _ITEMS: dict[str, type] = {
 # None stands for the default wherever it is allowed, and is not looked at.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("n", lambda n: 1 <= n <= MAX_N, f"in [1, {MAX_N}]"),
+    ("best_of", lambda count: 1 <= count <= MAX_N, f"in [1, {MAX_N}]"),
+    ("length_penalty", lambda penalty: -10 <= penalty <= 10, "in [-10, 10]"),
+    ("early_stopping", lambda when: when in (True, False, "never"), "True, False or 'never'"),
     ("presence_penalty", lambda penalty: -2 <= penalty <= 2, "in [-2, 2]"),
     ("frequency_penalty", lambda penalty: -2 <= penalty <= 2, "in [-2, 2]"),
     ("repetition_penalty", lambda penalty: FLOAT32[0] <= penalty <= FLOAT32[1], "above 0, within float32"),

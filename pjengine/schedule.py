@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pjengine.beam_search import BeamStep
 from pjengine.edits import Edits
 from pjengine.page_groups import PageUpdates
 from pjengine.request import Request
@@ -64,6 +65,7 @@ class Schedule:
     edits: list[tuple[int, Edits, int]]  # those that travel: sequence, edits, number of outputs before
     masked: list[tuple[int, Request]]  # sequences that sample among what a grammar allows
     refused: list[tuple[Request, str]]  # that were waiting and never can run, and why
+    beams: list[BeamStep]
     num_preempted: int = 0
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pjengine.beam_rows import BeamRows
 from pjengine.edits import NEEDS, NO_EDITS, Edits, join_needs, past_prompts
 from pjengine.page_groups import Found, PageGroups, PageUpdates
 from pjengine.page_pool import PagePool
@@ -50,6 +51,7 @@ class Scheduler:
     num_prompt_tokens: int = 0  # of requests that have got a row
     num_preemptions: int = 0
     rows: RowTable = field(init=False)
+    beams: BeamRows = field(init=False)
     _pages: PageGroups = field(init=False)
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
@@ -67,6 +69,7 @@ class Scheduler:
             window_pool=self.window_pool,
             window=self.window,
         )
+        self.beams = BeamRows(self.rows, self._pages, self.page_size)
 
     @property
     def has_requests(self) -> bool:
@@ -104,13 +107,22 @@ class Scheduler:
           ValueError: it cannot; the text says by how much.
         """
         # The last token is never computed.
-        for needed, pool in self._pages.most_held(request.max_total_tokens - 1):
+        num_rows, is_shared = len(request.row_requests), self.window_pool is None
+        if num_rows > self.max_num_seqs:
+            raise ValueError(
+                f"best_of={num_rows} beams run at once, and max_num_seqs={self.max_num_seqs}: ask for fewer, "
+                "or create the engine with a higher max_num_seqs"
+            )
+        num_shared = len(request.prompt_token_ids) // self.page_size if is_shared else 0
+        for most, pool in self._pages.most_held(request.max_total_tokens - 1):
+            needed = num_shared + num_rows * (most - num_shared)
             if needed > pool.num_usable:
+                beams = f" in each of {num_rows} beams" if num_rows > 1 else ""
                 raise ValueError(
-                    f"request {request.request_id} may grow to {request.max_total_tokens} tokens, which need "
-                    f"{needed} pages of {self.page_size}; the KV cache has {pool.num_usable}. Lower "
-                    f"max_tokens, shorten the prompt ({len(request.prompt_token_ids)} tokens) or give the "
-                    f"cache more memory"
+                    f"request {request.request_id} may grow to {request.max_total_tokens} tokens{beams}, "
+                    f"which need {needed} pages of {self.page_size}; the KV cache has {pool.num_usable}. "
+                    f"Lower max_tokens, shorten the prompt ({len(request.prompt_token_ids)} tokens) or give "
+                    f"the cache more memory"
                 )
 
     def schedule(self) -> Schedule:
@@ -139,6 +151,7 @@ class Scheduler:
             edits=self._edits(decodes, chunks),
             masked=self._masked(decodes, chunks),
             refused=refused,
+            beams=self.beams.steps(decodes, chunks),
             num_preempted=num_preempted,
         )
 
@@ -210,7 +223,9 @@ class Scheduler:
             rows = table.decoding()
             needed = int(np.count_nonzero(table.computed[rows] == table.room[rows]))
             for row, length in self._prompt_lengths(self._budget(len(rows))):
-                needed += self._pages_for(int(table.computed[row]) + length) - len(table.owner(row).pages)
+                request, end = table.owner(row), int(table.computed[row]) + length
+                needed += self._pages_for(end) - len(request.pages)
+                needed += self.beams.num_tails(request) if end == table.prefill_end[row] else 0
             if needed <= self._pages.num_free:
                 return num_preempted
             candidates = [table.owner(row) for row in [*rows.tolist(), *table.prefilling()]]
@@ -255,11 +270,13 @@ class Scheduler:
             except CompilationError as error:
                 refused.append((heapq.heappop(self._waiting)[1], str(error)))
                 continue
+            if is_ready and len(request.row_requests) > self.rows.num_free:
+                break
             if not is_ready:
                 held_back.append(heapq.heappop(self._waiting))
                 continue
             found = self._pages.find(request)
-            cost = self._pages.cost(request, found)
+            cost = self._pages.cost(request, found) + self.beams.num_tails(request)
             if (cost > left).any():
                 break
             num_cached = len(found.pages) * self.page_size
@@ -275,7 +292,7 @@ class Scheduler:
     def _can_run(self, request: Request) -> bool:
         """Whether there are programs for the request among those that run."""
         running = self.rows.needs[self.rows.admissions > 0]
-        now = join_needs(np.vstack([running, request.edits.needs]))
+        now = join_needs(np.vstack([running, *self._row_needs([request])]))
         chains = self._chains(request)
         if len(chains.now) > MAX_CHAINS:
             return False  # until others have ended
@@ -283,7 +300,7 @@ class Scheduler:
             return True
 
         def soon() -> np.ndarray:
-            waiting = [other.edits.needs for _, other in self._waiting if other.edits is not NO_EDITS]
+            waiting = self._row_needs(other for _, other in self._waiting if other.edits is not NO_EDITS)
             return join_needs(np.vstack([running, *waiting[: self.rows.num_free]]))
 
         is_ready = self.can_edit(now, soon, chains) if chains.now else self.can_edit(now, soon)
@@ -300,12 +317,16 @@ class Scheduler:
         waiting = (other.edits.processors for _, other in self._waiting)
         return chains_wanted([*running, request.edits.processors], waiting)
 
+    def _row_needs(self, requests: Iterable[Request]) -> list[tuple[int, ...]]:
+        return [own.edits.needs for request in requests for own in request.row_requests]
+
     def _start(self, request: Request, found: Found, updates: PageUpdates) -> None:
         """Gives a waiting request a row and the cached pages of its beginning."""
         num_cached = len(found.pages) * self.page_size
         request.status = RequestStatus.RUNNING
         request.row = self.rows.admit(request, num_cached, room=num_cached)
         self._pages.take(request, found, updates)
+        self.beams.start(request)
         if self.is_caching and request.is_cache_read:
             self.num_cache_queries += request.num_known
             self.num_cache_hits += num_cached
@@ -328,13 +349,16 @@ class Scheduler:
         self._pages.grow(request, self._pages_for(start + length) - len(request.pages), updates)
         table.computed[row] += length
         self._pages.register(request)  # those of outputs when it leaves its row
+        is_sampled = start + length == table.prefill_end[row]
+        if is_sampled:
+            self.beams.fork(request, updates)
         return Chunk(
             request=request,
             row=row,
             admission=int(table.admissions[row]),
             start=start,
             length=length,
-            is_sampled=start + length == table.prefill_end[row],
+            is_sampled=bool(is_sampled),
             is_admitted=is_admitted,
         )
 
@@ -363,10 +387,11 @@ class Scheduler:
         self._pages.forget(self.running)
 
     def _free(self, request: Request) -> None:
-        self._pages.register(request)
-        self._pages.release(request)
-        self.rows.vacate(request.row)
-        request.row = -1
+        for own in request.row_requests:
+            self._pages.register(own)
+            self._pages.release(own)
+            self.rows.vacate(own.row)
+            own.row = -1
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)

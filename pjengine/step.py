@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pjengine.batching import Layout, Rows, live_rows, sampled_by, unpack, update_rows
+from pjengine.beam_selection import BeamOutput
 from pjengine.draw import Undrawn
 from pjengine.logprobs import Logprobs, prompt_logprobs_of
 from pjengine.models.attention import PagedAttend
@@ -34,6 +35,7 @@ class StepOutput(NamedTuple):
     logprobs: Logprobs | None = None  # of the tokens sampled first, where a request asks
     prompt_logprobs: Logprobs | None = None  # by token of the batch: of the token after it
     states: StepStates | None = None  # hidden ones, where a request asks
+    beams: BeamOutput | None = None  # of the beam searches, whose rows have no use for `tokens`
 
 
 def step(

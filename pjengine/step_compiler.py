@@ -14,6 +14,7 @@ from jax.stages import Compiled, Lowered
 from jax.tree_util import PyTreeDef
 
 from pjengine.batching import Layout, Rows
+from pjengine.beam_selection import BeamOutput, draw_beams
 from pjengine.compile_cache import CompileCache, environment, fingerprint
 from pjengine.config import RunnerConfig
 from pjengine.draw import DrawLayout, Undrawn, draw
@@ -93,6 +94,8 @@ class StepCompiler:
         """What the program computes, and which of its arguments are donated."""
         settings = self._settings(layout)
         if isinstance(layout, DrawLayout):
+            if layout.edits.num_beams:
+                return partial(draw_beams, **settings), (0, 1)
             return partial(draw, **settings), (0,)
         return partial(compute_logits if layout.ends_in_logits else step, **settings), (1, 2)
 
@@ -105,19 +108,18 @@ class StepCompiler:
         _, cache, rows = self.state
         seqs, vocab_size = layout.num_seqs, self.model.config.vocab_size
         undrawn = Undrawn(array((seqs, vocab_size), jnp.float32), *[array((seqs,))] * 3)
-        return rows, cache.token_ids, undrawn, array((layout.size,))
+        state = (cache, rows) if layout.edits.num_beams else (rows, cache.token_ids)
+        return *state, undrawn, array((layout.size,))
 
     def _settings(self, layout: Layout | DrawLayout) -> dict[str, Any]:
         """What the function is bound to."""
-        if isinstance(layout, DrawLayout):
-            return {"layout": layout, "backend": self.config.kernel_backend}
-        return {
-            "model": self.model,
-            "layout": layout,
-            "num_pages": self.config.num_pages,
-            "window_group": self.config.window_group,
-            "backend": self.config.kernel_backend,
-        }
+        settings = {"layout": layout, "backend": self.config.kernel_backend}
+        pages = {"num_pages": self.config.num_pages, "window_group": self.config.window_group}
+        if not isinstance(layout, DrawLayout):
+            return {"model": self.model, **settings, **pages}
+        if layout.edits.num_beams:
+            return {"num_layers": self.model.config.num_layers, **settings, **pages}
+        return settings
 
     def _key(self, layout: Layout | DrawLayout) -> str:
         """What the cache knows the program by: all that `lower` and `compile` go by."""
@@ -133,6 +135,8 @@ class StepCompiler:
         logprobs, results = Logprobs(*[leaf] * len(Logprobs._fields)), tuple[Any, ...]()
         if isinstance(layout, DrawLayout):
             results = rows, leaf, None if layout.edits.num_top is None else logprobs
+            if layout.edits.num_beams:
+                results = cache, *results, BeamOutput(leaf, leaf, leaf)
         elif layout.ends_in_logits:
             undrawn = Undrawn(*[leaf] * len(Undrawn._fields))
             states = StepStates(leaf, leaf if layout.has_token_states else None)

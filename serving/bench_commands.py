@@ -100,6 +100,8 @@ def _add_latency(kinds: Any) -> None:
         "--output-len", metavar="N", type=positive, default=128, help="tokens of each answer"
     )
     command.add_argument("--repeats", metavar="N", type=positive, default=3, help="runs, for the medians")
+    command.add_argument("--use-beam-search", action="store_true", help="each request is a beam search")
+    command.add_argument("--beam-width", metavar="N", type=positive, help="of --use-beam-search (default: 8)")
 
 
 def _add_startup(kinds: Any) -> None:
@@ -208,10 +210,14 @@ def _latency(args: argparse.Namespace) -> None:
 
     if sampling := given(args, SAMPLING_OPTIONS):
         sampling = {"temperature": SamplingParams().temperature, **sampling}
-        SamplingParams(**sampling)  # refuses before the model is loaded
+    if args.beam_width and not args.use_beam_search:
+        raise ValueError(f"--beam-width {args.beam_width} needs --use-beam-search")
+    if args.use_beam_search:
+        sampling = {"temperature": 0, **sampling, "use_beam_search": True, "best_of": args.beam_width or 8}
+    SamplingParams(**sampling)  # refuses before the model is loaded
     with pjengine.LLM(**_bench_settings(args), warm_up=False) as llm:
         for batch_size in args.batch_size:
-            check_batch(llm, batch_size, args.prompt_len, args.output_len)
+            check_batch(llm, batch_size, args.prompt_len, args.output_len, sampling.get("best_of", 1))
         for batch_size in args.batch_size:
             result = latency(
                 llm,
@@ -221,12 +227,13 @@ def _latency(args: argparse.Namespace) -> None:
                 repeats=args.repeats,
                 sampling=sampling,
             )
+            beams = "{beam_tokens_per_s:,.1f} of all beams, " if args.use_beam_search else ""
             report(
                 args,
                 {"bench": "decode-latency", **result},
                 f"batch {batch_size}: {result['tpot_ms']:.3f} ms per output token (spread "
                 f"{result['tpot_spread_ms']:.3f}), {result['output_tokens_per_s']:,.1f} tokens/s, "
-                f"first token after {result['first_token_ms']:.1f} ms",
+                f"{beams.format(**result)}first token after {result['first_token_ms']:.1f} ms",
             )
 
 

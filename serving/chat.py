@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from pjengine.outputs import CompletionOutput, RequestOutput
 from pjengine.serving.answer import Answer, Choice, Form
-from pjengine.serving.errors import ERRORS
+from pjengine.serving.errors import ERRORS, ApiError
 from pjengine.serving.logprobs import Spelling, chat_logprobs, prompt_logprobs
 from pjengine.serving.message_reader import MessageForm, MessageReader, call_delta, call_of
 from pjengine.serving.protocol import ChatRequest
@@ -38,6 +38,9 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
 
 def _call(body: ChatRequest, service: Service, request_id: str, message_form: MessageForm) -> Call:
+    if body.use_beam_search and body.are_calls_formed:
+        text = "beam search does not hold to the schemas of tools: leave it out, or the tools"
+        raise ApiError(400, text, param="use_beam_search")
     params = body.sampling_params(
         service.default_params,
         max_tokens=body.limit,  # none: as many as fit

@@ -43,7 +43,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 def _call(body: CompletionRequest, service: Service, request_id: str) -> Call:
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens=0 shows nothing without echo", param="max_tokens")
-    if body.max_tokens == 0 and body.best_of not in (None, body.n or 1):
+    if body.max_tokens == 0 and (body.use_beam_search or body.best_of not in (None, body.n or 1)):
         raise ApiError(400, "best_of chooses among answers, and max_tokens=0 asks for none", param="best_of")
     # The engine generates at least one token; `_CompletionForm` hides it.
     max_tokens = service.default_params.max_tokens if body.max_tokens is None else body.max_tokens or 1

@@ -23,6 +23,7 @@ _TokenIds = Annotated[list[int], Field(fail_fast=True)]
 MAX_MESSAGES = 65_536  # with the parts of their contents and their tool calls
 _LISTS_OF_MESSAGES = ("content", "tool_calls")
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_NOTHING_DRAWN: dict[str, Any] = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}  # in a beam search
 _OF_VOCABULARY = Field(max_length=2**19)  # no vocabulary is as large
 
 
@@ -42,6 +43,9 @@ class SamplingFields(Body):
 
     n: int | None = None
     best_of: int | None = None
+    use_beam_search: bool | None = None  # of best_of beams, or n
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -71,7 +75,12 @@ class SamplingFields(Body):
         Raises:
           ApiError: SamplingParams does not take a value.
         """
-        if self.best_of not in (None, more.get("n", self.n or 1)):
+        if self.use_beam_search:
+            if self.stream:
+                text = "a beam search is not streamed: what it finds is known at the end"
+                raise ApiError(400, text, param="use_beam_search")
+            defaults = dataclasses.replace(defaults, **_NOTHING_DRAWN)
+        elif self.best_of not in (None, more.get("n", self.n or 1)):
             raise ApiError(
                 400, f"best_of={self.best_of} is not supported here: leave it out", param="best_of"
             )

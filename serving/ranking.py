@@ -16,7 +16,7 @@ def candidates(body: SamplingFields, defaults: SamplingParams) -> dict[str, Any]
       ApiError: `best_of` is out of its range, or nothing could be chosen from what it asks for.
     """
     n, best_of = body.n or 1, body.best_of
-    if best_of is None or best_of == n:
+    if best_of is None or best_of == n or body.use_beam_search:
         return {}
     if not n < best_of <= MAX_N:
         text = f"best_of must be at least n={n} and at most {MAX_N}, got {best_of}"

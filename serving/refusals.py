@@ -14,7 +14,6 @@ class Refusal(NamedTuple):
 
 _FUNCTIONS = Refusal("functions are called by their newer name: use tools and tool_choice")
 _CHAT = Refusal("tools and reasoning are part of /v1/chat/completions")
-_BEAMS = Refusal("beam search is not supported")
 _GUIDED = Refusal("its place has been taken by structured_outputs, with json, regex, choice or grammar in it")
 _EFFORT = Refusal("how long a model thinks is up to it; chat_template_kwargs may say more")
 _TEXT_ONLY = Refusal("only text is supported")
@@ -23,7 +22,6 @@ _TRANSFERS = Refusal("KV pages are not transferred between engines")
 
 REFUSED_FIELDS: Mapping[str, Refusal] = {
     **dict.fromkeys(("functions", "function_call"), _FUNCTIONS),
-    **dict.fromkeys(("use_beam_search", "length_penalty", "early_stopping"), _BEAMS),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _GUIDED),
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern", "structural_tag"), _GUIDED),
     **dict.fromkeys(("reasoning", "reasoning_effort", "thinking_token_budget"), _EFFORT),

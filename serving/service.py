@@ -140,7 +140,7 @@ class Service:
     @contextmanager
     def _admitted(self, call: Call) -> Iterator[Callable[[], None]]:
         """Counts a call's continuations; gives what is to be called when those of one prompt have ended."""
-        num_sequences = len(call.prompts) * call.params.n
+        num_sequences = len(call.prompts) * call.params.num_sequences
         if num_sequences == 0:
             raise ApiError(400, "prompt is empty: at least one is needed", param="prompt")
         if num_sequences > (limit := self.max_sequences_per_request):
@@ -163,8 +163,8 @@ class Service:
 
         def leave() -> None:
             nonlocal num_left
-            num_left -= call.params.n
-            self._num_sequences -= call.params.n
+            num_left -= call.params.num_sequences
+            self._num_sequences -= call.params.num_sequences
 
         try:
             yield leave

@@ -20,6 +20,9 @@ ALLOWED: dict[str, set[str]] = {
 # Deeper than one level: `python -m pjengine.serving.openai.api_server` has been the command since 2023.
 NESTED = {"pjengine.serving.openai": "serving/openai"}
 HOST_ONLY = (
+    "beam_rows.py",
+    "beam_search.py",
+    "beams.py",
     "edits.py",
     "edit_sizes.py",
     "resolution.py",

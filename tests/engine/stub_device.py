@@ -122,7 +122,7 @@ class StubDevice:
             *((c.request, c.row, c.admission if c.is_sampled else -1) for c in schedule.chunks),
         ]
         for (request, row, admission), tokens in zip(owners, sampled, strict=True):
-            if table.admissions[row] == admission:
+            if table.admissions[row] == admission and request.beams is None:
                 for token in tokens:
                     if not request.is_finished:  # the rest comes after an end that the device did not see
                         request.append(token)

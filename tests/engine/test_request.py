@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from pjengine.request import Request
-from pjengine.sampling_params import MIN_TEMPERATURE, SamplingParams
+from pjengine.sampling_params import MIN_TEMPERATURE, RequestOutputKind, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")  # it is our own refusals that are looked at
 HUGE = 10**5000  # more digits than Python prints, and no float
@@ -33,6 +33,14 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("n", 16385),
     ("n", 1.0),
     ("n", True),
+    ("best_of", 0),
+    ("best_of", 2.0),
+    ("use_beam_search", 1),
+    ("length_penalty", "1"),
+    ("length_penalty", float("inf")),
+    ("length_penalty", 11),
+    ("early_stopping", "always"),
+    ("early_stopping", 1),
     ("presence_penalty", 2.1),
     ("presence_penalty", float("nan")),
     ("presence_penalty", None),
@@ -90,6 +98,31 @@ BAD_VALUES: list[tuple[str, Any]] = [
 
 BAD_PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"n": 2, "temperature": 0}, "n=2 greedy"),
+    ({"n": 3, "best_of": 2}, "best_of must be at least n=3, got 2"),
+    ({"best_of": 2, "temperature": 0}, "best_of=2 greedy"),
+    ({"best_of": 2, "output_kind": RequestOutputKind.DELTA}, "must not be DELTA"),
+    (
+        {"use_beam_search": True, "temperature": 0, "output_kind": RequestOutputKind.DELTA},
+        "must not be DELTA",
+    ),
+    ({"length_penalty": 2.0}, "length_penalty=2.0 is for beams: it needs use_beam_search=True"),
+    ({"early_stopping": "never"}, "early_stopping=never is for beams"),
+    ({"use_beam_search": True}, "temperature must be 0 with use_beam_search.*got 1.0"),
+    *(
+        ({"use_beam_search": True, "temperature": 0, **more}, rf"{next(iter(more))} must be")
+        for more in (
+            {"top_p": 0.9},
+            {"top_k": 5},
+            {"min_p": 0.1},
+            {"seed": 3},
+            {"stop": "a"},
+            {"logprobs": 1},
+            {"prompt_logprobs": 1},
+            {"logprob_token_ids": [1]},
+            {"best_of": 65},
+            {"best_of": 2, "n": 3},
+        )
+    ),
     ({"min_tokens": 4, "max_tokens": 3}, "min_tokens=4 must not exceed max_tokens=3"),
     ({"logprobs": 3, "logprob_token_ids": [1, 2]}, "logprobs must be None or 2, got 3"),
     ({"prompt_logprobs": 1, "skip_reading_prefix_cache": False}, "skip_reading_prefix_cache"),
@@ -119,7 +152,7 @@ def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], mess
         SamplingParams(**fields)
 
 
-@pytest.mark.parametrize("name", ["best_of", "use_beam_search", "extra_args", "thinking_token_budget"])
+@pytest.mark.parametrize("name", ["extra_args", "thinking_token_budget"])
 def test_an_unknown_field_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=name):
         SamplingParams(**dict[str, Any]({name: None}))
@@ -127,7 +160,7 @@ def test_an_unknown_field_is_refused(name: str) -> None:
 
 def test_every_field_takes_what_vllm_takes() -> None:
     optional = "seed stop stop_token_ids max_tokens logprobs prompt_logprobs logprob_token_ids logit_bias"
-    optional += " allowed_token_ids bad_words truncate_prompt_tokens skip_reading_prefix_cache"
+    optional += " best_of allowed_token_ids bad_words truncate_prompt_tokens skip_reading_prefix_cache"
     none: Any = dict.fromkeys(optional.split())
     SamplingParams(**none)
     SamplingParams(seed=-1, top_k=-1, stop=[], stop_token_ids=[], bad_words=[], logit_bias={}, logprobs=-1)

@@ -71,6 +71,20 @@ def test_drawing_updates_rows_in_place_and_copies_no_token_ids(runner: Any) -> N
     assert memory.temp_size_in_bytes < runner.cache.token_ids.nbytes
 
 
+def test_beams_copy_their_last_pages_in_place_and_nothing_more(runner: Any) -> None:
+    from pjengine.draw import DrawLayout
+    from pjengine.edit_sizes import EditSizes
+
+    sizes = EditSizes(num_beams=4, num_beam_searches=2, beam_width=4, num_beam_ends=2)
+    memory = runner.compiler.lower(DrawLayout(4, sizes)).compile().memory_analysis()
+    state_bytes = sum(leaf.nbytes for leaf in (*runner.cache, *runner.rows))
+    assert memory.alias_size_in_bytes >= state_bytes
+    # Eight pages of each layer, beside a few copies of the logits.
+    num_pages, vocab_size = runner.config.num_pages, runner.model.config.vocab_size
+    copied = 8 * (runner.cache.k.nbytes + runner.cache.v.nbytes) / num_pages
+    assert memory.temp_size_in_bytes < 2 * copied + 8 * 4 * 4 * vocab_size
+
+
 def test_donated_state_is_gone_after_a_step(runner: Any) -> None:
     from pjengine.page_pool import PagePool
     from pjengine.scheduler import Scheduler

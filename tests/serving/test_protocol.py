@@ -140,7 +140,15 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
         "add_generation_prompt=false",
     ),
     "nothing to see": ("/generate", {"logprobs": 1}, "logprobs", "there is no field 'logprobs'"),
-    "beams": ("/generate", {"use_beam_search": True}, "use_beam_search", "beam search is not supported"),
+    "beams that are drawn": (
+        *("/generate", {"use_beam_search": True, "temperature": 0.5}, "temperature"),
+        "temperature must be 0 with use_beam_search",
+    ),
+    "streamed beams": (
+        *(COMPLETIONS, {"use_beam_search": True, "n": 2, "stream": True}, "use_beam_search"),
+        "not streamed",
+    ),
+    "a length penalty of nothing": (COMPLETIONS, {"length_penalty": 2}, "length_penalty", "is for beams"),
 }
 
 
@@ -244,8 +252,21 @@ def test_every_field_of_sampling_reaches_the_engine() -> None:
     assert {name: getattr(params, name) for name in values} == values
     assert (params.logit_bias, params.max_tokens, params.logprobs) == ({3: 1.5}, 9, 2)
     assert params.structured_outputs == StructuredOutputsParams(regex="a+")
+    beams: dict[str, Any] = {
+        "use_beam_search": True,
+        "best_of": 4,
+        "length_penalty": 2.0,
+        "early_stopping": "never",
+    }
+    params = CompletionRequest(prompt="a", **beams).sampling_params(SamplingParams())
+    assert {name: getattr(params, name) for name in beams} == beams and params.temperature == 0
     own = CompletionRequest.model_fields.keys() & {field.name for field in dataclasses.fields(params)}
-    assert own == values.keys() | {"logit_bias", "max_tokens", "logprobs", "structured_outputs"}
+    assert own == values.keys() | beams.keys() | {
+        "logit_bias",
+        "max_tokens",
+        "logprobs",
+        "structured_outputs",
+    }
 
 
 def test_what_is_left_out_is_the_models_own_default(client: Client) -> None:
