@@ -198,7 +198,7 @@ _WITH_BEAMS: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "seed": (None, -1),
     **dict.fromkeys(("stop", "logprobs", "prompt_logprobs", "logprob_token_ids"), (None,)),
-    "structured_outputs": (None,),
+    **dict.fromkeys(("structured_outputs", "logits_processors", "hidden_states"), (None,)),
 }
 
 _NUMBER = (int, float)
