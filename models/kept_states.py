@@ -13,7 +13,8 @@ class KeptStates(NamedTuple):
     """Room for the hidden states of a few layers, which one program fills whichever they are.
 
     They are numbered as Hugging Face's `output_hidden_states`: 0 is what goes into the first layer, i what
-    layer i has made of it (from 1), and the last one has been through the last norm.
+    layer i has made of it (from 1), and the last one has been through the last norm. What a model does
+    behind that, as OPT-350M's projection, they have not been through.
     """
 
     states: Float[Array, "slots *t e"]  # of the layers wanted, in their order; the last slot: of the others

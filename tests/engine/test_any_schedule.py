@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pjengine.config import buckets
-from pjengine.edits import NO_EDITS
+from pjengine.edits import NO_EDITS, Edits
 from pjengine.page_groups import window_pages
 from pjengine.page_pool import PagePool
 from pjengine.request import Request
+from pjengine.schedule import Schedule, state_limit
+from pjengine.scheduler import Scheduler
 from tests.engine.stub_device import StubDevice, expected
 from tests.engine.test_scheduler import MASKED, make_request, make_scheduler
 from tests.engine.unchecked import run_unchecked
@@ -19,6 +21,7 @@ from tests.engine.unchecked import run_unchecked
 # What must have happened in schedules with a window, for the rest to mean anything, and how often at least.
 WANTED = {"preempted": 100, "cached": 100, "longer than the window": 1000, "cached behind the window": 50}
 seen: Counter[str] = Counter()
+WISHES = (NO_EDITS, NO_EDITS, Edits(layers=(3,), pooling="mean"), Edits(layers=(0, 2, 5)))
 
 
 @settings(max_examples=1000, deadline=None)
@@ -58,6 +61,7 @@ def check_any_schedule(
     device = StubDevice(scheduler)
     if seed % 2:
         scheduler.mixed_sizes = buckets(rng.randint(1, max_num_batched_tokens), max_num_batched_tokens)
+        scheduler.max_states = rng.choice((None, rng.randint(1, 80)))
     limit = 4 * (num_pages - 1)
     requests: list[Request] = []
     aborted: set[str] = set()
@@ -69,7 +73,8 @@ def check_any_schedule(
             num_continuations, salt = rng.choice((1, 1, 2, 3)), rng.choice(["", "", "tenant"])
             fork = f"fork {len(requests)}" if num_continuations > 1 else ""
             has_no_cache = rng.random() < 0.2
-            edits = MASKED if rng.random() < share_masked else NO_EDITS
+            edits = MASKED if rng.random() < share_masked else rng.choice(WISHES)
+            max_cached = rng.choice((None, None, rng.randint(0, num_prompt - 1)))
             group = [
                 make_request(
                     str(len(requests) + i),
@@ -80,6 +85,7 @@ def check_any_schedule(
                     salt=fork if fork and has_no_cache else salt,
                     fork=fork,
                     is_cache_read=i > 0 or not has_no_cache,
+                    max_cached=max_cached,
                     edits=edits,
                 )
                 for priority in [rng.randint(0, 2)]
@@ -99,6 +105,7 @@ def check_any_schedule(
         table = scheduler.rows
         owners = [table.owner(row) for row in table.decoding().tolist()]
         schedule = device.step()
+        check_layers(scheduler, schedule)
         # Whatever prompts come beside it, a row that decodes gets on, or has given its pages up.
         booked = {request.request_id for request in schedule.decodes.requests}
         assert all(owner.row < 0 or owner.request_id in booked for owner in owners)
@@ -116,6 +123,19 @@ def check_any_schedule(
             seen["cached"] += request.num_cached_tokens > 0
             seen["longer than the window"] += request.num_known > window + 4
             seen["cached behind the window"] += request.num_cached_tokens > window + 4
+
+
+def check_layers(scheduler: Scheduler, schedule: Schedule) -> None:
+    """A step keeps hidden states of one set of layers, and not more of them than it may."""
+    asking = [
+        chunk.request.edits.layers
+        for chunk in schedule.chunks
+        if chunk.request.edits.layers and chunk.start < len(chunk.request.prompt_token_ids)
+    ]
+    assert len(set(asking)) <= 1
+    if asking and scheduler.mixed_sizes:
+        limit = state_limit(scheduler.max_states, len(asking[0]), scheduler.mixed_sizes)
+        assert limit is None or schedule.num_tokens <= limit
 
 
 def check_many_schedules() -> None:

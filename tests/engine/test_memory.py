@@ -85,7 +85,7 @@ def test_no_more_pages_than_requests_could_use() -> None:
 
 
 def test_an_open_length_is_shortened_to_what_fits_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    made = plan(budget_bytes=215 * 10**8)
+    made = plan(budget_bytes=217 * 10**8)
     assert made.max_model_len == made.num_kv_tokens < 8192
     assert "max_model_len=8192 does not fit" in caplog.text
     caplog.clear()
