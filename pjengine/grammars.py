@@ -144,6 +144,11 @@ class Grammars:
         bits[: min(len(self._tokenizer), self._vocab_size)] = 1
         return np.packbits(bits, bitorder="little").view("<i4")
 
+    @cached_property
+    def _num_full(self) -> int:
+        """Words at the beginning that have a token for each bit: there is nothing to clear in them."""
+        return int(np.argmin(np.append(self._real_tokens, 0) == -1))
+
     def masks(self, matchers: Sequence[Matcher]) -> Int[np.ndarray, "matchers words"]:
         """What may come next, as `Masks` has it; nothing, where a matcher cannot go on."""
         words = np.zeros((len(matchers), num_words(self._own_tokenizer.vocab_size)), np.int32)
@@ -156,10 +161,11 @@ class Grammars:
             if matcher.state.is_error():
                 words[index] = 0
         real = self._real_tokens
-        fitted = np.zeros((len(matchers), len(real)), np.int32)
-        width = min(words.shape[1], len(real))
-        fitted[:, :width] = words[:, :width] & real[:width]
-        return fitted
+        words = words[:, : len(real)]
+        if missing := len(real) - words.shape[1]:
+            words = np.pad(words, ((0, 0), (0, missing)))
+        words[:, self._num_full :] &= real[self._num_full :]
+        return words
 
     def close(self) -> None:
         """Ends the process that tries grammars, and with it what is compiled there."""
