@@ -23,6 +23,7 @@ MAX_COMPILE_BYTES = 256 * 2**20  # of memory, beside the stack
 STACK_BYTES = 512 * 2**20  # address space; definitions that refer to each other recurse as deeply as they go
 MAX_START_S = 120.0  # of the process, which reads the tokenizer
 MAX_ERROR_CHARS = 500
+OVER_LIMIT = "it takes more than"  # how such errors begin
 NUM_TRIED = 2  # tokens
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
@@ -112,9 +113,9 @@ class GrammarCheck:
         is_late = process.poll() is None and not _has_ended(process)
         self.close()
         if is_late:
-            return f"it takes more than {timeout_s:g} s to compile: make it smaller"
+            return f"{OVER_LIMIT} {timeout_s:g} s to compile: make it smaller"
         megabytes = MAX_COMPILE_BYTES // 2**20
-        return f"it takes more than {megabytes} MiB to compile, or breaks the compiler: make it smaller"
+        return f"{OVER_LIMIT} {megabytes} MiB to compile, or breaks the compiler: make it smaller"
 
     def _start(self) -> None:
         self.close()

@@ -3,22 +3,33 @@
 All of it runs on the host and beside the device. A mask is a bit for each token of the vocabulary.
 """
 
+import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from pjengine.grammar_check import GrammarCheck, compile_grammar, error_of, make_tokenizer, with_deep_stack
+from pjengine.grammar_check import (
+    OVER_LIMIT,
+    GrammarCheck,
+    compile_grammar,
+    error_of,
+    make_tokenizer,
+    with_deep_stack,
+)
+from pjengine.schema_position import position_of
 from pjengine.structured_outputs import StructuredOutputsParams
 from pjengine.tokenizer import Tokenizer
 
 MAX_CACHED = 64  # compiled grammars, of a few megabytes at most
+MAX_PLACE_S = 2.0  # to find the part of a schema that is refused
 _WHITESPACE = r"[ \t\r\n]{1,64}"  # bounded: some models would go on with it for ever
 _NO_TOKEN = "<|an end that no model has|>"
 
@@ -96,8 +107,21 @@ class Grammars:
         if not error:
             state, error = with_deep_stack(lambda: compile_grammar(tokenizer, grammar))
         if error:
-            raise _refusal(wanted, error)
+            raise _refusal(wanted, f"{self._position(wanted, error)}{error}")
         return Matcher(state, _name(wanted))
+
+    def _position(self, wanted: StructuredOutputsParams, error: str) -> str:
+        """Where in a JSON schema the error is. Of other grammars llguidance says it."""
+        if wanted.json is None or error.startswith(OVER_LIMIT):
+            return ""
+
+        end = time.monotonic() + MAX_PLACE_S
+
+        def error_of(part: dict[str, Any]) -> str:
+            left_s = end - time.monotonic()
+            return self._check.error(_source(replace(wanted, json=part)), left_s) if left_s > 0 else ""
+
+        return f"at {position_of(json.loads(wanted.json_text), error, error_of)}: "
 
     @cached_property
     def _setup(self) -> tuple[str, list[int]]:

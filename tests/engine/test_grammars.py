@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import signal
 import threading
 import time
@@ -250,6 +251,28 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(grammars: Any, case:
         grammars.matcher(make(**fields))
     assert len(str(caught.value)) < 700 and "backtrace" not in str(caught.value)
     grammars.matcher(make(choice=["it goes on"]))
+
+
+BAD_PARTS: dict[str, dict[str, Any]] = {
+    "at #: Invalid type: strin": {"type": "strin"},
+    "at #/properties/a~1b/items/anyOf/1: Invalid type: strin": {
+        "properties": {
+            "c": {"type": "null"},
+            "a/b": {"items": {"anyOf": [{"type": "null"}, {"type": "strin"}]}},
+        }
+    },
+    'at #/$defs/x/prefixItems/0: Unimplemented keys: ["not"]': {
+        "$defs": {"x": {"prefixItems": [{"not": {}}]}},
+        "allOf": [{"$ref": "#/$defs/x"}],
+    },
+    "at #/additionalProperties: regex parse error": {"additionalProperties": {"pattern": "(a"}},
+}
+
+
+@pytest.mark.parametrize("message", BAD_PARTS)
+def test_a_refusal_names_the_part_of_the_schema(grammars: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot be followed: {re.escape(message)}"):
+        grammars.matcher(make(json=BAD_PARTS[message]))
 
 
 def test_definitions_may_refer_to_each_other_a_thousand_times(grammars: Any) -> None:

@@ -51,7 +51,9 @@ def test_every_output_parses_and_is_valid(full_compile: None, unchecked_types: N
         LLM("demo", dtype="float32", warm_up=False, **sizes) as llm,
     ):
         patch.setattr("pjengine.runner.PATIENCE", 1_000_000)
-        texts = map(llm.engine.tokenizer.decode, [[token] for token in range(4096)])
+        tokenizer = llm.engine.tokenizer
+        assert tokenizer is not None
+        texts = map(tokenizer.decode, [[token] for token in range(4096)])
         bias = {token: 8.0 for token, text in enumerate(texts) if text.strip()[:1] == "]" or text == "[]"}
         common: dict[str, Any] = {"temperature": 1.0, "max_tokens": 320, "logit_bias": bias}
         params = []
