@@ -4,6 +4,7 @@ All of it runs on the host and beside the device. A mask is a bit for each token
 """
 
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -102,7 +103,11 @@ class Grammars:
             return found.fork()
 
     def _compile(self, wanted: StructuredOutputsParams, grammar: str) -> Matcher:
-        tokenizer, error, state = self._own_tokenizer, self._check.error(grammar), None
+        tokenizer, error, state = self._own_tokenizer, "", None
+        if is_ebnf(wanted.grammar):
+            lark, error = self._check.lark(grammar)
+            grammar = _lark(lark)
+        error = error or self._check.error(grammar)
         self._check_open()
         if not error:
             state, error = with_deep_stack(lambda: compile_grammar(tokenizer, grammar))
@@ -221,7 +226,7 @@ def _name(wanted: StructuredOutputsParams) -> str:
 
 
 def _source(wanted: StructuredOutputsParams) -> str:
-    """What llguidance compiles. ValueError: it is no JSON to it; whether it makes sense shows later."""
+    """What llguidance compiles; EBNF as it is. ValueError: it is no JSON. If it makes sense shows later."""
     from llguidance import LLMatcher
 
     if wanted.kind in ("json", "json_object"):
@@ -230,11 +235,22 @@ def _source(wanted: StructuredOutputsParams) -> str:
             options["whitespace_pattern"] = wanted.whitespace_pattern or _WHITESPACE
         return LLMatcher.grammar_from_json_schema(wanted.json_text, overrides=options)
     if wanted.grammar is not None:
-        return LLMatcher.grammar_from_lark(wanted.grammar)
+        return wanted.grammar if is_ebnf(wanted.grammar) else _lark(wanted.grammar)
     if wanted.regex is not None:
         return LLMatcher.grammar_from_regex(wanted.regex)
     texts = "|".join("".join(map(_escaped, text)) for text in wanted.choice or ())
     return LLMatcher.grammar_from_regex(f"(?:{texts})")
+
+
+def is_ebnf(grammar: str | None) -> bool:
+    """Whether a grammar has rules as in `root ::= "a"`, which Lark's language has not."""
+    return grammar is not None and re.search(r"^\s*[\w-]+\s*::=", grammar, re.MULTILINE) is not None
+
+
+def _lark(grammar: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_lark(grammar)
 
 
 def _escaped(character: str) -> str:

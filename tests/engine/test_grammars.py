@@ -43,6 +43,9 @@ LANGUAGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "grammar": ({"grammar": 'start: "f" body\nbody: "(" body? ")" | /x[0-3]/'}, {
         f"f{'(' * n}{middle}{')' * n}" for n in range(1, 40) for middle in ("", "x0", "x1", "x2", "x3")
     } | {f"fx{i}" for i in range(4)}),
+    "ebnf": ({"grammar": 'root ::= "f" body # as llama.cpp has it\nbody ::= "(" body ")" | "x" [0-3]?\n'}, {
+        f"f{'(' * n}x{digit}{')' * n}" for n in range(40) for digit in ("", *"0123")
+    }),
     "json": (
         {
             "json": {
@@ -239,6 +242,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "repetitions": ({"regex": "a{1000000000}"}, "too many expressions"),
     "repeated repetitions": ({"regex": "(((a{1000}){1000}){1000})"}, "cannot be followed"),
     "lark": ({"grammar": "start: foo"}, "structured_outputs.grammar='start: foo' .*unknown name"),
+    "ebnf": ({"grammar": 'root ::= "a"\nb ::= ("c"'}, r"grammar=.* followed: Expected '\)' at line 2"),
+    "no root": ({"grammar": 'foo ::= "a"'}, "No 'root' rule"),
+    "no such rule": ({"grammar": "root ::= foo"}, "'foo' not found"),
     "no start": ({"grammar": 'foo: "a"'}, "start"),
     "memory": ({"json": {"type": "integer", "multipleOf": 999_983}}, "make it smaller"),
 }  # fmt: skip

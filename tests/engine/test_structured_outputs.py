@@ -91,6 +91,18 @@ def test_any_json_object_may_come(llm: Any) -> None:
     assert all(isinstance(json.loads(completion.text), dict) for completion in whole)
 
 
+def test_every_step_gives_a_token_to_each_request_with_a_form_beside_those_without(llm: Any) -> None:
+    engine, wanted = llm.engine, form(regex="[0-9]{30}")
+    for i, own in enumerate((params(wanted, seed=1), params(wanted, seed=2), params(max_tokens=30))):
+        engine.add_request("x", own, request_id=str(i))
+    seen: dict[str, list[tuple[int, int]]] = {"0": [], "1": [], "2": []}
+    for step in range(100):
+        for output in engine.step():
+            seen[output.request_id].append((step, len(output.outputs[0].token_ids)))
+    for steps in seen.values():  # the first launches the prompts, each other one reads a token
+        assert steps == [(i, i) for i in range(1, len(steps) + 1)] and len(steps) > 10
+
+
 def test_requests_without_a_form_get_what_they_get_alone(llm: Any) -> None:
     plain = [params(max_tokens=24, seed=i) for i in range(3)]
     alone = [llm.generate("def f(", own, use_tqdm=False)[0].outputs[0] for own in plain]
