@@ -23,6 +23,7 @@ MAX_COMPILE_BYTES = 256 * 2**20  # of memory, beside the stack
 STACK_BYTES = 512 * 2**20  # address space; definitions that refer to each other recurse as deeply as they go
 MAX_START_S = 120.0  # of the process, which reads the tokenizer
 MAX_ERROR_CHARS = 500
+OVER_LIMIT = "it takes more than"  # how such errors begin
 NUM_TRIED = 2  # tokens
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
@@ -62,6 +63,18 @@ def compile_grammar(tokenizer: Any, grammar: str) -> tuple[Any, str]:
     return matcher, error_of(matcher)
 
 
+def lark_of(ebnf: str) -> tuple[str, str]:
+    """A grammar of llama.cpp's kind (GBNF) in Lark's language, and why there is none; empty: there is."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(ebnf), ""
+    except RecursionError:
+        return "", "it is nested too deeply"
+    except Exception as error:  # the converter has no class of its own for all of them
+        return "", str(error)[:MAX_ERROR_CHARS]
+
+
 def error_of(matcher: Any) -> str:
     """Why a matcher cannot go on; empty: it can."""
     if not matcher.is_error():
@@ -98,23 +111,32 @@ class GrammarCheck:
 
     def error(self, grammar: str, timeout_s: float = MAX_COMPILE_S) -> str:
         """Why a grammar cannot be used; empty: it can. Called from one thread at a time."""
+        return self._answer({"grammar": grammar}, timeout_s)["error"]
+
+    def lark(self, ebnf: str) -> tuple[str, str]:
+        """As `lark_of`: what it takes grows with the square of the length."""
+        answer = self._answer({"ebnf": ebnf}, MAX_COMPILE_S)
+        return answer.get("lark", ""), answer["error"]
+
+    def _answer(self, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """With an `error`, which may be that there was no answer."""
         try:
             if self._process is None or self._process.poll() is not None:
                 self._start()
-            answer = self._ask({"grammar": grammar}, timeout_s)
+            answer = self._ask(question, timeout_s)
         except BaseException:  # such as Ctrl-C: its answer is not for the next one who asks
             self.close()
             raise
         if answer is not None:
-            return answer["error"]
+            return answer
         process = self._process
         assert process is not None
         is_late = process.poll() is None and not _has_ended(process)
         self.close()
         if is_late:
-            return f"it takes more than {timeout_s:g} s to compile: make it smaller"
+            return {"error": f"{OVER_LIMIT} {timeout_s:g} s to compile: make it smaller"}
         megabytes = MAX_COMPILE_BYTES // 2**20
-        return f"it takes more than {megabytes} MiB to compile, or breaks the compiler: make it smaller"
+        return {"error": f"{OVER_LIMIT} {megabytes} MiB to compile, or breaks the compiler: make it smaller"}
 
     def _start(self) -> None:
         self.close()
@@ -183,8 +205,12 @@ def _answer_all() -> None:
     _limit_memory()
     for line in sys.stdin:
         _limit_time()
-        _, error = compile_grammar(tokenizer, json.loads(line)["grammar"])
-        print(json.dumps({"error": error}), flush=True)
+        question = json.loads(line)
+        if "ebnf" in question:
+            lark, error = lark_of(question["ebnf"])
+        else:
+            lark, (_, error) = "", compile_grammar(tokenizer, question["grammar"])
+        print(json.dumps({"error": error, "lark": lark}), flush=True)
 
 
 def _limit_time() -> None:

@@ -3,22 +3,34 @@
 All of it runs on the host and beside the device. A mask is a bit for each token of the vocabulary.
 """
 
+import json
+import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from pjengine.grammar_check import GrammarCheck, compile_grammar, error_of, make_tokenizer, with_deep_stack
+from pjengine.grammar_check import (
+    OVER_LIMIT,
+    GrammarCheck,
+    compile_grammar,
+    error_of,
+    make_tokenizer,
+    with_deep_stack,
+)
+from pjengine.schema_position import position_of
 from pjengine.structured_outputs import StructuredOutputsParams
 from pjengine.tokenizer import Tokenizer
 
 MAX_CACHED = 64  # compiled grammars, of a few megabytes at most
+MAX_PLACE_S = 2.0  # to find the part of a schema that is refused
 _WHITESPACE = r"[ \t\r\n]{1,64}"  # bounded: some models would go on with it for ever
 _NO_TOKEN = "<|an end that no model has|>"
 
@@ -91,13 +103,30 @@ class Grammars:
             return found.fork()
 
     def _compile(self, wanted: StructuredOutputsParams, grammar: str) -> Matcher:
-        tokenizer, error, state = self._own_tokenizer, self._check.error(grammar), None
+        tokenizer, error, state = self._own_tokenizer, "", None
+        if is_ebnf(wanted.grammar):
+            lark, error = self._check.lark(grammar)
+            grammar = _lark(lark)
+        error = error or self._check.error(grammar)
         self._check_open()
         if not error:
             state, error = with_deep_stack(lambda: compile_grammar(tokenizer, grammar))
         if error:
-            raise _refusal(wanted, error)
+            raise _refusal(wanted, f"{self._position(wanted, error)}{error}")
         return Matcher(state, _name(wanted))
+
+    def _position(self, wanted: StructuredOutputsParams, error: str) -> str:
+        """Where in a JSON schema the error is. Of other grammars llguidance says it."""
+        if wanted.json is None or error.startswith(OVER_LIMIT):
+            return ""
+
+        end = time.monotonic() + MAX_PLACE_S
+
+        def error_of(part: dict[str, Any]) -> str:
+            left_s = end - time.monotonic()
+            return self._check.error(_source(replace(wanted, json=part)), left_s) if left_s > 0 else ""
+
+        return f"at {position_of(json.loads(wanted.json_text), error, error_of)}: "
 
     @cached_property
     def _setup(self) -> tuple[str, list[int]]:
@@ -144,6 +173,11 @@ class Grammars:
         bits[: min(len(self._tokenizer), self._vocab_size)] = 1
         return np.packbits(bits, bitorder="little").view("<i4")
 
+    @cached_property
+    def _num_full(self) -> int:
+        """Words at the beginning that have a token for each bit: there is nothing to clear in them."""
+        return int(np.argmin(np.append(self._real_tokens, 0) == -1))
+
     def masks(self, matchers: Sequence[Matcher]) -> Int[np.ndarray, "matchers words"]:
         """What may come next, as `Masks` has it; nothing, where a matcher cannot go on."""
         words = np.zeros((len(matchers), num_words(self._own_tokenizer.vocab_size)), np.int32)
@@ -156,10 +190,11 @@ class Grammars:
             if matcher.state.is_error():
                 words[index] = 0
         real = self._real_tokens
-        fitted = np.zeros((len(matchers), len(real)), np.int32)
-        width = min(words.shape[1], len(real))
-        fitted[:, :width] = words[:, :width] & real[:width]
-        return fitted
+        words = words[:, : len(real)]
+        if missing := len(real) - words.shape[1]:
+            words = np.pad(words, ((0, 0), (0, missing)))
+        words[:, self._num_full :] &= real[self._num_full :]
+        return words
 
     def close(self) -> None:
         """Ends the process that tries grammars, and with it what is compiled there."""
@@ -191,7 +226,7 @@ def _name(wanted: StructuredOutputsParams) -> str:
 
 
 def _source(wanted: StructuredOutputsParams) -> str:
-    """What llguidance compiles. ValueError: it is no JSON to it; whether it makes sense shows later."""
+    """What llguidance compiles; EBNF as it is. ValueError: it is no JSON. If it makes sense shows later."""
     from llguidance import LLMatcher
 
     if wanted.kind in ("json", "json_object"):
@@ -200,11 +235,22 @@ def _source(wanted: StructuredOutputsParams) -> str:
             options["whitespace_pattern"] = wanted.whitespace_pattern or _WHITESPACE
         return LLMatcher.grammar_from_json_schema(wanted.json_text, overrides=options)
     if wanted.grammar is not None:
-        return LLMatcher.grammar_from_lark(wanted.grammar)
+        return wanted.grammar if is_ebnf(wanted.grammar) else _lark(wanted.grammar)
     if wanted.regex is not None:
         return LLMatcher.grammar_from_regex(wanted.regex)
     texts = "|".join("".join(map(_escaped, text)) for text in wanted.choice or ())
     return LLMatcher.grammar_from_regex(f"(?:{texts})")
+
+
+def is_ebnf(grammar: str | None) -> bool:
+    """Whether a grammar has rules as in `root ::= "a"`, which Lark's language has not."""
+    return grammar is not None and re.search(r"^\s*[\w-]+\s*::=", grammar, re.MULTILINE) is not None
+
+
+def _lark(grammar: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_lark(grammar)
 
 
 def _escaped(character: str) -> str:

@@ -23,7 +23,9 @@ class StructuredOutputsParams:
     json: str | Mapping[str, Any] | None = None  # a JSON schema; its properties come in its order
     regex: str | None = None  # the whole output matches it, as Rust's regex reads it
     choice: Sequence[str] | None = None  # the output is one of these
-    grammar: str | None = None  # in the Lark language, as llguidance reads it
+    grammar: str | None = (
+        None  # in Lark's language, as llguidance reads it, or EBNF with a rule `root ::= ...`
+    )
     json_object: bool = False  # any JSON object
     disable_any_whitespace: bool = False  # between the tokens of JSON
     whitespace_pattern: str | None = (

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import signal
 import threading
 import time
@@ -42,6 +43,9 @@ LANGUAGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "grammar": ({"grammar": 'start: "f" body\nbody: "(" body? ")" | /x[0-3]/'}, {
         f"f{'(' * n}{middle}{')' * n}" for n in range(1, 40) for middle in ("", "x0", "x1", "x2", "x3")
     } | {f"fx{i}" for i in range(4)}),
+    "ebnf": ({"grammar": 'root ::= "f" body # as llama.cpp has it\nbody ::= "(" body ")" | "x" [0-3]?\n'}, {
+        f"f{'(' * n}x{digit}{')' * n}" for n in range(40) for digit in ("", *"0123")
+    }),
     "json": (
         {
             "json": {
@@ -238,6 +242,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "repetitions": ({"regex": "a{1000000000}"}, "too many expressions"),
     "repeated repetitions": ({"regex": "(((a{1000}){1000}){1000})"}, "cannot be followed"),
     "lark": ({"grammar": "start: foo"}, "structured_outputs.grammar='start: foo' .*unknown name"),
+    "ebnf": ({"grammar": 'root ::= "a"\nb ::= ("c"'}, r"grammar=.* followed: Expected '\)' at line 2"),
+    "no root": ({"grammar": 'foo ::= "a"'}, "No 'root' rule"),
+    "no such rule": ({"grammar": "root ::= foo"}, "'foo' not found"),
     "no start": ({"grammar": 'foo: "a"'}, "start"),
     "memory": ({"json": {"type": "integer", "multipleOf": 999_983}}, "make it smaller"),
 }  # fmt: skip
@@ -250,6 +257,28 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(grammars: Any, case:
         grammars.matcher(make(**fields))
     assert len(str(caught.value)) < 700 and "backtrace" not in str(caught.value)
     grammars.matcher(make(choice=["it goes on"]))
+
+
+BAD_PARTS: dict[str, dict[str, Any]] = {
+    "at #: Invalid type: strin": {"type": "strin"},
+    "at #/properties/a~1b/items/anyOf/1: Invalid type: strin": {
+        "properties": {
+            "c": {"type": "null"},
+            "a/b": {"items": {"anyOf": [{"type": "null"}, {"type": "strin"}]}},
+        }
+    },
+    'at #/$defs/x/prefixItems/0: Unimplemented keys: ["not"]': {
+        "$defs": {"x": {"prefixItems": [{"not": {}}]}},
+        "allOf": [{"$ref": "#/$defs/x"}],
+    },
+    "at #/additionalProperties: regex parse error": {"additionalProperties": {"pattern": "(a"}},
+}
+
+
+@pytest.mark.parametrize("message", BAD_PARTS)
+def test_a_refusal_names_the_part_of_the_schema(grammars: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot be followed: {re.escape(message)}"):
+        grammars.matcher(make(json=BAD_PARTS[message]))
 
 
 def test_definitions_may_refer_to_each_other_a_thousand_times(grammars: Any) -> None:

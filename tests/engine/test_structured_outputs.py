@@ -1,7 +1,6 @@
 """Outputs that must have a form, in batches with others and alone."""
 
 import json
-import random
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -84,63 +83,24 @@ def test_an_output_has_the_form_that_is_asked_for(llm: Any, fields: dict[str, An
     assert output.outputs[0].finish_reason == "stop" or "+" in pattern or "*" in pattern
 
 
-def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
-    """A small schema of any kind."""
-    simple: list[dict[str, Any]] = [
-        {"type": "null"},
-        {"type": "boolean"},
-        {"type": "integer", "minimum": rng.randint(-50, 0), "maximum": rng.randint(0, 500)},
-        {"type": "number", "minimum": 0, "exclusiveMaximum": 10},
-        {"type": "string", "maxLength": rng.randint(0, 6)},
-        {"type": "string", "pattern": "^[a-c]{1,4}$"},
-        {"type": "string", "format": "date"},
-        {"enum": rng.sample(["a", "bé", 1, 2.5, None, True, [1], {"x": 1}], 3)},
-        {"const": rng.choice(["c", 7, {"k": [None]}])},
-    ]
-    if depth == 0 or rng.random() < 0.4:
-        return rng.choice(simple)
-    kind = rng.choice(("object", "object", "array", "anyOf", "tuple"))
-    if kind == "array":
-        low = rng.randint(0, 2)
-        return {"type": "array", "items": random_schema(rng, depth - 1), "minItems": low, "maxItems": low + 1}
-    if kind == "anyOf":
-        return {"anyOf": [random_schema(rng, depth - 1) for _ in range(rng.randint(1, 3))]}
-    if kind == "tuple":
-        items = [random_schema(rng, depth - 1) for _ in range(rng.randint(1, 3))]
-        return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)}
-    names = rng.sample(["id", "a b", 'quo"te', "naïve", "x"], rng.randint(1, 3))
-    return {
-        "type": "object",
-        "properties": {name: random_schema(rng, depth - 1) for name in names},
-        "required": rng.sample(names, rng.randint(0, len(names))),
-        "additionalProperties": rng.choice((False, False, {"type": "boolean"})),
-    }
-
-
-def test_json_of_random_schemas_parses_and_validates(llm: Any) -> None:
-    rng, num_whole, num_cut = random.Random(7), 0, 0
-    schemas = [random_schema(rng) for _ in range(60)]
-    wanted = [
-        params(form(json=schema, disable_any_whitespace=i % 2 == 0), seed=i, temperature=1.5, max_tokens=60)
-        for i, schema in enumerate(schemas)
-    ]
-    for schema, output in zip(schemas, llm.generate(["{"] * 60, wanted, use_tqdm=False), strict=True):
-        [completion] = output.outputs
-        if completion.finish_reason == "stop":
-            num_whole += 1
-            jsonschema.validate(json.loads(completion.text), schema, jsonschema.Draft202012Validator)
-        else:
-            num_cut += 1
-            assert (completion.finish_reason, len(completion.token_ids)) == ("length", 60)
-    assert num_whole > 40 and num_whole + num_cut == 60
-
-
 def test_any_json_object_may_come(llm: Any) -> None:
     wanted = params(form(json_object=True), max_tokens=40, temperature=1.5, n=4)
     [output] = llm.generate("A: ", wanted, use_tqdm=False)
     assert all(completion.text.startswith("{") for completion in output.outputs)
     whole = [c for c in output.outputs if c.finish_reason == "stop"]
     assert all(isinstance(json.loads(completion.text), dict) for completion in whole)
+
+
+def test_every_step_gives_a_token_to_each_request_with_a_form_beside_those_without(llm: Any) -> None:
+    engine, wanted = llm.engine, form(regex="[0-9]{30}")
+    for i, own in enumerate((params(wanted, seed=1), params(wanted, seed=2), params(max_tokens=30))):
+        engine.add_request("x", own, request_id=str(i))
+    seen: dict[str, list[tuple[int, int]]] = {"0": [], "1": [], "2": []}
+    for step in range(100):
+        for output in engine.step():
+            seen[output.request_id].append((step, len(output.outputs[0].token_ids)))
+    for steps in seen.values():  # the first launches the prompts, each other one reads a token
+        assert steps == [(i, i) for i in range(1, len(steps) + 1)] and len(steps) > 10
 
 
 def test_requests_without_a_form_get_what_they_get_alone(llm: Any) -> None:
