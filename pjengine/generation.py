@@ -283,7 +283,7 @@ class Generation:
 
 def _likeliest(outputs: list[CompletionOutput], params: SamplingParams) -> list[CompletionOutput]:
     """Those `n` with the highest cumulative logprob, best first, where `best_of` asks for more."""
-    if len(outputs) <= params.n:
+    if params.use_beam_search or params.num_sequences == params.n:  # beams are in order
         return outputs
     chosen = sorted(outputs, key=lambda output: -(output.cumulative_logprob or 0.0))[: params.n]
     for index, output in enumerate(chosen):

@@ -154,9 +154,11 @@ STEPS: Mapping[str, Step] = {
     ),
 }
 DRAW = DrawLayout(64, EDITS)
+BEAMS = DrawLayout(8, EditSizes(num_beams=8, num_beam_searches=1, beam_width=8, num_beam_ends=4))
 PROGRAMS: Mapping[str, Callable[[], Compiled]] = {
     **{name: each.compile for name, each in STEPS.items()},
     "llama-8b draw 64": functools.partial(STEPS["llama-8b decode 32 to logits"].compile, draw=DRAW),
+    "llama-8b draw 8 beams": functools.partial(STEPS["llama-8b decode 32 to logits"].compile, draw=BEAMS),
 }
 WRONG_STEPS: Mapping[str, Step] = {
     "undonated": Step("opt-125m-llama", 1, True),

@@ -11,7 +11,7 @@ from pjengine.logits import history_bytes
 from pjengine.logprobs import BLOCK
 from pjengine.memory import activation_bytes
 from tests.compile.hlo import copies
-from tests.compile.steps import DRAW, DTYPE, PROGRAMS, STEPS, WRONG_STEPS, Step
+from tests.compile.steps import BEAMS, DRAW, DTYPE, PROGRAMS, STEPS, WRONG_STEPS, Step
 from tests.compile.worker import Report
 
 pytestmark = pytest.mark.timeout(1200)  # the first test to ask for `compiled` waits for all programs
@@ -25,6 +25,7 @@ KERNELS = {
     "llama-8b decode 32": FUSED,
     "llama-8b decode 32 to logits": FUSED - {"keep_threshold"},
     "llama-8b draw 64": {"keep_threshold"},
+    "llama-8b draw 8 beams": {"keep_threshold"},
     "llama-8b decode 256": {"rope_kv_write", "paged_decode", "gated_linear_mosaic", "keep_threshold"},
     "llama-8b mixed 1024": MIXED,
     "gemma2-9b decode 1": {"rope_kv_write", "paged_decode", "keep_threshold"},
@@ -137,6 +138,19 @@ def test_drawing_updates_rows_in_place_and_copies_no_token_ids(
     logits = activation_bytes(config, DTYPE, 1, DRAW.num_seqs)
     history = history_bytes(DRAW.num_seqs, config.max_model_len, step.config.page_size)
     assert report.temp_bytes <= logits + history
+
+
+@pytest.mark.parametrize("program", ["llama-8b draw 8 beams"])
+def test_beams_copy_a_page_each_in_place(compiled: Mapping[str, Report], program: str) -> None:
+    step, report = STEPS["llama-8b decode 32 to logits"], compiled[program]
+    _, cache, rows = step.state()
+    donated = jax.tree.leaves((cache, rows))
+    assert report.alias_bytes >= sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in donated)
+    large = {("bf16", math.prod(cache.k.shape)), ("s32", math.prod(cache.token_ids.shape))}
+    assert copies(report.hlo, large) == []
+    assert " while(" not in report.hlo  # the host would drive it
+    pages = 2 * BEAMS.num_seqs * step.model.config.num_layers * math.prod(cache.k.shape[1:]) * DTYPE.itemsize
+    assert report.temp_bytes <= 3 * 4 * BEAMS.num_seqs * step.model.config.vocab_size + pages
 
 
 @pytest.mark.parametrize(

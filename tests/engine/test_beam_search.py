@@ -57,7 +57,7 @@ def make_programs(runner: Any, **room: Any) -> None:
     from pjengine.edit_sizes import EditSizes
     from pjengine.edits import NEEDS
 
-    config, sizes = runner.config, EditSizes(num_bias=64, **room)
+    config, sizes = runner.config, EditSizes(num_bias=64, num_allowed=16, **room)
     for buckets, is_decode in ((config.decode_buckets, True), (config.mixed_buckets, False)):
         model = runner._editing_stages(buckets[-1], is_decode, np.zeros(len(NEEDS), np.int64)).model
         layouts = [model, DrawLayout(model.num_seqs, sizes)]
@@ -225,8 +225,9 @@ def test_layers_with_windows_fork_their_pages_too(unchecked_types: None, tmp_pat
         max_num_seqs=4, max_num_batched_tokens=128, max_model_len=128,
     ) as llm:  # fmt: skip
         assert llm.engine.runner.config.window_group is not None
-        [output] = llm.generate([prompt], beams(4, max_tokens=40, ignore_eos=True), use_tqdm=False)
         read = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        llm.generate([prompt * 5], read, use_tqdm=False)  # its program serves all prompts here
+        [output] = llm.generate([prompt], beams(4, max_tokens=40, ignore_eos=True), use_tqdm=False)
         again: Any = llm.generate([prompt + one.token_ids for one in output.outputs], read, use_tqdm=False)
     for one, taken in zip(output.outputs, again, strict=True):
         positions = taken.prompt_logprobs[len(prompt) :]
