@@ -20,19 +20,22 @@ from pjengine.logits import History, apply_edits
 from pjengine.logprobs import Logprobs, logprobs_of
 from pjengine.sampler import sample
 from pjengine.schedule import BROKEN, FORBIDDEN, Masks, Schedule
+from pjengine.speculative_step import Drafted, accept
 
 
 @dataclass(frozen=True)
 class DrawLayout(Vector):
     """A program that draws tokens."""
 
-    num_seqs: int  # of the model's program before it
+    num_seqs: int  # that the model's program before it has logits of
     edits: EditSizes
     num_groups: int = 1  # of KV pages
+    num_drafts: int = 0  # then logits follow each sequence's last token, and each of so many drafts of it
 
     def covers(self, other: "DrawLayout") -> bool:
         """Whether it has room for all that `other` has room for."""
-        return self.num_seqs >= other.num_seqs and self.edits.covers(other.edits)
+        is_alike = self.num_drafts == other.num_drafts
+        return is_alike and self.num_seqs >= other.num_seqs and self.edits.covers(other.edits)
 
     @cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
@@ -61,6 +64,7 @@ class Undrawn(NamedTuple):
     row: Int[Array, " seqs"]  # out of range: stands for nothing
     sampled_rows: Int[Array, " seqs"]  # where the token goes; out of range: nowhere
     kv_lens: Int[Array, " seqs"]  # which is the position of the token
+    drafted: Drafted | None = None  # with drafts: what the sequences are
 
 
 def pack_draw(schedule: Schedule, masks: Masks, layout: DrawLayout) -> Int[np.ndarray, " size"]:
@@ -68,6 +72,8 @@ def pack_draw(schedule: Schedule, masks: Masks, layout: DrawLayout) -> Int[np.nd
     blob = np.empty(layout.size, np.int32)
     parts = layout.split(blob)
     pack_edits(parts, schedule.edits, layout.num_seqs)
+    depth = layout.num_drafts + 1
+    parts["asked"][:] = np.repeat(parts["asked"][: layout.num_seqs // depth], depth, axis=0)
     pack_masks(parts, masks)
     return blob
 
@@ -80,8 +86,8 @@ def draw(
     *,
     layout: DrawLayout,
     backend: str | None,
-) -> tuple[Rows, Int[Array, " seqs"], Logprobs | None]:
-    """Edits the logits and draws a token for each sequence. Donates `rows`."""
+) -> tuple[Rows, Int[Array, "depth seqs"], Logprobs | None, Int[Array, "2 seqs"] | None]:
+    """Edits the logits and draws a token for each sequence; the parts of `StepOutput`. Donates `rows`."""
     parts, row, raw = layout.split(blob), undrawn.row, undrawn.logits
     page_table = rows.page_table.at[row].get(mode="fill", fill_value=0)
     prompt_lens = rows.prompt_len.at[row].get(mode="clip")
@@ -97,5 +103,8 @@ def draw(
         tokens = jnp.where(jnp.isnan(jnp.max(raw, axis=-1)), BROKEN, tokens)
         if layout.edits.num_top is not None:
             logprobs = logprobs_of(raw, tokens, layout.edits.num_top, parts["asked"])
+    if undrawn.drafted is not None:
+        rows, sampled, counts = accept(rows, row, undrawn.drafted, tokens)
+        return rows, sampled, logprobs, counts
     last_token = rows.last_token.at[undrawn.sampled_rows].set(tokens, mode="drop")
-    return rows._replace(last_token=last_token), tokens, logprobs
+    return rows._replace(last_token=last_token), tokens[None], logprobs, None

@@ -20,6 +20,7 @@ from pjengine.models.config import ModelConfig
 from pjengine.models.window_group import WindowGroup
 from pjengine.page_counts import count_pages
 from pjengine.page_groups import window_pages
+from pjengine.speculation_config import SpeculationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,7 @@ def plan_memory(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     max_logprobs: int,
+    speculation: SpeculationConfig | None = None,
 ) -> MemoryPlan:
     """Sizes the page pool, the same way with a device and without.
 
@@ -177,7 +179,9 @@ def plan_memory(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
     }
-    activations, temp, bound = _program_bytes(config, dtype, budget_bytes, max_logprobs, **limits)
+    activations, temp, bound = _program_bytes(
+        config, dtype, budget_bytes, max_logprobs, speculation, **limits
+    )
     kv_bytes = kv_cache_memory_bytes
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations - temp
@@ -210,6 +214,7 @@ def _program_bytes(
     dtype: jnp.dtype,
     budget_bytes: int | None,
     max_logprobs: int,
+    speculation: SpeculationConfig | None,
     *,
     max_len: int,
     page_size: int,
@@ -227,11 +232,13 @@ def _program_bytes(
         vocab_size,
         max_logprobs,
         num_prompt_tokens,
-        num_seqs,
+        num_seqs if speculation is None else max(num_seqs, speculation.num_verified(max_num_seqs)),
         max_len,
         page_size,
         num_groups=2 if config.windowed_layers(max_len) else 1,
     )
+    if speculation is not None:
+        temp += speculation.lookup_bytes(max_num_seqs, max_len)
     if budget_bytes is not None:
         temp += tuning_bytes(config, dtype, num_seqs)
     return activations, temp, bound

@@ -35,8 +35,9 @@ class Decodes(NamedTuple):
     requests: list[Request]
     rows: np.ndarray  # ints, one for each request, as are all below
     admissions: np.ndarray
-    starts: np.ndarray  # position of the token to compute first
-    lengths: np.ndarray  # how many: each leads to the next
+    # Position of the token to compute first; the last one that it may be, while drafts of the row are unread.
+    starts: np.ndarray
+    lengths: np.ndarray  # how many: each leads to the next; with drafts, how many at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,9 @@ class Schedule:
     masked: list[tuple[int, Request]]  # sequences that sample among what a grammar allows
     refused: list[tuple[Request, str]]  # that were waiting and never can run, and why
     num_preempted: int = 0
+    num_drafts: int = (
+        0  # tokens to draft for each row; then `decodes` has bounds, known better once it is read
+    )
 
     @property
     def num_seqs(self) -> int:

@@ -22,6 +22,7 @@ from pjengine.models.decoder import Decoder, Params
 from pjengine.models.registry import is_ours
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.triton_extra import backend_versions
+from pjengine.speculative_step import Drafted
 from pjengine.step import StepOutput, compute_logits, step
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,12 @@ class StepCompiler:
             return *self.state, array((layout.size,))
         _, cache, rows = self.state
         seqs, vocab_size = layout.num_seqs, self.model.config.vocab_size
-        undrawn = Undrawn(array((seqs, vocab_size), jnp.float32), *[array((seqs,))] * 3)
+        drafted = None
+        if layout.num_drafts:
+            places = (seqs // (1 + layout.num_drafts), 1 + layout.num_drafts)
+            drafted = Drafted(array(places), array(places, jnp.bool_), array(places[:1]))
+        own = array((seqs,))
+        undrawn = Undrawn(array((seqs, vocab_size), jnp.float32), own, own, own, drafted)
         return rows, cache.token_ids, undrawn, array((layout.size,))
 
     def _settings(self, layout: Layout | DrawLayout) -> dict[str, Any]:
@@ -116,6 +122,7 @@ class StepCompiler:
             "num_pages": self.config.num_pages,
             "window_group": self.config.window_group,
             "backend": self.config.kernel_backend,
+            "speculation": self.config.speculation,
         }
 
     def _key(self, layout: Layout | DrawLayout) -> str:
@@ -130,13 +137,15 @@ class StepCompiler:
         _, cache, rows = self.state
         leaf: Any = 0  # the trees hold no leaves
         logprobs, results = Logprobs(*[leaf] * len(Logprobs._fields)), tuple[Any, ...]()
+        counts = leaf if layout.num_drafts else None
         if isinstance(layout, DrawLayout):
-            results = rows, leaf, None if layout.edits.num_top is None else logprobs
+            results = rows, leaf, None if layout.edits.num_top is None else logprobs, counts
         elif layout.ends_in_logits:
-            undrawn = Undrawn(*[leaf] * len(Undrawn._fields))
+            drafted = Drafted(leaf, leaf, leaf) if layout.num_drafts else None
+            undrawn = Undrawn(leaf, leaf, leaf, leaf, drafted)
             results = cache, rows, undrawn, None if layout.num_prompt_top is None else logprobs
         else:
-            results = cache, rows, StepOutput(leaf)
+            results = cache, rows, StepOutput(leaf, drafted=counts)
         return jax.tree.structure((self._arguments(layout), {})), jax.tree.structure(results)
 
 
