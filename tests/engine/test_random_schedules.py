@@ -67,9 +67,8 @@ WANTED = {
     "several continuations": 30,
     "continuations without a cache": 5,
     "several tokens at once": 20,
-    "kept drafts": 100,
+    "kept drafts": 50,
     "wrong drafts": 100,
-    "drafts": 100,
     **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop"), 10),
     "structured_outputs": 20,
     "preempted with a grammar": 3,
@@ -132,7 +131,8 @@ def engine(
         assert llm.engine.model_config.vocab_size == VOCAB_SIZE
         assert llm.engine.model_config.eos_token_ids == (EOS,)
         patch.setattr("pjengine.runner.PATIENCE", 1_000_000)
-        # What comes next depends on the last token most of all, so that outputs repeat themselves.
+        # The last token is often followed by itself, so that outputs repeat themselves, and drafts hold.
+        llm.params["head"] = llm.params["head"] + 1.4 * llm.params["embed"]
         llm.params["embed"] = 4 * llm.params["embed"]
         every = {**make_edits(random.Random(0), 8, share=1), "prompt_logprobs": 2}
         for fields in ({}, {**every, "stop_token_ids": [*range(10)]}):
@@ -333,7 +333,6 @@ def test_every_request_gets_what_it_gets_alone(engine: Any) -> None:
         reschedule(engine, **limits, speculation=speculation)
         outputs = run(engine, arrivals, seen)
         if speculation is not None:
-            seen["drafts"] += speculation.num_drafts
             seen["kept drafts"] += speculation.num_accepted_tokens
             seen["wrong drafts"] += speculation.num_draft_tokens - speculation.num_accepted_tokens
         reschedule(engine, **ROOMY)

@@ -31,7 +31,8 @@ def eager() -> Iterator[Any]:
 
     sizes = {"dtype": "float32", "max_num_seqs": 1, "max_num_batched_tokens": 64, "warm_up": False}
     with LLM("demo", **sizes, speculative_config=CONFIG) as llm:
-        llm.engine.scheduler.speculation._pays = lambda *_: True
+        speculation: Any = llm.engine.scheduler.speculation
+        speculation._pays = lambda *_: True
         while not llm.engine.runner.can_draft(1, NO_NEEDS):
             llm.engine.runner.wait_for_programs()
         yield llm
@@ -74,11 +75,12 @@ def test_a_text_that_repeats_itself_takes_few_steps_and_is_counted(eager: Any) -
         num_steps += 1
     after = read_stats(eager.engine)
     kept = after.num_accepted_tokens - before.num_accepted_tokens
-    # A step for each token but those kept, some for the prompt, and one at the end, which waits for the last.
-    assert 20 < kept <= 59 and 60 - kept < num_steps <= 60 - kept + 6
-    assert (
-        kept <= after.num_draft_tokens - before.num_draft_tokens <= 4 * (after.num_drafts - before.num_drafts)
+    # A step for each token but those kept, some for the prompt, and at the end some that wait for the last.
+    assert 10 < kept <= 59 and 60 - kept < num_steps < 60 - kept + 10
+    num_drafts, drafted = (
+        getattr(after, name) - getattr(before, name) for name in ("num_drafts", "num_draft_tokens")
     )
+    assert kept <= drafted <= 4 * num_drafts
     assert sum(after.accepted_by_position) == after.num_accepted_tokens
     assert list(after.accepted_by_position) == sorted(after.accepted_by_position, reverse=True)
 
