@@ -85,6 +85,27 @@ def test_a_text_that_repeats_itself_takes_few_steps_and_is_counted(eager: Any) -
     assert list(after.accepted_by_position) == sorted(after.accepted_by_position, reverse=True)
 
 
+def test_metrics_count_drafts_and_the_places_that_held(eager: Any) -> None:
+    from pjengine.serving.metrics import Metrics
+    from pjengine.stats import read_stats
+
+    stats, text = read_stats(eager.engine), Metrics(eager.engine, model_name="m", prefix="p").exposition()
+    assert stats.num_accepted_tokens > 0
+    for name, value in (("draft", stats.num_draft_tokens), ("accepted", stats.num_accepted_tokens)):
+        line = f'p:spec_decode_num_{name}_tokens_total{{engine="0",model_name="m"}} {float(value)}'
+        assert line.encode() in text
+    place = 'p:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="3"}'
+    assert f"{place} {float(stats.accepted_by_position[3])}".encode() in text
+
+
+def test_a_benchmark_of_what_repeats_itself_says_how_many_drafts_held(eager: Any) -> None:
+    from pjengine.bench import latency
+
+    result = latency(eager, 1, prompt_len=64, output_len=48, repeats=1, is_copying=True)
+    assert result["is_copying"] and 0 < result["num_accepted_tokens"] <= result["num_draft_tokens"]
+    assert result["acceptance_rate"] == result["num_accepted_tokens"] / result["num_draft_tokens"]
+
+
 def look_up_plainly(tokens: list[int], num_drafts: int, least: int, most: int) -> list[int] | None:
     """The specification of `look_up`."""
     best = (0, -1)
