@@ -23,7 +23,8 @@ FLOAT_FIELDS = ("temperature", "top_p", "min_p", *PENALTIES, "beam_score")
 ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", *FLOAT_FIELDS)
 SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
 NO_LAYER = 2**30  # in place of a layer's number
-FROM_DEVICE = -1  # in place of a token id: the row's last token, known to the device only
+# In place of a token id or a position: those of the row's last token, known to the device only.
+FROM_DEVICE = -1
 
 
 class Rows(NamedTuple):
@@ -89,10 +90,16 @@ class Layout(Vector):
     num_prompt_top: int | None = None  # logprobs of prompts, where it ends in logits; None: none
     num_states: int = 0  # layers whose hidden states are kept of prompts, where it ends in logits
     has_token_states: bool = False  # those of each token come down, not only pooled ones
+    num_drafts: int = 0  # tokens of each sequence that are verified beside its last one, in decodes alone
 
     @property
     def num_seqs(self) -> int:
         return min(self.num_tokens, self.num_rows)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that it samples, or has logits for: of each sequence one, and one after each draft."""
+        return self.num_seqs * (1 + self.num_drafts)
 
     @property
     def max_page_updates(self) -> int:
@@ -100,8 +107,10 @@ class Layout(Vector):
 
     def covers(self, other: "Layout") -> bool:
         """Whether a step that `other` was chosen for may run as this one."""
-        kind = (self.is_decode, self.depth, self.ends_in_logits)
-        if kind != (other.is_decode, other.depth, other.ends_in_logits) or self.num_tokens < other.num_tokens:
+        kind, wanted = (
+            (own.is_decode, own.depth, own.ends_in_logits, own.num_drafts) for own in (self, other)
+        )
+        if kind != wanted or self.num_tokens < other.num_tokens:
             return False
         if self.num_states < other.num_states or self.has_token_states < other.has_token_states:
             return False
@@ -113,7 +122,7 @@ class Layout(Vector):
     def parts(self) -> dict[str, tuple[int, ...]]:
         seqs = (self.num_seqs,)
         if self.is_decode:
-            lengths = {"lengths": seqs} if self.depth > 1 else {}
+            lengths = {"lengths": seqs} if self.depth > 1 or self.num_drafts else {}
             return {"rows": seqs, **lengths, "page_updates": (3, self.num_groups * self.num_seqs)}
         return {
             "targets": (0 if self.num_prompt_top is None else self.num_tokens,),
@@ -157,7 +166,7 @@ def pack(
     decodes, num_decodes = schedule.decodes, len(schedule.decodes.requests)
     parts["rows"][:num_decodes] = decodes.rows
     parts["page_updates"][:, : updates.shape[1]] = updates
-    if layout.depth > 1:
+    if "lengths" in parts:
         parts["lengths"][:num_decodes] = decodes.lengths
     if not layout.is_decode:
         _pack_chunks(parts, schedule, layout, vocab_size)
@@ -169,7 +178,7 @@ def _pack_chunks(parts: dict[str, np.ndarray], schedule: Schedule, layout: Layou
     decodes, chunks = schedule.decodes, schedule.chunks
     first, end = len(decodes.requests), schedule.num_seqs
     parts["rows"][first:end] = parts["sampled_rows"][first:end] = [chunk.row for chunk in chunks]
-    parts["starts"][:first] = decodes.starts
+    parts["starts"][:first] = FROM_DEVICE
     parts["starts"][first:end] = [chunk.start for chunk in chunks]
     cu_q_lens = parts["cu_q_lens"]
     cu_q_lens[: first + 1] = np.arange(first + 1)
@@ -256,27 +265,37 @@ def live_rows(parts: dict[str, Array], layout: Layout, index: int | Array) -> In
     return jnp.where(index < parts["lengths"], parts["rows"], layout.num_rows)
 
 
-def unpack(rows: Rows, row: Int[Array, " seqs"], parts: dict[str, Array], layout: Layout) -> Batch:
-    """The tokens to compute now, from the vector and the rows; `row` as `live_rows`. On the device."""
+def unpack(
+    rows: Rows,
+    row: Int[Array, " seqs"],
+    parts: dict[str, Array],
+    layout: Layout,
+    ahead: int | Int[Array, " seqs"] = 0,
+) -> Batch:
+    """The tokens to compute now, from the vector and the rows; `row` as `live_rows`. On the device.
+
+    `ahead`: of decodes, how far each is behind the position of its row.
+    """
     is_real = row < layout.num_rows
     page_table = rows.page_table.at[row].get(mode="fill", fill_value=0)
     page_tables = jnp.split(page_table, 2, axis=1) if layout.num_groups == 2 else [page_table]
     if layout.is_decode:
-        positions = rows.position.at[row].get(mode="fill", fill_value=0)
+        positions = jnp.where(is_real, rows.position.at[row].get(mode="fill", fill_value=0) + ahead, 0)
         tokens = rows.last_token.at[row].get(mode="fill", fill_value=0)
-        seq, is_token, cu_q_lens = jnp.arange(layout.num_seqs, dtype=jnp.int32), is_real, None
+        seq, is_token, cu_q_lens = jnp.arange(len(row), dtype=jnp.int32), is_real, None
         kv_lens = jnp.where(is_real, positions + 1, 0)
     else:
-        cu_q_lens = parts["cu_q_lens"]
+        cu_q_lens, position = parts["cu_q_lens"], rows.position.at[row].get(mode="fill", fill_value=0)
+        starts = jnp.where(parts["starts"] == FROM_DEVICE, position, parts["starts"])
         token = jnp.arange(layout.num_tokens, dtype=jnp.int32)
         # Not the default method: its loop would be driven by the host.
         seq = jnp.searchsorted(cu_q_lens[1:], token, side="right", method="compare_all").astype(jnp.int32)
         is_token = token < cu_q_lens[-1]
         seq = jnp.minimum(seq, layout.num_seqs - 1)
-        positions = jnp.where(is_token, parts["starts"][seq] + token - cu_q_lens[seq], 0)
+        positions = jnp.where(is_token, starts[seq] + token - cu_q_lens[seq], 0)
         last = rows.last_token.at[row].get(mode="fill", fill_value=0)
         tokens = jnp.where(parts["tokens"] == FROM_DEVICE, last[seq], parts["tokens"])
-        kv_lens = jnp.where(is_real, parts["starts"] + jnp.diff(cu_q_lens), 0)
+        kv_lens = jnp.where(is_real, starts + jnp.diff(cu_q_lens), 0)
 
     def slots_in(page_table: Int[Array, "seqs pages_per_seq"]) -> Int[Array, " tokens"]:
         page = page_table[seq, positions // layout.page_size]

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pjengine.batching import PENALTIES, Rows
-from pjengine.draw import DrawLayout, Undrawn, edit_and_draw
+from pjengine.draw import DrawLayout, Undrawn, edit_and_draw, take_tokens
 from pjengine.logprobs import Logprobs
 from pjengine.models.state import KVCache
 from pjengine.models.window_group import WindowGroup
@@ -40,7 +40,7 @@ def draw_beams(
     num_pages: int,
     window_group: WindowGroup | None,
     backend: str | None,
-) -> tuple[KVCache, Rows, Int[Array, " seqs"], Logprobs | None, BeamOutput]:
+) -> tuple[KVCache, Rows, Int[Array, "1 seqs"], Logprobs | None, BeamOutput]:
     """As `draw`; then each search goes on with its best candidates. Donates `cache` and `rows`.
 
     A token's logprob is its edited logit less what normalizes the raw ones: a token that is forbidden makes
@@ -48,15 +48,16 @@ def draw_beams(
     what is chosen beyond it goes nowhere.
     """
     parts = layout.split(blob)
-    rows, tokens, logprobs, edited = edit_and_draw(
+    tokens, logprobs, edited = edit_and_draw(
         rows, cache.token_ids, undrawn, parts, layout=layout, backend=backend
     )
+    rows = take_tokens(rows, undrawn, tokens)
     first_pages = _first_pages(num_layers, num_pages, window_group)
     with jax.named_scope("beams"):
         scores = rows.beam_score.at[undrawn.row].get(mode="clip")
         chosen = _choose(undrawn.logits, edited, scores, parts)
         cache, rows = _go_on(cache, rows, chosen, undrawn.kv_lens, parts, first_pages)
-    return cache, rows, tokens, logprobs, chosen
+    return cache, rows, tokens[None], logprobs, chosen
 
 
 def _choose(

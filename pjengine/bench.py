@@ -94,7 +94,7 @@ def throughput(
     _warm_up(llm)
     params = [fixed_length(length, temperature) for length in workload.output_lens]
     elapsed: list[float] = []
-    num_preemptions = 0
+    num_preemptions, before = 0, draft_counts(llm)
     for _ in range(repeats):
         start = time.perf_counter()
         outputs = llm.generate(workload.prompts, params, use_tqdm=False)
@@ -114,6 +114,7 @@ def throughput(
         "total_tokens_per_s": workload.num_tokens / median_s,
         "num_preemptions": num_preemptions,
         "recompiles_after_warmup": llm.engine.runner.recompiles_after_warmup,
+        **draft_figures(llm, before),
     }
 
 
@@ -125,11 +126,13 @@ def latency(
     output_len: int = 128,
     repeats: int = 3,
     sampling: Mapping[str, Any] | None = None,
+    is_copying: bool = False,
 ) -> dict[str, Any]:
     """Decoding of one batch: TPOT = (T(all tokens) - T(1 token)) / (tokens - 1), T being medians.
 
     `sampling` are fields of SamplingParams; without, it is greedy. Of a beam search the rate is that of the
-    sequences, and that of all beams is beside it.
+    sequences, and that of all beams is beside it. With `is_copying` the prompts are greedy answers of the
+    model itself: one with random weights soon repeats itself, and then goes on as they do.
 
     Raises:
       ValueError: the batch does not run at once, or its requests are longer than `max_model_len`.
@@ -138,6 +141,10 @@ def latency(
     check_batch(llm, batch_size, prompt_len, output_len, num_beams)
     _warm_up(llm)
     prompts = random_tokens(llm.engine.model_config.vocab_size, [prompt_len] * batch_size, seed=0)
+    if is_copying:
+        begun = [prompt[: min(16, output_len)] for prompt in prompts]
+        answers = llm.generate(begun, fixed_length(prompt_len), use_tqdm=False)
+        prompts = [answer.outputs[0].token_ids for answer in answers]
 
     def run(length: int) -> float:
         start = time.perf_counter()
@@ -145,6 +152,7 @@ def latency(
         return time.perf_counter() - start
 
     run(output_len)  # the first pass touches fresh pages and programs
+    before = draft_counts(llm)
     first = [run(1) for _ in range(repeats)]
     whole = [run(output_len) for _ in range(repeats)]
     steps = output_len - 1
@@ -163,6 +171,28 @@ def latency(
         "output_tokens_per_s": batch_size / tpot_s if tpot_s > 0 else 0.0,
         **({"beam_tokens_per_s": num_beams * batch_size / max(tpot_s, 1e-9)} if num_beams > 1 else {}),
         "recompiles_after_warmup": llm.engine.runner.recompiles_after_warmup,
+        **({"is_copying": True} if is_copying else {}),
+        **draft_figures(llm, before),
+    }
+
+
+def draft_counts(llm: Any) -> tuple[int, int]:
+    """Of an engine so far: tokens drafted, and those that held."""
+    speculation = llm.engine.scheduler.speculation
+    if speculation is None:
+        return 0, 0
+    return speculation.num_draft_tokens, speculation.num_accepted_tokens
+
+
+def draft_figures(llm: Any, before: tuple[int, int]) -> dict[str, Any]:
+    """What a row says of speculation since `draft_counts` gave `before`; nothing, if the engine has none."""
+    if llm.engine.scheduler.speculation is None:
+        return {}
+    drafted, accepted = (now - then for now, then in zip(draft_counts(llm), before, strict=True))
+    return {
+        "num_draft_tokens": drafted,
+        "num_accepted_tokens": accepted,
+        "acceptance_rate": accepted / drafted if drafted else None,
     }
 
 

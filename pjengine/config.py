@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pjengine.models.window_group import WindowGroup
+from pjengine.speculation_config import SpeculationConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "bin", "dummy")
@@ -56,6 +57,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None  # tokens computed in one step
     decode_steps: int | None = None  # tokens a request gets from one launch, when none has a prompt to read
     page_size: int = 16  # tokens per page
+    # Draft tokens and verify several in a step: a dict with vLLM's keys, such as {"method": "ngram",
+    # "num_speculative_tokens": 4}; see `SpeculationConfig`.
+    speculative_config: Any = None
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
     max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
@@ -94,7 +98,16 @@ class EngineConfig:
                     f"{name} must be a whole number of at least {least} and less than {end}"
                     f"{'' if needs_value else ', or None'}, got {value!r:.80}"
                 )
+        assert (
+            self.speculation is None or self.speculation.num_drafts < self.page_size
+        )  # refuses what is wrong
         self._check_together()
+
+    @cached_property
+    def speculation(self) -> SpeculationConfig | None:
+        """What `speculative_config` says."""
+        wanted = self.speculative_config
+        return None if wanted is None else SpeculationConfig.read(wanted, self.page_size)
 
     def _check_together(self) -> None:
         """Raises ValueError where one setting does not go with another."""
@@ -128,6 +141,7 @@ class RunnerConfig:
     window_group: WindowGroup | None = (
         None  # layers with pages of their own; then `num_pages` is of the others
     )
+    speculation: SpeculationConfig | None = None
 
     @property
     def num_groups(self) -> int:
@@ -147,6 +161,13 @@ class RunnerConfig:
         return tuple(sorted({*buckets(1, min(step, self.max_num_seqs)), *large, self.max_num_seqs}))
 
     @cached_property
+    def draft_buckets(self) -> tuple[int, ...]:
+        """Numbers of sequences that decode programs with drafts are compiled for."""
+        if self.speculation is None:
+            return ()
+        return buckets(1, min(self.max_num_seqs, self.speculation.max_num_seqs))
+
+    @cached_property
     def mixed_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that mixed programs are compiled for."""
         most = self.max_num_batched_tokens
@@ -162,7 +183,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), (1,)),
     **dict.fromkeys(("trust_remote_code", "enforce_eager", "enable_lora", "enable_sleep_mode"), (False,)),
     **dict.fromkeys(("enable_expert_parallel", "disable_custom_all_reduce"), (False,)),
-    **dict.fromkeys(("quantization", "quantization_config", "speculative_config"), (None,)),
+    **dict.fromkeys(("quantization", "quantization_config"), (None,)),
     **dict.fromkeys(("code_revision", "distributed_executor_backend", "logits_processors"), (None,)),
     **dict.fromkeys(("kv_cache_dtype", "tokenizer_mode", "config_format"), ("auto",)),
     **dict.fromkeys(("cpu_offload_gb", "swap_space"), (0, 0.0)),

@@ -21,19 +21,22 @@ from pjengine.logits import History, apply_edits
 from pjengine.logprobs import Logprobs, logprobs_of
 from pjengine.sampler import sample
 from pjengine.schedule import BROKEN, FORBIDDEN, Masks, Schedule
+from pjengine.speculative_step import Drafted, accept
 
 
 @dataclass(frozen=True)
 class DrawLayout(Vector):
     """A program that draws tokens."""
 
-    num_seqs: int  # of the model's program before it
+    num_seqs: int  # that the model's program before it has logits of
     edits: EditSizes
     num_groups: int = 1  # of KV pages
+    num_drafts: int = 0  # then logits follow each sequence's last token, and each of so many drafts of it
 
     def covers(self, other: "DrawLayout") -> bool:
         """Whether it has room for all that `other` has room for."""
-        return self.num_seqs >= other.num_seqs and self.edits.covers(other.edits)
+        is_alike = self.num_drafts == other.num_drafts
+        return is_alike and self.num_seqs >= other.num_seqs and self.edits.covers(other.edits)
 
     @cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
@@ -68,6 +71,7 @@ class Undrawn(NamedTuple):
     row: Int[Array, " seqs"]  # out of range: stands for nothing
     sampled_rows: Int[Array, " seqs"]  # where the token goes; out of range: nowhere
     kv_lens: Int[Array, " seqs"]  # which is the position of the token
+    drafted: Drafted | None = None  # with drafts: what the sequences are
 
 
 def pack_draw(schedule: Schedule, masks: Masks, layout: DrawLayout) -> Int[np.ndarray, " size"]:
@@ -75,6 +79,8 @@ def pack_draw(schedule: Schedule, masks: Masks, layout: DrawLayout) -> Int[np.nd
     blob = np.empty(layout.size, np.int32)
     parts = layout.split(blob)
     pack_edits(parts, schedule.edits, layout.num_seqs, layout.edits.chains)
+    depth = layout.num_drafts + 1
+    parts["asked"][:] = np.repeat(parts["asked"][: layout.num_seqs // depth], depth, axis=0)
     pack_masks(parts, masks)
     pack_beams(parts, schedule.beams)
     return blob
@@ -88,12 +94,20 @@ def draw(
     *,
     layout: DrawLayout,
     backend: str | None,
-) -> tuple[Rows, Int[Array, " seqs"], Logprobs | None]:
-    """Edits the logits and draws a token for each sequence. Donates `rows`."""
-    rows, tokens, logprobs, _ = edit_and_draw(
+) -> tuple[Rows, Int[Array, "depth seqs"], Logprobs | None, Int[Array, "2 seqs"] | None]:
+    """Edits the logits and draws a token for each sequence; the parts of `StepOutput`. Donates `rows`."""
+    tokens, logprobs, _ = edit_and_draw(
         rows, token_ids, undrawn, layout.split(blob), layout=layout, backend=backend
     )
-    return rows, tokens, logprobs
+    if undrawn.drafted is not None:
+        rows, sampled, counts = accept(rows, undrawn.row, undrawn.drafted, tokens)
+        return rows, sampled, logprobs, counts
+    return take_tokens(rows, undrawn, tokens), tokens[None], logprobs, None
+
+
+def take_tokens(rows: Rows, undrawn: Undrawn, tokens: Int[Array, " seqs"]) -> Rows:
+    """Has the next step go on from these tokens."""
+    return rows._replace(last_token=rows.last_token.at[undrawn.sampled_rows].set(tokens, mode="drop"))
 
 
 def edit_and_draw(
@@ -104,8 +118,8 @@ def edit_and_draw(
     *,
     layout: DrawLayout,
     backend: str | None,
-) -> tuple[Rows, Int[Array, " seqs"], Logprobs | None, Float[Array, "seqs vocab"]]:
-    """The same, and the edited logits."""
+) -> tuple[Int[Array, " seqs"], Logprobs | None, Float[Array, "seqs vocab"]]:
+    """A token for each sequence, its logprobs where they are asked for, and the edited logits."""
     row, raw = undrawn.row, undrawn.logits
     page_table = rows.page_table.at[row].get(mode="fill", fill_value=0)
     prompt_lens = rows.prompt_len.at[row].get(mode="clip")
@@ -125,5 +139,4 @@ def edit_and_draw(
         tokens = jnp.where(jnp.isnan(jnp.max(raw, axis=-1)), BROKEN, tokens)
         if layout.edits.num_top is not None:
             logprobs = logprobs_of(raw, tokens, layout.edits.num_top, parts["asked"])
-    last_token = rows.last_token.at[undrawn.sampled_rows].set(tokens, mode="drop")
-    return rows._replace(last_token=last_token), tokens, logprobs, logits
+    return tokens, logprobs, logits

@@ -23,6 +23,7 @@ from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
 from pjengine.schedule import BROKEN, NO_MASKS, Decodes, Masks, Schedule
 from pjengine.scheduler import Scheduler
+from pjengine.speculation import Speculation
 from pjengine.step import StepOutput
 from pjengine.token_logprobs import to_host
 from pjengine.turns import Turns
@@ -86,9 +87,14 @@ class LLMEngine:
             max_prompt_logprob_tokens=sizes.max_prompt_logprob_tokens,
             max_states=sizes.max_states,
             mixed_sizes=sizes.mixed_buckets,
+            speculation=self._new_speculation(),
             window_pool=None if group is None else PagePool(group.num_pages),
             window=None if group is None else group.window,
         )
+
+    def _new_speculation(self) -> Speculation | None:
+        wanted, num_rows = self.runner.config.speculation, self.runner.config.max_num_seqs
+        return None if wanted is None else Speculation(wanted, num_rows, self.runner.can_draft)
 
     def add_request(
         self,
@@ -186,6 +192,8 @@ class LLMEngine:
             schedule = self.scheduler.schedule()
             launched = self.runner.launch(schedule) if schedule.num_seqs else None
             self._in_flight, ended = launched, self._in_flight
+            if ended is None and self.scheduler.speculation is not None:
+                self.scheduler.speculation.pause()
             refused = self._refuse(schedule)
             if launched is ended is None and not refused:
                 self.runner.wait_for_programs()
@@ -225,6 +233,7 @@ class LLMEngine:
     def _take_results(self, ended: Launched) -> list[Generation]:
         schedule, output, now = ended.schedule, ended.read(), time.perf_counter()
         sampled = np.asarray(output.tokens)
+        lengths = self._settle(schedule, output, now)
         arrays = None if output.logprobs is None else to_host(output.logprobs)
         if output.prompt_logprobs is not None or output.states is not None:
             self._take_prompts(schedule, output)
@@ -233,8 +242,9 @@ class LLMEngine:
 
         def look(request: Request, seq: int, length: int) -> None:
             completion, generation = self._completions[request.request_id]
-            for token in sampled[:length, seq].tolist():
-                completion.push(token, now, arrays, seq)
+            first_row = seq * (schedule.num_drafts + 1)  # of the logprobs
+            for place, token in enumerate(sampled[:length, seq].tolist()):
+                completion.push(token, now, arrays, first_row + place)
                 self.num_generation_tokens += token >= 0
                 if request.is_finished:
                     finished.append(completion)
@@ -244,7 +254,7 @@ class LLMEngine:
         decodes, table = schedule.decodes, self.scheduler.rows
         is_live = table.admissions[decodes.rows] == decodes.admissions  # not ended or preempted since
         is_live &= ~table.is_beam[decodes.rows]
-        is_plain = is_live & ~self._needs_look(decodes, sampled)
+        is_plain = is_live & ~self._needs_look(decodes, lengths, sampled)
         plain = np.flatnonzero(is_plain)
         completions, depth = self._completions, len(sampled)
         for request, tokens in zip(
@@ -257,7 +267,7 @@ class LLMEngine:
             grown.append(completions[request.request_id][1])
         self.num_generation_tokens += depth * len(plain)
         for seq in np.flatnonzero(is_live & ~is_plain).tolist():
-            look(decodes.requests[seq], seq, int(decodes.lengths[seq]))
+            look(decodes.requests[seq], seq, int(lengths[seq]))
         for seq, chunk in enumerate(schedule.chunks, len(decodes.requests)):
             is_own = table.admissions[chunk.row] == chunk.admission
             if chunk.is_sampled and is_own and chunk.request.beams is None:
@@ -298,14 +308,29 @@ class LLMEngine:
         generation.take_beams(request.beams.finished)
         return True
 
+    def _settle(self, schedule: Schedule, output: StepOutput, now: float) -> Int[np.ndarray, " decodes"]:
+        """How many tokens each of a step's decodes got; what drafts had booked beyond that is taken back."""
+        speculation, decodes = self.scheduler.speculation, schedule.decodes
+        if speculation is not None:
+            speculation.see(schedule, now)
+        if output.drafted is None:
+            return decodes.lengths
+        assert speculation is not None
+        taken, drafted = np.asarray(output.drafted, np.int64)[:, : len(decodes.rows)]
+        speculation.settle(self.scheduler.rows, schedule, taken, drafted)
+        return taken
+
     def _needs_look(
-        self, decodes: Decodes, tokens: Int[np.ndarray, "depth seqs"]
+        self,
+        decodes: Decodes,
+        lengths: Int[np.ndarray, " decodes"],
+        tokens: Int[np.ndarray, "depth seqs"],
     ) -> Bool[np.ndarray, " decodes"]:
         """Where a token may be the last, or is more than a token."""
-        rows, stops, table = decodes.rows, decodes.starts + decodes.lengths, self.scheduler.rows
+        rows, stops, table = decodes.rows, decodes.starts + lengths, self.scheduler.rows
         own = tokens[:, : len(rows)]
         is_end = (own < 0) | (own[:, :, None] == table.end_ids[rows]).any(axis=2)
-        is_short = decodes.lengths < len(tokens)
+        is_short = lengths < len(tokens)
         return table.is_watched[rows] | (stops >= table.limit[rows]) | is_short | is_end.any(axis=0)
 
     def _take_prompts(self, schedule: Schedule, output: StepOutput) -> None:

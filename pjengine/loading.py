@@ -70,6 +70,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         page_size=config.page_size,
         max_model_len=parse_length(config.max_model_len),
         max_logprobs=config.max_logprobs,
+        speculation=config.speculation,
         **sizes,
     )
     logger.info("memory plan\n%s", plan.table())
@@ -85,6 +86,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         ),
         kernel_backend=config.kernel_backend,
         window_group=plan.window_group,
+        speculation=config.speculation,
         **sizes,
     )
     return LoadedModel(

@@ -20,6 +20,7 @@ from pjengine.models.config import ModelConfig
 from pjengine.models.window_group import WindowGroup
 from pjengine.page_counts import count_pages
 from pjengine.page_groups import window_pages
+from pjengine.speculation_config import SpeculationConfig
 from pjengine.state_sizes import max_states, state_bytes
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ def plan_memory(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     max_logprobs: int,
+    speculation: SpeculationConfig | None = None,
 ) -> MemoryPlan:
     """Sizes the page pool, the same way with a device and without.
 
@@ -183,7 +185,9 @@ def plan_memory(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
     }
-    activations, temp, bound = _program_bytes(config, dtype, budget_bytes, max_logprobs, **limits)
+    activations, temp, bound = _program_bytes(
+        config, dtype, budget_bytes, max_logprobs, speculation, **limits
+    )
     states = max_states(config, dtype, budget_bytes, max_num_batched_tokens)
     temp += states * state_bytes(config, dtype)
     kv_bytes = kv_cache_memory_bytes
@@ -219,6 +223,7 @@ def _program_bytes(
     dtype: jnp.dtype,
     budget_bytes: int | None,
     max_logprobs: int,
+    speculation: SpeculationConfig | None,
     *,
     max_len: int,
     page_size: int,
@@ -236,11 +241,13 @@ def _program_bytes(
         vocab_size,
         max_logprobs,
         num_prompt_tokens,
-        num_seqs,
+        num_seqs if speculation is None else max(num_seqs, speculation.num_verified(max_num_seqs)),
         max_len,
         page_size,
         num_groups=2 if config.windowed_layers(max_len) else 1,
     )
+    if speculation is not None:
+        temp += speculation.lookup_bytes(max_num_seqs, max_len)
     if budget_bytes is not None:
         temp += tuning_bytes(config, dtype, num_seqs)
     return activations, temp, bound

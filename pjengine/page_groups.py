@@ -174,10 +174,11 @@ class PageGroups:
         if self.window_pool is None or self._window is None:
             return
         table = self._rows
-        unseen = table.computed - (self._window - 1) - table.window_start
+        computed = table.computed - table.unsure  # at least
+        unseen = computed - (self._window - 1) - table.window_start
         for row in np.flatnonzero((unseen >= self._page_size) & (table.admissions > 0)).tolist():
             first, request = int(table.window_start[row]) // self._page_size, table.owner(row)
-            end = self._first_column(int(table.computed[row]))
+            end = self._first_column(int(computed[row]))
             self.window_pool.release(request.window_pages[first:end])
             request.window_pages[first:end] = [NULL_PAGE] * (end - first)
             table.window_start[row] = end * self._page_size

@@ -47,5 +47,6 @@ def plan_without_device(config: EngineConfig, gpu: str) -> MemoryPlan:
         page_size=config.page_size,
         max_model_len=parse_length(config.max_model_len),
         max_logprobs=config.max_logprobs,
+        speculation=config.speculation,
         **choose_sizes(config, model_config, GPU_BYTES[gpu]),
     )

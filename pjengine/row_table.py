@@ -21,6 +21,7 @@ class RowTable:
         |------ computed: K and V are, or will be, in the pages -----|------ room: of its pages
 
     From `prefill_end` on the row decodes: the token to compute next is known to the device only.
+    While a step with drafts is under way, `computed` counts all of them; `unsure` ones may turn out wrong.
     An admission is a number that no other has, so that a late result finds its request or nobody.
     """
 
@@ -28,6 +29,7 @@ class RowTable:
         self.requests: list[Request | None] = [None] * num_rows
         self.admissions = np.zeros(num_rows, np.int64)  # 0: the row is free
         self.computed = np.zeros(num_rows, np.int64)
+        self.unsure = np.zeros(num_rows, np.int64)
         self.prefill_end = np.zeros(num_rows, np.int64)
         self.limit = np.zeros(num_rows, np.int64)  # of computed tokens; the last one sampled never is
         self.room = np.zeros(num_rows, np.int64)
@@ -55,6 +57,7 @@ class RowTable:
         self.requests[row] = request
         self.admissions[row] = next(self._numbers)
         self.computed[row] = num_computed
+        self.unsure[row] = 0
         self.prefill_end[row] = request.num_known
         self.limit[row] = request.max_total_tokens - 1
         self.room[row] = room
@@ -113,8 +116,11 @@ class RowTable:
         rows = np.flatnonzero(chosen)
         return rows[np.argsort(self.admissions[rows])]
 
-    def check_integrity(self, page_size: int) -> None:
-        """Raises RuntimeError where a row and its request disagree, or a row is lost."""
+    def check_integrity(self, page_size: int, num_drafts: int = 0) -> None:
+        """Raises RuntimeError where a row and its request disagree, or a row is lost.
+
+        A page more may be held for wrong drafts, `num_drafts` a step, of the two steps read last.
+        """
         occupied = np.flatnonzero(self.admissions).tolist()
         if sorted(occupied + self._free) != list(range(self.num_rows)):
             raise RuntimeError(f"rows are lost or shared: running {occupied}, free {self._free}")
@@ -123,7 +129,7 @@ class RowTable:
             if request.row != row:
                 raise RuntimeError(f"row {row} is of {request.request_id}, which has row {request.row}")
             held = len(request.pages) * page_size
-            if held != self.room[row] or not held - page_size < computed <= held:
+            if held != self.room[row] or held - page_size >= computed + 2 * num_drafts or computed > held:
                 raise RuntimeError(
                     f"{request.request_id} holds {len(request.pages)} pages for {computed} tokens"
                 )

@@ -75,9 +75,8 @@ class Runner:
     ) -> None:
         self.model = model
         self.config = config
-        self.sharding = sharding
         self.params = params
-        self.cache, self.rows = self._new_state()
+        self.cache, self.rows = self._new_state(sharding)
         early = jax.ShapeDtypeStruct((3, EARLY_UPDATES), jnp.int32, sharding=sharding)
         self._update_page_table = (
             jax.jit(update_page_table, donate_argnums=0, out_shardings=sharding)
@@ -88,6 +87,7 @@ class Runner:
         self._programs: Programs[AnyLayout, Program] = Programs(
             self.compiler, num_threads=os.cpu_count() or 1
         )
+        self.programs: Mapping[AnyLayout, Program] = self._programs.ready
         self._is_warming = False
         self.recompiles_after_warmup = 0
         self.compile_s = 0.0  # that a caller waited for programs
@@ -95,7 +95,7 @@ class Runner:
         self._num_misses: Counter[Stages] = Counter()
         self._editing: dict[AnyLayout, None] = {}  # that depend on edits; those used last are at the end
 
-    def _new_state(self) -> tuple[KVCache, Rows]:
+    def _new_state(self, sharding: NamedSharding) -> tuple[KVCache, Rows]:
         config, dtype = self.config, self.model.dtype
         shape = kv_shape(self.model.config, config.num_pages, config.page_size, config.window_group)
 
@@ -104,12 +104,12 @@ class Runner:
             cache = KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), token_ids)
             return cache, Rows.empty(config.max_num_seqs, config.num_groups * config.pages_per_seq)
 
-        return jax.jit(make, out_shardings=self.sharding)()
+        return jax.jit(make, out_shardings=sharding)()
 
     def reset(self) -> None:
         """Starts over with empty pages, after a step that failed half-way."""
         self._free(self.cache, self.rows)
-        self.cache, self.rows = self._new_state()
+        self.cache, self.rows = self._new_state(self.compiler.sharding)
 
     def launch(self, schedule: Schedule) -> Launched:
         """Starts a step and returns at once; the tokens follow by themselves, or, if some of its sequences
@@ -121,7 +121,7 @@ class Runner:
             updates = self._update_early(updates, layout.max_page_updates)
         blob = pack(schedule, updates, layout, self.model.config.vocab_size)
         self.cache, self.rows, *results = self.programs[layout](
-            self.params, self.cache, self.rows, jax.device_put(blob, self.sharding)
+            self.params, self.cache, self.rows, jax.device_put(blob, self.compiler.sharding)
         )
         if draw_layout is None:
             _send_home(results)
@@ -139,14 +139,15 @@ class Runner:
         """
         layout, undrawn = launched.draw_layout, launched.undrawn
         assert layout is not None and undrawn is not None
-        blob = jax.device_put(pack_draw(launched.schedule, masks, layout), self.sharding)
-        program, beams = self.programs[layout], None
+        blob = jax.device_put(pack_draw(launched.schedule, masks, layout), self.compiler.sharding)
+        program, beams, drafted = self.programs[layout], None, None
         if layout.edits.num_beams:
             self.cache, self.rows, tokens, logprobs, beams = program(self.cache, self.rows, undrawn, blob)
         else:
-            self.rows, tokens, logprobs = program(self.rows, self.cache.token_ids, undrawn, blob)
+            self.rows, tokens, logprobs, drafted = program(self.rows, self.cache.token_ids, undrawn, blob)
         launched.undrawn = None  # the logits take much memory
-        launched.output = StepOutput(tokens[None], logprobs, launched.prompt_logprobs, launched.states, beams)
+        of_prompts = launched.prompt_logprobs, launched.states
+        launched.output = StepOutput(tokens, logprobs, *of_prompts, beams, drafted)
         _send_home(launched.output)
 
     def _update_early(
@@ -157,11 +158,13 @@ class Runner:
             now, updates = updates[:, :EARLY_UPDATES], updates[:, EARLY_UPDATES:]
             padded = np.full((3, EARLY_UPDATES), self.config.max_num_seqs, np.int32)
             padded[:, : now.shape[1]] = now
-            self.rows = self._update_page_table(self.rows, jax.device_put(padded, self.sharding))
+            self.rows = self._update_page_table(self.rows, jax.device_put(padded, self.compiler.sharding))
         return updates
 
     def _wanted(self, schedule: Schedule) -> Stages:
         """The smallest programs that hold the schedule."""
+        if schedule.num_drafts:
+            return self._draft_stages(schedule.num_seqs, schedule.needs)
         wanted = schedule.num_seqs if schedule.is_decode else schedule.num_tokens
         buckets = self.config.decode_buckets if schedule.is_decode else self.config.mixed_buckets
         bucket = next(bucket for bucket in buckets if bucket >= wanted)
@@ -172,11 +175,39 @@ class Runner:
     def layouts(self) -> list[Layout]:
         """Every program that a schedule without edits can need."""
         decode = [self._layout(bucket, True) for bucket in self.config.decode_buckets]
-        return decode + [self._layout(bucket, False) for bucket in self.config.mixed_buckets]
+        mixed = [self._layout(bucket, False) for bucket in self.config.mixed_buckets]
+        return decode + mixed + [self._draft_layout(bucket) for bucket in self.config.draft_buckets]
 
     def _layout(self, bucket: int, is_decode: bool) -> Layout:
         config, depth = self.config, self.config.decode_steps if is_decode else 1
         return Layout(bucket, config.max_num_seqs, config.page_size, is_decode, depth, config.num_groups)
+
+    def _draft_layout(self, bucket: int) -> Layout:
+        assert self.config.speculation is not None
+        return replace(self._layout(bucket, True), depth=1, num_drafts=self.config.speculation.num_drafts)
+
+    def _draft_stages(self, num_seqs: int, needs: np.ndarray) -> Stages:
+        """The smallest programs that draft for so many sequences, whose edits need so much."""
+        model = self._draft_layout(next(own for own in self.config.draft_buckets if own >= num_seqs))
+        if not needs.any():
+            return Stages(model)
+        sizes = sizes_for(needs, self.model.config.vocab_size)
+        draw = DrawLayout(model.num_sampled, sizes, self.config.num_groups, model.num_drafts)
+        return Stages(replace(model, ends_in_logits=True), draw)
+
+    def can_draft(self, num_seqs: int, needs: np.ndarray) -> bool:
+        """Whether there are programs that draft for so many sequences, whose edits need so much.
+
+        If not, begins to make them: with edits for as many sequences as may be, so that these are few.
+        """
+        wanted = self._draft_stages(num_seqs, needs)
+        if all(layout in self.programs for layout in wanted.layouts) or self._covers(wanted):
+            return True
+        if wanted.draw is not None:
+            wanted = self._draft_stages(self.config.draft_buckets[-1], needs)
+        if not self._asked.issuperset(wanted.layouts):
+            self._make(wanted.layouts)
+        return False
 
     def _editing_stages(
         self, bucket: int, is_decode: bool, needs: np.ndarray, chains: Iterable[Chain]
@@ -197,15 +228,11 @@ class Runner:
     def _by_need(self) -> list[Layout]:
         """Every program; first the one that a first prompt needs, then the one that continues it."""
         layouts = self.layouts()
-        decode = [layout for layout in layouts if layout.is_decode]
+        decode = [layout for layout in layouts if layout.is_decode and not layout.num_drafts]
         mixed = [layout for layout in layouts if not layout.is_decode]
-        pairs = itertools.zip_longest(mixed, decode)
+        drafting = [layout for layout in layouts if layout.num_drafts]
+        pairs = itertools.zip_longest(mixed, decode, drafting)
         return [layout for layout in itertools.chain.from_iterable(pairs) if layout is not None]
-
-    @property
-    def programs(self) -> Mapping[AnyLayout, Program]:
-        """The programs that are ready."""
-        return self._programs.ready
 
     def use(self, layout: Layout, program: Program) -> None:
         """Takes a step that was made elsewhere, instead of compiling one."""
@@ -236,7 +263,7 @@ class Runner:
             return [Stages(model) for model in models]
         draws = [own for own in ready if isinstance(own, DrawLayout) and own.covers(wanted.draw)]
         pairs = itertools.product(models, draws)
-        return [Stages(model, draw) for model, draw in pairs if model.num_seqs == draw.num_seqs]
+        return [Stages(model, draw) for model, draw in pairs if model.num_sampled == draw.num_seqs]
 
     def _keep(self, layouts: Sequence[AnyLayout]) -> None:
         """Notes that programs are of use. Of those that depend on edits, only the last MAX_EDITING stay.

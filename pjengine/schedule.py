@@ -39,8 +39,9 @@ class Decodes(NamedTuple):
     requests: list[Request]
     rows: np.ndarray  # ints, one for each request, as are all below
     admissions: np.ndarray
-    starts: np.ndarray  # position of the token to compute first
-    lengths: np.ndarray  # how many: each leads to the next
+    # Position of the token to compute first; the last one that it may be, while drafts of the row are unread.
+    starts: np.ndarray
+    lengths: np.ndarray  # how many: each leads to the next; with drafts, how many at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,9 @@ class Schedule:
     refused: list[tuple[Request, str]]  # that were waiting and never can run, and why
     beams: list[BeamStep]
     num_preempted: int = 0
+    num_drafts: int = (
+        0  # tokens to draft for each row; then `decodes` has bounds, known better once it is read
+    )
 
     @property
     def chains(self) -> set[tuple[Any, ...]]:

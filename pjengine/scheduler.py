@@ -23,6 +23,7 @@ from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.row_table import RowTable
 from pjengine.schedule import Chunk, Decodes, Schedule, TokenBudget, step_limit
+from pjengine.speculation import Speculation
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Scheduler:
     window: int | None = None  # slots that a token sees there, its own included
     # Whether there are programs for steps that need so much; if not, they are made for what comes soon.
     can_edit: Callable[..., bool] = lambda now, soon, chains=NO_CHAINS: True  # as Runner.can_edit
+    speculation: Speculation | None = None  # which steps draft tokens; None: none does
     num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
     num_cache_hits: int = 0  # tokens found there
     num_prompt_tokens: int = 0  # of requests that have got a row
@@ -64,12 +66,18 @@ class Scheduler:
             self.pool,
             self.rows,
             page_size=self.page_size,
-            max_new_tokens=max(self.max_num_batched_tokens, self.decode_steps),
+            # With drafts: those of a step that is not read yet, and those of the next.
+            max_new_tokens=max(self.max_num_batched_tokens, self.decode_steps, 2 * self.num_drafts + 1),
             is_caching=self.is_caching,
             window_pool=self.window_pool,
             window=self.window,
         )
         self.beams = BeamRows(self.rows, self._pages, self.page_size)
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens drafted for a row in a step that speculates."""
+        return 0 if self.speculation is None else self.speculation.config.num_drafts
 
     @property
     def has_requests(self) -> bool:
@@ -141,8 +149,12 @@ class Scheduler:
             self._admit(budget, chunks, updates, refused)
         needs = self._needs(rows, chunks)
         # Several tokens where the host has no part in them.
-        depth = 1 if chunks or needs.any() else self.decode_steps
-        decodes = self._book(rows, depth, updates)
+        depth, num_drafts = 1 if chunks or needs.any() else self.decode_steps, 0
+        if self.speculation is not None and not chunks:
+            num_drafts = self.speculation.choose(self.rows, rows, needs, depth)
+        decodes = self._book(rows, 1 + num_drafts if num_drafts else depth, updates)
+        if num_drafts:
+            self.rows.unsure[rows] += decodes.lengths - 1
         return Schedule(
             decodes=decodes,
             chunks=chunks,
@@ -153,6 +165,7 @@ class Scheduler:
             refused=refused,
             beams=self.beams.steps(decodes, chunks),
             num_preempted=num_preempted,
+            num_drafts=num_drafts,
         )
 
     def _needs(self, rows: np.ndarray, chunks: list[Chunk]) -> np.ndarray:
@@ -404,7 +417,7 @@ class Scheduler:
         """
         running = self.running
         self._pages.check_integrity(running)
-        self.rows.check_integrity(self.page_size)
+        self.rows.check_integrity(self.page_size, self.num_drafts)
         for request in running:
             if request.status is not RequestStatus.RUNNING:
                 raise RuntimeError(f"{request.request_id} is {request.status} and runs")

@@ -22,12 +22,16 @@ class EngineStats:
     num_preemptions: int
     num_cache_queries: int
     num_cache_hits: int
+    num_drafts: int = 0  # times that a row had any
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_by_position: tuple[int, ...] = ()  # of each token of a draft, how often it was kept
     num_recompiles: int
     kernel_backends: Mapping[str, str]  # of each op of the programs
 
 
 def read_stats(engine: LLMEngine) -> EngineStats:
-    scheduler = engine.scheduler
+    scheduler, speculation = engine.scheduler, engine.scheduler.speculation
     return EngineStats(
         num_running=scheduler.rows.num_rows - scheduler.rows.num_free,
         num_waiting=scheduler.num_waiting,
@@ -37,6 +41,10 @@ def read_stats(engine: LLMEngine) -> EngineStats:
         num_preemptions=scheduler.num_preemptions,
         num_cache_queries=scheduler.num_cache_queries,
         num_cache_hits=scheduler.num_cache_hits,
+        num_drafts=0 if speculation is None else speculation.num_drafts,
+        num_draft_tokens=0 if speculation is None else speculation.num_draft_tokens,
+        num_accepted_tokens=0 if speculation is None else speculation.num_accepted_tokens,
+        accepted_by_position=() if speculation is None else tuple(speculation.accepted_by_position.tolist()),
         num_recompiles=engine.runner.recompiles_after_warmup,
         kernel_backends=chosen_backends(),
     )
@@ -50,11 +58,12 @@ def log_stats(before: EngineStats, now: EngineStats, seconds: float) -> None:
 
     queries = grown("num_cache_queries")
     hits = f"{grown('num_cache_hits') / queries:.1%}" if queries else "-"
+    drafted = grown("num_draft_tokens")
     is_idle = before.num_running == now.num_running == now.num_waiting == grown("num_generation_tokens") == 0
     logger.log(
         logging.DEBUG if is_idle else logging.INFO,
         "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, preempted %d, "
-        "KV usage %.1f%%, prefix hits %s",
+        "KV usage %.1f%%, prefix hits %s%s",
         grown("num_prompt_tokens") / seconds,
         grown("num_generation_tokens") / seconds,
         now.num_running,
@@ -62,4 +71,5 @@ def log_stats(before: EngineStats, now: EngineStats, seconds: float) -> None:
         grown("num_preemptions"),
         100 * now.kv_cache_usage,
         hits,
+        f", drafts kept {grown('num_accepted_tokens') / drafted:.1%}" if drafted else "",
     )

@@ -21,6 +21,8 @@ from pjengine.models.window_group import WindowGroup
 from pjengine.pooling import StepStates, step_states
 from pjengine.sampler import sample
 from pjengine.schedule import BROKEN
+from pjengine.speculation_config import SpeculationConfig
+from pjengine.speculative_step import accept, draft, draft_batch
 
 # Steps that read prompts have room for many sequences, and most hold no more than these. Each costs logits.
 FEW = 64
@@ -32,10 +34,12 @@ class StepOutput(NamedTuple):
     """What comes down to the host."""
 
     tokens: Int[Array, "depth seqs"]  # for each sequence of the layout, those sampled one after the other
-    logprobs: Logprobs | None = None  # of the tokens sampled first, where a request asks
+    # Where a request asks: of the tokens sampled first, or with drafts of all, sequence after sequence.
+    logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None  # by token of the batch: of the token after it
     states: StepStates | None = None  # hidden ones, where a request asks
     beams: BeamOutput | None = None  # of the beam searches, whose rows have no use for `tokens`
+    drafted: Int[Array, "2 seqs"] | None = None  # with drafts: tokens that hold, and drafts that were tried
 
 
 def step(
@@ -49,6 +53,7 @@ def step(
     num_pages: int,
     window_group: WindowGroup | None = None,
     backend: str | None,
+    speculation: SpeculationConfig | None = None,
 ) -> tuple[KVCache, Rows, StepOutput]:
     """Computes the batch in `blob` and samples, `layout.depth` times. Donates `cache` and `rows`.
 
@@ -57,16 +62,18 @@ def step(
     parts = layout.split(blob)
     rows = update_rows(rows, parts, layout)
     run = partial(
-        run_model, params, parts=parts, model=model, layout=layout,
-        num_pages=num_pages, window_group=window_group, backend=backend,
-    )  # fmt: skip
+        run_model, params, model=model, num_pages=num_pages, window_group=window_group, backend=backend
+    )
     draw = partial(draw_tokens, params, model=model, backend=backend)
+    if layout.num_drafts:
+        return verify_drafts(cache, rows, parts, layout, speculation, run, draw)
 
     def once(
         cache: KVCache, rows: Rows, index: int | Int[Array, ""]
     ) -> tuple[KVCache, Rows, Int[Array, " seqs"]]:
         row = live_rows(parts, layout, index)
-        cache, batch, hidden, _ = run(cache, rows, row)
+        batch = unpack(rows, row, parts, layout)
+        cache, hidden, _ = run(cache, batch)
         hidden, own = last_of_each(hidden, batch), sampled_by(rows, row, batch.kv_lens)
         with jax.named_scope("sample"):
             if layout.is_decode or layout.num_seqs <= FEW:
@@ -97,6 +104,25 @@ def step(
     return cache, rows, StepOutput(tokens)
 
 
+def verify_drafts(
+    cache: KVCache,
+    rows: Rows,
+    parts: dict[str, Array],
+    layout: Layout,
+    speculation: SpeculationConfig | None,
+    run: Callable[[KVCache, Batch], tuple[KVCache, Array, KeptStates | None]],
+    draw: Draw,
+) -> tuple[KVCache, Rows, StepOutput]:
+    """The model once, over the last token of each sequence and its drafts, and a token after each of them."""
+    drafted = draft(rows, parts, cache.token_ids, layout, speculation)
+    row, batch = draft_batch(rows, parts, drafted, layout)
+    cache, hidden, _ = run(cache, batch)
+    with jax.named_scope("sample"):
+        drawn = draw(hidden, sampled_by(rows, row, batch.kv_lens))
+    rows, drawn, counts = accept(rows, row, drafted, drawn)
+    return cache, rows, StepOutput(drawn, drafted=counts)
+
+
 def compute_logits(
     params: Params,
     cache: KVCache,
@@ -108,6 +134,7 @@ def compute_logits(
     num_pages: int,
     window_group: WindowGroup | None = None,
     backend: str | None,
+    speculation: SpeculationConfig | None = None,
 ) -> tuple[KVCache, Rows, Undrawn, Logprobs | None, StepStates | None]:
     """Computes the batch in `blob` for `draw`, and what is asked of prompts. Donates `cache` and `rows`.
 
@@ -115,11 +142,25 @@ def compute_logits(
     """
     parts = layout.split(blob)
     rows = update_rows(rows, parts, layout)
-    row = parts["rows"]
-    cache, batch, hidden, states = run_model(
-        params, cache, rows, row, parts=parts, model=model, layout=layout,
-        num_pages=num_pages, window_group=window_group, backend=backend,
-    )  # fmt: skip
+    if layout.num_drafts:
+        drafted = draft(rows, parts, cache.token_ids, layout, speculation)
+        row, batch = draft_batch(rows, parts, drafted, layout)
+        sampled_rows = jnp.full(row.shape, layout.num_rows, jnp.int32)
+    else:
+        drafted, row = None, parts["rows"]
+        batch = unpack(rows, row, parts, layout)
+        sampled_rows = row if layout.is_decode else parts["sampled_rows"]
+    run = partial(
+        run_model, params, model=model, num_pages=num_pages, window_group=window_group, backend=backend
+    )
+    states = None
+    if batch.cu_q_lens is None or layout.num_states == 0:
+        cache, hidden, _ = run(cache, batch)
+    else:
+        room = KeptStates.empty(parts["layers"], model.config, layout.num_tokens, model.dtype)
+        cache, hidden, kept = run(cache, batch, room=room)
+        assert kept is not None
+        states = step_states(kept, batch.cu_q_lens, parts["is_mean"], has_tokens=layout.has_token_states)
     prompt_logprobs = None
     if layout.num_prompt_top is not None:
         prompt_logprobs = prompt_logprobs_of(
@@ -127,37 +168,34 @@ def compute_logits(
         )
     with jax.named_scope("sample"):
         logits = model.logits(params, last_of_each(hidden, batch))
-    rows = rows._replace(position=rows.position.at[row].set(batch.kv_lens, mode="drop"))
-    sampled_rows = row if layout.is_decode else parts["sampled_rows"]
-    return cache, rows, Undrawn(logits, row, sampled_rows, batch.kv_lens), prompt_logprobs, states
+    if drafted is None:
+        rows = rows._replace(position=rows.position.at[row].set(batch.kv_lens, mode="drop"))
+    undrawn = Undrawn(logits, row, sampled_rows, batch.kv_lens, drafted)
+    return cache, rows, undrawn, prompt_logprobs, states
 
 
 def run_model(
     params: Params,
     cache: KVCache,
-    rows: Rows,
-    row: Int[Array, " seqs"],
+    batch: Batch,
     *,
-    parts: dict[str, Array],
     model: Decoder,
-    layout: Layout,
     num_pages: int,
     window_group: WindowGroup | None = None,
     backend: str | None,
-) -> tuple[KVCache, Batch, Float[Array, "t e"], StepStates | None]:
-    """The model once: the batch, the final hidden state of each of its tokens, and those kept on the way."""
-    batch = unpack(rows, row, parts, layout)
+    room: KeptStates | None = None,
+) -> tuple[KVCache, Float[Array, "t e"], KeptStates | None]:
+    """The model once: the final hidden state of each token of a batch, and what there is `room` for on the
+    way.
+    """
     attend = PagedAttend(batch, num_pages, backend, window_group)
-    inputs, states = (batch.tokens, batch.positions, batch.rope_lens), None
-    if batch.cu_q_lens is None or layout.num_states == 0:
+    inputs, kept = (batch.tokens, batch.positions, batch.rope_lens), None
+    if room is None:
         hidden, updated = model.forward(params, *inputs, cache, attend)
     else:
-        room = KeptStates.empty(parts["layers"], model.config, layout.num_tokens, model.dtype)
         hidden, updated, kept = model.forward_keeping(params, *inputs, cache, attend, room)
-        assert kept is not None
-        states = step_states(kept, batch.cu_q_lens, parts["is_mean"], has_tokens=layout.has_token_states)
     assert updated is not None
-    return updated._replace(token_ids=write_tokens(updated.token_ids, batch)), batch, hidden, states
+    return updated._replace(token_ids=write_tokens(updated.token_ids, batch)), hidden, kept
 
 
 def last_of_each(hidden: Float[Array, "t e"], batch: Batch) -> Float[Array, "s e"]:

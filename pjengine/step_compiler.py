@@ -24,6 +24,7 @@ from pjengine.models.registry import is_ours
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.triton_extra import backend_versions
 from pjengine.pooling import StepStates
+from pjengine.speculative_step import Drafted
 from pjengine.step import StepOutput, compute_logits, step
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,12 @@ class StepCompiler:
             return *self.state, array((layout.size,))
         _, cache, rows = self.state
         seqs, vocab_size = layout.num_seqs, self.model.config.vocab_size
-        undrawn = Undrawn(array((seqs, vocab_size), jnp.float32), *[array((seqs,))] * 3)
+        drafted = None
+        if layout.num_drafts:
+            places = (seqs // (1 + layout.num_drafts), 1 + layout.num_drafts)
+            drafted = Drafted(array(places), array(places, jnp.bool_), array(places[:1]))
+        own = array((seqs,))
+        undrawn = Undrawn(array((seqs, vocab_size), jnp.float32), own, own, own, drafted)
         state = (cache, rows) if layout.edits.num_beams else (rows, cache.token_ids)
         return *state, undrawn, array((layout.size,))
 
@@ -116,7 +122,7 @@ class StepCompiler:
         settings = {"layout": layout, "backend": self.config.kernel_backend}
         pages = {"num_pages": self.config.num_pages, "window_group": self.config.window_group}
         if not isinstance(layout, DrawLayout):
-            return {"model": self.model, **settings, **pages}
+            return {"model": self.model, **settings, **pages, "speculation": self.config.speculation}
         if layout.edits.num_beams:
             return {"num_layers": self.model.config.num_layers, **settings, **pages}
         return settings
@@ -133,12 +139,16 @@ class StepCompiler:
         _, cache, rows = self.state
         leaf: Any = 0  # the trees hold no leaves
         logprobs, results = Logprobs(*[leaf] * len(Logprobs._fields)), tuple[Any, ...]()
+        counts = leaf if layout.num_drafts else None
         if isinstance(layout, DrawLayout):
-            results = rows, leaf, None if layout.edits.num_top is None else logprobs
-            if layout.edits.num_beams:
-                results = cache, *results, BeamOutput(leaf, leaf, leaf)
+            own = rows, leaf, None if layout.edits.num_top is None else logprobs
+            results = (
+                (cache, *own, BeamOutput(leaf, leaf, leaf)) if layout.edits.num_beams else (*own, counts)
+            )
         elif layout.ends_in_logits:
-            undrawn = Undrawn(*[leaf] * len(Undrawn._fields))
+            undrawn = Undrawn(
+                leaf, leaf, leaf, leaf, Drafted(leaf, leaf, leaf) if layout.num_drafts else None
+            )
             states = StepStates(leaf, leaf if layout.has_token_states else None)
             of_prompts = (
                 None if layout.num_prompt_top is None else logprobs,
@@ -146,7 +156,7 @@ class StepCompiler:
             )
             results = cache, rows, undrawn, *of_prompts
         else:
-            results = cache, rows, StepOutput(leaf)
+            results = cache, rows, StepOutput(leaf, drafted=counts)
         return jax.tree.structure((self._arguments(layout), {})), jax.tree.structure(results)
 
 

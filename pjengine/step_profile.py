@@ -83,14 +83,14 @@ def profile_decode(
     """Greedy steps of `batch_size` decodes, whose contexts begin with `prompt_len` tokens.
 
     `step_ms` is the wall time of a step that nothing watches; the rest is from a profile of `num_steps`
-    others. A step gives each request `depth` tokens.
+    others. A step gives each request `depth` tokens, or with drafts what holds of them.
 
     Raises:
       ValueError: the batch does not run at once, or its requests are longer than `max_model_len`.
     """
     engine = llm.engine
     depth = engine.runner.config.decode_steps
-    output_len = (SETTLE + 2 * num_steps + 4) * depth
+    output_len = (SETTLE + 2 * num_steps + 4) * max(depth, 1 + engine.scheduler.num_drafts)
     check_batch(llm, batch_size, prompt_len, output_len)
     engine.runner.wait_until_warm()
     for prompt in random_tokens(engine.model_config.vocab_size, [prompt_len] * batch_size, seed=0):

@@ -86,6 +86,11 @@ def _add_latency(kinds: Any) -> None:
     )
     add_options(command.add_argument_group("sampling"), SAMPLING_OPTIONS, SamplingParams)
     command.add_argument(
+        "--copying",
+        action="store_true",
+        help="prompts are greedy answers of the model, which go on as they do: what n-grams draft best",
+    )
+    command.add_argument(
         "--batch-size",
         metavar="N",
         type=positive,
@@ -201,7 +206,7 @@ def _throughput(args: argparse.Namespace) -> None:
         {"bench": args.workload, **result},
         f"{args.workload}, {num_requests} requests: {result['output_tokens_per_s']:,.1f} output tokens/s, "
         f"{result['total_tokens_per_s']:,.1f} total tokens/s, {result['requests_per_s']:,.2f} requests/s "
-        f"in {result['elapsed_s']:.2f} s",
+        f"in {result['elapsed_s']:.2f} s{_kept(result)}",
     )
 
 
@@ -226,6 +231,7 @@ def _latency(args: argparse.Namespace) -> None:
                 output_len=args.output_len,
                 repeats=args.repeats,
                 sampling=sampling,
+                is_copying=args.copying,
             )
             beams = "{beam_tokens_per_s:,.1f} of all beams, " if args.use_beam_search else ""
             report(
@@ -233,8 +239,17 @@ def _latency(args: argparse.Namespace) -> None:
                 {"bench": "decode-latency", **result},
                 f"batch {batch_size}: {result['tpot_ms']:.3f} ms per output token (spread "
                 f"{result['tpot_spread_ms']:.3f}), {result['output_tokens_per_s']:,.1f} tokens/s, "
-                f"{beams.format(**result)}first token after {result['first_token_ms']:.1f} ms",
+                f"{beams.format(**result)}first token after {result['first_token_ms']:.1f} ms{_kept(result)}",
             )
+
+
+def _kept(result: Mapping[str, Any]) -> str:
+    """What a line for people says of drafts."""
+    if "acceptance_rate" not in result:
+        return ""
+    rate = result["acceptance_rate"]
+    kept = "" if rate is None else f", of which {rate:.0%} held"
+    return f"; {result['num_draft_tokens']} tokens drafted{kept}"
 
 
 def _host(args: argparse.Namespace) -> None:

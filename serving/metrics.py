@@ -147,6 +147,9 @@ class _EngineCollector:
             "num_preemptions": ("Continuations that had to make room.", stats.num_preemptions),
             "prefix_cache_queries": ("Tokens looked up in the prefix cache.", stats.num_cache_queries),
             "prefix_cache_hits": ("Tokens found there.", stats.num_cache_hits),
+            "spec_decode_num_drafts": ("Times that tokens were drafted.", stats.num_drafts),
+            "spec_decode_num_draft_tokens": ("Tokens drafted.", stats.num_draft_tokens),
+            "spec_decode_num_accepted_tokens": ("Drafted tokens that held.", stats.num_accepted_tokens),
             "recompiles_after_warmup": ("Programs compiled after warm-up.", stats.num_recompiles),
         }
         for kind, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
@@ -154,6 +157,14 @@ class _EngineCollector:
                 family = kind(f"{self._prefix}:{name}", help, labels=_LABELS)
                 family.add_metric(self._labels, value)
                 yield family
+        accepted = CounterMetricFamily(
+            f"{self._prefix}:spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that held, by their place in the draft.",
+            labels=(*_LABELS, "position"),
+        )
+        for position, count in enumerate(stats.accepted_by_position):
+            accepted.add_metric((*self._labels, str(position)), count)
+        yield accepted
         backends = GaugeMetricFamily(
             f"{self._prefix}:kernel_backend_info", "What runs each op.", labels=(*_LABELS, "op", "backend")
         )

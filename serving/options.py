@@ -91,6 +91,12 @@ ENGINE_OPTIONS = (
     Option("kv_cache_memory_bytes", int, "N", "bytes for KV pages (default: what the share above leaves)"),
     Option("page_size", int, "N", "tokens per KV page"),
     Option("decode_steps", int, "N", "tokens a request gets from one launch (default: by the model's size)"),
+    Option(
+        "speculative_config",
+        json_object,
+        "JSON",
+        'draft tokens and verify several at once: {"method": "ngram", "num_speculative_tokens": 4}',
+    ),
     Option("scheduling_policy", str, "NAME", "fcfs, or priority: lower priorities go first"),
     Option("enable_prefix_caching", argparse.BooleanOptionalAction, "", "share pages of equal beginnings"),
     Option("max_logprobs", int, "N", "most that a request may ask for at a position; -1: the vocabulary"),

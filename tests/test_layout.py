@@ -37,6 +37,8 @@ HOST_ONLY = (
     "row_table.py",
     "schedule.py",
     "scheduler.py",
+    "speculation.py",
+    "speculation_config.py",
 )  # plain Python: no jax
 BANNED_NAMES = ("utils", "common", "manager", "handler", "helpers", "v2")
 

@@ -19,12 +19,14 @@ from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import KVCache, kv_shape, page_bytes
 from pjengine.models.window_group import WindowGroup
+from pjengine.speculation_config import SpeculationConfig
 from pjengine.step import step
 from pjengine.step_compiler import COMPILER_OPTIONS, StepCompiler
 from tests.compile.target import sharding
 from tests.kernels.cases import cuda_target
 
 PAGE_SIZE, MAX_NUM_SEQS, DTYPE = 16, 256, jnp.dtype("bfloat16")
+DRAFTING = SpeculationConfig(num_drafts=4, lookup_min=2, lookup_max=5)
 KV_BYTES = 96 * 2**30  # of an H200's 141 GB: there is no room for a second one
 
 
@@ -39,6 +41,7 @@ class Step:
     ends_in_logits: bool = False
     num_prompt_top: int | None = None
     num_states: int = 0
+    num_drafts: int = 0
     make_model: Callable[..., Decoder] = build_model
 
     @functools.cached_property
@@ -50,7 +53,7 @@ class Step:
         num_groups = self.config.num_groups
         return Layout(
             self.num_tokens, MAX_NUM_SEQS, PAGE_SIZE, self.is_decode, self.depth, num_groups,
-            self.ends_in_logits, self.num_prompt_top, self.num_states, self.num_states > 0,
+            self.ends_in_logits, self.num_prompt_top, self.num_states, self.num_states > 0, self.num_drafts,
         )  # fmt: skip
 
     @property
@@ -67,6 +70,7 @@ class Step:
             max_model_len=model.max_model_len,
             max_num_seqs=MAX_NUM_SEQS,
             max_num_batched_tokens=1024,
+            speculation=DRAFTING if self.num_drafts else None,
         )
 
     def state(self) -> tuple[Params, KVCache, Rows]:
@@ -138,6 +142,7 @@ STEPS: Mapping[str, Step] = {
     "llama-8b decode 32": Step("llama-8b", 32, True),
     "llama-8b decode 256": Step("llama-8b", 256, True),
     "llama-8b decode 32 to logits": Step("llama-8b", 32, True, ends_in_logits=True),
+    "llama-8b decode 4 with drafts": Step("llama-8b", 4, True, num_drafts=4),
     "llama-8b mixed 1024": Step("llama-8b", 1024, False),
     # Soft caps, windows and heads of 256.
     "gemma2-9b decode 1": Step("gemma2-9b", 1, True),

@@ -27,6 +27,7 @@ KERNELS = {
     "llama-8b draw 64": {"keep_threshold"},
     "llama-8b draw 8 beams": {"keep_threshold"},
     "llama-8b decode 256": {"rope_kv_write", "paged_decode", "gated_linear_mosaic", "keep_threshold"},
+    "llama-8b decode 4 with drafts": FUSED,
     "llama-8b mixed 1024": MIXED,
     "gemma2-9b decode 1": {"rope_kv_write", "paged_decode", "keep_threshold"},
     "bloom-7b decode 32": {"paged_decode", "keep_threshold"},

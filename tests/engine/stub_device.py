@@ -3,6 +3,8 @@
 import functools
 import random
 
+import numpy as np
+
 from pjengine.page_pool import NULL_PAGE
 from pjengine.request import Request
 from pjengine.schedule import Schedule
@@ -26,7 +28,9 @@ class StubDevice:
         self.window_tables: dict[int, dict[int, int]] = {}
         self.computed: list[tuple[int, int]] = []  # row and position, in this step
         self.last_tokens: dict[int, int] = {}
+        self.positions: dict[int, int] = {}  # of the last tokens
         self.in_flight: list[tuple[Schedule, list[list[int]]]] = []
+        self.num_wrong_drafts = 0
         self.rng = random.Random(0)
 
     def run(self, schedule: Schedule) -> list[list[int]]:
@@ -39,17 +43,14 @@ class StubDevice:
         self._check_masked(schedule)
         decodes = schedule.decodes
         for row, start, length in zip(decodes.rows, decodes.starts, decodes.lengths, strict=True):
-            tokens = [self.last_tokens[int(row)]]
-            for position in range(int(start), int(start + length)):
-                tokens.append(self._compute(int(row), position, tokens[-1]) % 997)
-            self.last_tokens[int(row)] = tokens[-1]
-            sampled.append(tokens[1:])
+            sampled.append(self._decode(int(row), int(start), int(length), schedule.num_drafts))
         for chunk in schedule.chunks:
             known = chunk.request.known_tokens(chunk.start, chunk.start + chunk.length)
             for position, token in enumerate(known, chunk.start):
                 digest = self._compute(chunk.row, position, token)
             if chunk.is_sampled:
                 self.last_tokens[chunk.row] = digest % 997
+                self.positions[chunk.row] = chunk.start + chunk.length
             sampled.append([digest % 997])
         for row, request in enumerate(self.scheduler.rows.requests):
             if request is not None:
@@ -57,6 +58,19 @@ class StubDevice:
         for row, position in self.computed:
             self._check_window(row, position)
         return sampled
+
+    def _decode(self, row: int, bound: int, length: int, num_drafts: int) -> list[int]:
+        """The tokens that hold; with drafts, a number of them by chance, and wrong ones written behind."""
+        start, num_right = self.positions[row], length if not num_drafts else self.rng.randint(1, length)
+        assert start <= bound <= start + self.scheduler.num_drafts
+        tokens = [self.last_tokens[row]]
+        for position in range(start, start + num_right):
+            tokens.append(self._compute(row, position, tokens[-1]) % 997)
+        for position in range(start + num_right, start + length):
+            self._compute(row, position, self.rng.randrange(997))
+            self.num_wrong_drafts += 1
+        self.last_tokens[row], self.positions[row] = tokens[-1], start + num_right
+        return tokens[1:]
 
     def _compute(self, row: int, position: int, token: int) -> int:
         size, table, before = self.scheduler.page_size, self.tables[row], position - 1
@@ -89,7 +103,8 @@ class StubDevice:
         return sampling + [(c.request, c.start + c.length if c.is_sampled else -1) for c in schedule.chunks]
 
     def _check(self, row: int, request: Request) -> None:
-        size, num_computed = self.scheduler.page_size, int(self.scheduler.rows.computed[row])
+        size, table = self.scheduler.page_size, self.scheduler.rows
+        num_computed = int(table.computed[row] - table.unsure[row])
         spot = self.rng.randrange(min(num_computed, request.num_known))
         wanted = functools.reduce(extend, request.known_tokens(0, spot + 1), 0)
         assert self.cache[self.tables[row][spot // size], spot % size] == wanted
@@ -121,6 +136,10 @@ class StubDevice:
             *zip(decodes.requests, decodes.rows, decodes.admissions, strict=True),
             *((c.request, c.row, c.admission if c.is_sampled else -1) for c in schedule.chunks),
         ]
+        if schedule.num_drafts:
+            assert self.scheduler.speculation is not None
+            taken = np.array([len(tokens) for tokens in sampled])
+            self.scheduler.speculation.settle(table, schedule, taken, decodes.lengths - 1)
         for (request, row, admission), tokens in zip(owners, sampled, strict=True):
             if table.admissions[row] == admission and request.beams is None:
                 for token in tokens:

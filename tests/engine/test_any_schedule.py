@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,14 +15,28 @@ from pjengine.page_pool import PagePool
 from pjengine.request import Request
 from pjengine.schedule import Schedule, state_limit
 from pjengine.scheduler import Scheduler
+from pjengine.speculation import Speculation
+from pjengine.speculation_config import SpeculationConfig
 from tests.engine.stub_device import StubDevice, expected
 from tests.engine.test_scheduler import MASKED, make_request, make_scheduler
 from tests.engine.unchecked import run_unchecked
 
 # What must have happened in schedules with a window, for the rest to mean anything, and how often at least.
 WANTED = {"preempted": 100, "cached": 100, "longer than the window": 1000, "cached behind the window": 50}
+WANTED["wrong drafts"] = 1000  # and in schedules without one
 seen: Counter[str] = Counter()
 WISHES = (NO_EDITS, NO_EDITS, Edits(layers=(3,), pooling="mean"), Edits(layers=(0, 2, 5)))
+
+
+class Whim(Speculation):
+    """Speculates half of the time."""
+
+    def __init__(self, num_drafts: int, num_rows: int, rng: random.Random) -> None:
+        super().__init__(SpeculationConfig(num_drafts=num_drafts, lookup_min=1, lookup_max=1), num_rows)
+        self.rng = rng
+
+    def _pays(self, *_: Any) -> bool:
+        return self.rng.random() < 0.5
 
 
 @settings(max_examples=1000, deadline=None)
@@ -32,6 +47,7 @@ WISHES = (NO_EDITS, NO_EDITS, Edits(layers=(3,), pooling="mean"), Edits(layers=(
     max_num_batched_tokens=st.integers(9, 40),
     is_caching=st.booleans(),
     decode_steps=st.integers(1, 4),
+    num_drafts=st.none() | st.integers(1, 3),
     share_masked=st.sampled_from([0, 0.3, 1]),
     window=st.none() | st.integers(1, 40),
     num_spare=st.integers(0, 16),
@@ -43,6 +59,7 @@ def check_any_schedule(
     max_num_batched_tokens: int,
     is_caching: bool,
     decode_steps: int,
+    num_drafts: int | None,
     share_masked: float,
     window: int | None,
     num_spare: int,
@@ -51,13 +68,16 @@ def check_any_schedule(
     scheduler = make_scheduler(num_pages, 4, max_num_seqs, max_num_batched_tokens, is_caching, decode_steps)
     if window is not None:
         # As few pages as one request may need, and some more; of the other group as many at least.
-        needed = window_pages(window, 4 * (num_pages - 1), 4, num_new=max_num_batched_tokens)
+        num_new = max(max_num_batched_tokens, 2 * (num_drafts or 0) + 1)
+        needed = window_pages(window, 4 * (num_pages - 1), 4, num_new=num_new)
         scheduler = replace(
             scheduler,
             pool=PagePool(num_pages + rng.choice((0, 8, 40))),
             window_pool=PagePool(1 + needed + num_spare),
             window=window,
         )
+    if num_drafts is not None:
+        scheduler = replace(scheduler, speculation=Whim(num_drafts, max_num_seqs, rng))
     device = StubDevice(scheduler)
     if seed % 2:
         scheduler.mixed_sizes = buckets(rng.randint(1, max_num_batched_tokens), max_num_batched_tokens)
@@ -109,6 +129,8 @@ def check_any_schedule(
         # Whatever prompts come beside it, a row that decodes gets on, or has given its pages up.
         booked = {request.request_id for request in schedule.decodes.requests}
         assert all(owner.row < 0 or owner.request_id in booked for owner in owners)
+        seen["wrong drafts"] += device.num_wrong_drafts
+        device.num_wrong_drafts = 0
     for _ in range(20_000):
         if not scheduler.has_requests:
             break

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,13 @@ ROOMY = {
     "max_num_batched_tokens": MAX_PROMPT,
     "is_caching": False,
     "decode_steps": 1,
+    "speculation": None,
+}
+DRAFTING = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
 }
 TOLERANCE = 1e-4  # of logprobs
 
@@ -59,6 +67,8 @@ WANTED = {
     "several continuations": 30,
     "continuations without a cache": 5,
     "several tokens at once": 20,
+    "kept drafts": 50,
+    "wrong drafts": 100,
     **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop"), 10),
     "structured_outputs": 20,
     "logits_processors": 20,
@@ -103,6 +113,7 @@ def engine(
 ) -> Iterator[Any]:
     """Has the largest programs, of most rows and all that a request may ask for: others take minutes."""
     from pjengine import LLM, SamplingParams
+    from pjengine.edits import Edits
 
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -115,18 +126,38 @@ def engine(
             max_num_seqs=MAX_NUM_SEQS,
             max_num_batched_tokens=MAX_PROMPT,
             decode_steps=MAX_STEPS,
+            speculative_config=DRAFTING,
             scheduling_policy="priority",
         ) as llm,
     ):
         assert llm.engine.model_config.vocab_size == VOCAB_SIZE
         assert llm.engine.model_config.eos_token_ids == (EOS,)
         patch.setattr("pjengine.runner.PATIENCE", 1_000_000)
+        # The last token is often followed by itself, so that outputs repeat themselves, and drafts hold.
+        llm.params["head"] = llm.params["head"] + 1.4 * llm.params["embed"]
+        llm.params["embed"] = 4 * llm.params["embed"]
         every = {**make_edits(random.Random(0), 8, share=1), "prompt_logprobs": 2}
         for fields in ({}, {**every, "stop_token_ids": [*range(10)]}):
             params = SamplingParams(max_tokens=8, temperature=0, **fields)
             warm_up = Arrival(step=0, prompt=[1, 2, 3], params=params, priority=0, aborted_at=None)
             run(llm.engine, [warm_up] * MAX_NUM_SEQS, Counter())
+        runner = llm.engine.runner
+        for needs in (Edits().needs, Edits(repetition_penalty=1.3, num_logprobs=2).needs):
+            while not runner.can_draft(MAX_NUM_SEQS, np.array(needs)):
+                runner.wait_for_programs()
         yield llm.engine
+
+
+def eager_speculation(engine: Any) -> Any:
+    """Speculates in every step that can."""
+    from pjengine.speculation import Speculation
+
+    class Eager(Speculation):
+        def _pays(self, *_: Any) -> bool:
+            return True
+
+    sizes = engine.runner.config
+    return Eager(sizes.speculation, sizes.max_num_seqs, engine.runner.can_draft)
 
 
 def make_edits(rng: random.Random, max_tokens: int, share: float) -> dict[str, Any]:
@@ -308,11 +339,15 @@ def test_every_request_gets_what_it_gets_alone(engine: Any) -> None:
     seen: Counter[str] = Counter()
 
     @settings(max_examples=50, deadline=None, derandomize=True, phases=[Phase.generate])
-    @given(seed=st.integers(0, 2**32), has_priorities=st.booleans(), limits=LIMITS)
-    def check(seed: int, has_priorities: bool, limits: dict[str, Any]) -> None:
+    @given(seed=st.integers(0, 2**32), has_priorities=st.booleans(), has_drafts=st.booleans(), limits=LIMITS)
+    def check(seed: int, has_priorities: bool, has_drafts: bool, limits: dict[str, Any]) -> None:
         arrivals = make_arrivals(random.Random(seed), has_priorities)
-        reschedule(engine, **limits)
+        speculation = eager_speculation(engine) if has_drafts else None
+        reschedule(engine, **limits, speculation=speculation)
         outputs = run(engine, arrivals, seen)
+        if speculation is not None:
+            seen["kept drafts"] += speculation.num_accepted_tokens
+            seen["wrong drafts"] += speculation.num_draft_tokens - speculation.num_accepted_tokens
         reschedule(engine, **ROOMY)
         seen["overtaken"] += num_overtaken(arrivals, outputs)
         for number, arrival in enumerate(arrivals):

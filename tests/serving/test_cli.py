@@ -116,6 +116,7 @@ BAD_INPUT = {
     "overrides": ((*GENERATE, "--hf-overrides", "[1]"), "a JSON object is needed, got '[1]'"),
     "overrides, no JSON": ((*GENERATE, "--hf-overrides", "{"), "'{' is not valid JSON"),
     "unknown config key": ((*GENERATE, "--hf-overrides", '{"foo_bar": 1}'), "foo_bar"),
+    "speculation": ((*GENERATE, "--speculative-config", '{"method": "x"}'), "needs a method, one of ngram"),
     "max_model_len": (
         (*GENERATE, "--max-model-len", "9999"),
         "max_model_len=9999 is beyond the 1024 positions",

@@ -109,6 +109,8 @@ def test_metrics_count_what_was_asked_and_answered(llm: Any) -> None:
     assert not math.isnan(after["prefix_cache_hits_total"] + after["num_preemptions_total"])
     assert after["recompiles_after_warmup_total"] == llm.engine.runner.recompiles_after_warmup
     assert any(name.startswith("kernel_backend_info backend=") for name in after)
+    for name in ("drafts", "draft_tokens", "accepted_tokens"):
+        assert after[f"spec_decode_num_{name}_total"] == 0
 
 
 def test_what_was_refused_is_no_request_that_has_ended(llm: Any) -> None:
