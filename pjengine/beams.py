@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from pjengine.beam_search import MAX_BEAM_WIDTH
 from pjengine.outputs import CompletionOutput, RequestOutput
-from pjengine.sampling_params import SamplingParams
+from pjengine.sampling_params import SamplingParams, shown
 from pjengine.tokenizer import Tokenizer
 
 
@@ -28,8 +29,9 @@ class BeamSearchParams:
     sampling_params: SamplingParams = field(init=False, repr=False)  # the same, for `generate`
 
     def __post_init__(self) -> None:
-        if not isinstance(self.beam_width, int) or self.beam_width < 1:
-            raise ValueError(f"beam_width must be a whole number of at least 1, got {self.beam_width!r:.80}")
+        width = self.beam_width
+        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= MAX_BEAM_WIDTH:
+            raise ValueError(f"beam_width must be in [1, {MAX_BEAM_WIDTH}], got {shown(width)}")
         if self.max_tokens is None:
             raise ValueError("max_tokens must be a whole number of at least 1, got None")
         params = SamplingParams(

@@ -113,6 +113,64 @@ def test_the_best_n_of_a_wider_search_are_given_back(golden: dict[str, Any], llm
     assert some.metrics.ttft_s is not None and some.outputs[0].logprobs is None
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_what_beam_search_gives_begins_with_the_prompt(
+    golden: dict[str, Any], llm: Any, is_whole: bool
+) -> None:
+    from pjengine import BeamSearchParams
+
+    case = next(case for case in golden["cases"] if case["best_of"] == 8 and case["prompt"] == 1)
+    fields = {name: case[name] for name in ("early_stopping", "length_penalty")}
+    params = BeamSearchParams(
+        beam_width=8, max_tokens=MAX_TOKENS, include_stop_str_in_output=is_whole, **fields
+    )
+    prompt = golden["prompts"][1]
+    [output] = llm.beam_search([prompt], params)
+    ends = [sequence.finish_reason == "stop" for sequence in output.sequences]
+    assert any(ends)
+    wanted = [
+        prompt + (tokens[:-1] if has_end and not is_whole else tokens)
+        for tokens, has_end in zip(case["sequences"], ends, strict=True)
+    ]
+    assert [sequence.tokens for sequence in output.sequences] == wanted
+    scores = [
+        sequence.cum_logprob / len(tokens) ** case["length_penalty"]
+        for sequence, tokens in zip(output.sequences, case["sequences"], strict=True)
+    ]
+    assert np.allclose(scores, case["scores"], atol=TOLERANCE)
+    assert output.sequences[0].text is None  # without a tokenizer
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"beam_width": 0}, r"beam_width must be in \[1, 64\], got 0"),
+        ({"beam_width": 65}, r"beam_width must be in \[1, 64\], got 65"),
+        ({"beam_width": True}, "beam_width must be"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": None}, "max_tokens must be"),
+        ({"temperature": 0.5}, "temperature must be 0"),
+        ({"length_penalty": float("nan")}, "length_penalty must be finite"),
+        ({"early_stopping": "soon"}, "early_stopping must be"),
+    ],
+)
+def test_a_search_that_is_not_possible_is_refused(fields: dict[str, Any], message: str) -> None:
+    from pjengine import BeamSearchParams
+
+    with pytest.raises(ValueError, match=message):
+        BeamSearchParams(**{"beam_width": 2, "max_tokens": 4, **fields})
+
+
+def test_a_search_wider_than_the_engine_is_refused(llm: Any) -> None:
+    from pjengine import BeamSearchParams, SamplingParams
+
+    with pytest.raises(ValueError, match="17 beams run at once, and max_num_seqs=16"):
+        llm.beam_search([[3, 4]], BeamSearchParams(beam_width=17, max_tokens=2))
+    with pytest.raises(TypeError, match="params must be BeamSearchParams"):
+        llm.beam_search([[3, 4]], SamplingParams())
+    assert not llm.engine.has_unfinished_requests()
+
+
 def make_requests(rng: random.Random) -> list[tuple[list[int], Any]]:
     from pjengine import SamplingParams
 

@@ -91,6 +91,7 @@ RANGES: dict[str, Any] = {
     **dict.fromkeys(
         ("priority", "best_of", "suffix", "chat_template", "max_completion_tokens", "stream_options"), NONE
     ),
+    **dict.fromkeys(("use_beam_search", "length_penalty", "early_stopping"), NONE),
 }
 OWN_RANGES: dict[str, Any] = {
     "CompletionRequest": {
