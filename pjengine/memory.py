@@ -104,7 +104,8 @@ class MemoryPlan:
 def activation_bytes(config: ModelConfig, dtype: jnp.dtype, num_tokens: int, num_seqs: int) -> int:
     """An upper estimate of what layers, or logits, need in the largest program.
 
-    Layers, sampling and a block of a prompt's logprobs do not overlap, so the largest counts. Sampling
+    Layers, sampling and a block of a prompt's logprobs do not overlap, so the largest counts; but raw logits
+    that another program samples from are beside the layers. Sampling
     holds logits in float32: raw, edited, filtered and noisy, and what the edits need (four copies were
     measured without edits, on one NVIDIA H200). A block holds them raw; to sort them all takes keys and
     ids, before and after, and scratch.
@@ -116,7 +117,8 @@ def activation_bytes(config: ModelConfig, dtype: jnp.dtype, num_tokens: int, num
         experts = config.experts.num_choices * (config.experts.inner_size + config.hidden_size)
         mlp = max(mlp, experts) if config.dense_layers else experts
     layer = num_tokens * itemsize * (4 * config.hidden_size + max(mlp, heads))
-    return max(layer, max(num_seqs, BLOCK) * config.vocab_size * 4 * 6)
+    logits = max(num_seqs, BLOCK) * config.vocab_size * 4
+    return max(layer + logits, 6 * logits)
 
 
 def program_temp_bytes(
@@ -139,8 +141,7 @@ def program_temp_bytes(
     # That of all rows, and the step's own.
     page_tables = 2 * 4 * num_seqs * num_groups * -(-max_len // page_size)
     logprobs = prompt_bytes(num_prompt_tokens, num_top) + sampled_bytes(num_seqs, num_top, num_asked)
-    logits = 4 * num_seqs * vocab_size  # between the two programs of a step with edits
-    return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables + masks + logits
+    return logprobs + history_bytes(num_seqs, max_len, page_size) + page_tables + masks
 
 
 def tuning_bytes(config: ModelConfig, dtype: jnp.dtype, num_seqs: int) -> int:
