@@ -210,7 +210,7 @@ def test_logprobs_of_a_vocabulary_are_in_the_plan_and_bound_the_steps_that_have_
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 33, 256, 1000])
-@pytest.mark.parametrize("budget_gb", [12, 19, 40, 140])
+@pytest.mark.parametrize("budget_gb", [13, 19, 40, 140])
 def test_the_bound_is_a_mixed_bucket_that_holds_every_row(max_num_seqs: int, budget_gb: int) -> None:
     from pjengine.config import RunnerConfig
 
