@@ -103,7 +103,7 @@ class EngineConfig:
         )  # refuses what is wrong
         self._check_together()
 
-    @cached_property
+    @property
     def speculation(self) -> SpeculationConfig | None:
         """What `speculative_config` says."""
         wanted = self.speculative_config

@@ -67,7 +67,7 @@ WANTED = {
     "several continuations": 30,
     "continuations without a cache": 5,
     "several tokens at once": 20,
-    "kept drafts": 50,
+    "kept drafts": 20,
     "wrong drafts": 100,
     **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop"), 10),
     "structured_outputs": 20,
