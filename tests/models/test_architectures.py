@@ -29,8 +29,8 @@ CASES = {
     for name, architecture in goldens.CASES.items()
     if architecture in known_architectures()
 }
-# What pages, chunks and positions are to a model. A case that differs from one before in other fields alone is
-# computed by the same code, and compared by its dense logits.
+# What pages, chunks and positions are to a model. A case that differs from one before in other fields alone
+# is computed by the same code, and compared by its dense logits.
 SEEN_BY_THE_ENGINE = (
     "architecture num_heads num_kv_heads head_dim rope layer_ropes max_position_embeddings position_offset "
     "has_learned_positions alibi_slopes attention_scale attention_softcap layer_windows has_sinks experts"
