@@ -66,18 +66,19 @@ PREFILL_CASES: Mapping[str, tuple[list[int], list[int]]] = {
 CALLS = 32  # in one program, at least, as in a model of 32 layers
 COLD_BYTES = 128 << 20  # more than twice the L2 cache of an H200
 EPS = 1e-5
+MEASUREMENTS, RUNS = 5, 3
 
 
 def seconds(program: Callable[[], Any]) -> float:
-    """Median time of one run of a compiled program, over 5 measurements of 3 runs queued together."""
+    """Median time of one run of a compiled program, over MEASUREMENTS of RUNS queued together."""
     jax.block_until_ready(program())
     times = []
-    for _ in range(5):
+    for _ in range(MEASUREMENTS):
         start = time.perf_counter()
-        for _ in range(3):
+        for _ in range(RUNS):
             out = program()
         jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / 3)
+        times.append((time.perf_counter() - start) / RUNS)
     return statistics.median(times)
 
 

@@ -124,11 +124,10 @@ def _call(
             result = _call_host(processor, known, rows, is_asked)
         else:
             result = jax.vmap(processor)(known, rows)
-        had_any = jnp.max(rows, axis=-1) > -jnp.inf
-        best = jnp.max(result, axis=-1)  # NaN if any is
         result = jnp.where(rows == -jnp.inf, -jnp.inf, result)
-        is_emptied = had_any & (jnp.max(result, axis=-1) == -jnp.inf)
-        failure = jnp.where(~(best < jnp.inf), FAILED - index, jnp.where(is_emptied, EMPTIED - index, 0))
+        is_broken = ~(result < jnp.inf).all(axis=-1)  # NaN is less than nothing
+        is_emptied = (result == -jnp.inf).all(axis=-1) & ~(rows == -jnp.inf).all(axis=-1)
+        failure = jnp.where(is_broken, FAILED - index, jnp.where(is_emptied, EMPTIED - index, 0))
         failures = jnp.where(is_asked & (failures == 0), failure.astype(jnp.int32), failures)
         rows = jnp.where(is_asked[:, None], result, rows)
     return rows, failures

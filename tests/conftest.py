@@ -18,12 +18,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compile_cache() -> Iterator[None]:
-    """One for all tests of the session, subprocesses included, and never the user's own."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", folder)
-        yield
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder of compiled programs for all that this run starts, and never the user's own."""
+    if not hasattr(
+        config, "workerinput"
+    ):  # a worker of several at a time finds what the first process has set
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ["XDG_CACHE_HOME"] = folder.name
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -85,8 +85,8 @@ def greedy(llm: Any, edit: Callable[[list[int], np.ndarray], np.ndarray]) -> lis
 
 
 def undo(token_ids: Any, logits: Any) -> Any:
-    """Prefers what is forbidden, and to that what has got a bias of 50."""
-    forced = jnp.where(logits == -jnp.inf, 100.0, logits)
+    """Prefers what is forbidden, or makes it NaN, and to that what has got a bias of 50."""
+    forced = jnp.where(logits == -jnp.inf, 100.0, logits).at[9].set(jnp.nan)
     return jnp.where(logits > 40, 200.0, forced)
 
 
@@ -150,7 +150,7 @@ def broken_on_host(token_ids: list[int], logits: np.ndarray) -> np.ndarray:
 
 CULPRITS: dict[str, tuple[list[Any], int, str]] = {
     "NaN": (
-        [ban_low, lambda token_ids, logits: logits.at[5].set(jnp.nan)],
+        [ban_low, lambda token_ids, logits: logits.at[105].set(jnp.nan)],
         0, r"logits_processors\[1\] \(<lambda>\) returned NaN or \+inf",
     ),
     "inf": (
