@@ -186,11 +186,9 @@ def plan_memory(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
     }
-    activations, temp, bound = _program_bytes(
+    activations, temp, bound, states = _program_bytes(
         config, dtype, budget_bytes, max_logprobs, speculation, **limits
     )
-    states = max_states(config, dtype, budget_bytes, max_num_batched_tokens)
-    temp += states * state_bytes(config, dtype)
     kv_bytes = kv_cache_memory_bytes
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations - temp
@@ -230,8 +228,10 @@ def _program_bytes(
     page_size: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
-) -> tuple[int, int, int | None]:
-    """Of activations and temp, and the tokens of a step with logprobs of a prompt that these are for."""
+) -> tuple[int, int, int | None, int]:
+    """Of activations and temp, and the steps that these are for: tokens with logprobs of prompts, and hidden
+    states that are kept.
+    """
     num_seqs = min(max_num_seqs, max_num_batched_tokens)
     vocab_size = config.vocab_size
     num_top = largest_num_top(max_logprobs, vocab_size)
@@ -251,7 +251,8 @@ def _program_bytes(
         temp += speculation.lookup_bytes(max_num_seqs, max_len)
     if budget_bytes is not None:
         temp += tuning_bytes(config, dtype, num_seqs)
-    return activations, temp, bound
+    states = max_states(config, dtype, budget_bytes, max_num_batched_tokens)
+    return activations, temp + states * state_bytes(config, dtype), bound, states
 
 
 def _check_room(

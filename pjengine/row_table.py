@@ -8,6 +8,7 @@ import numpy as np
 from pjengine.edits import NEEDS
 from pjengine.request import Request
 
+_BEAMS = NEEDS.index("beams")
 MAX_END_IDS = 64  # columns of tokens that end a request; of those with more, each token is looked at
 
 
@@ -37,7 +38,6 @@ class RowTable:
         self.needs = np.zeros((num_rows, len(NEEDS)), np.int64)  # of its edits
         self.travels = np.zeros(num_rows, np.bool_)  # something of its edits, with every step
         self.has_mask = np.zeros(num_rows, np.bool_)  # what may come depends on all tokens before
-        self.is_beam = np.zeros(num_rows, np.bool_)  # it and others are the beams of one search
         self.is_watched = np.zeros(num_rows, np.bool_)  # each of its tokens has to be looked at
         self.end_ids = np.full((num_rows, 1), -1, np.int32)  # tokens that end it; -1: no more
         self._free = list(range(num_rows))  # a heap: low rows first
@@ -46,6 +46,11 @@ class RowTable:
     @property
     def num_rows(self) -> int:
         return len(self.requests)
+
+    @property
+    def is_beam(self) -> np.ndarray:
+        """Of each row, whether it and others are the beams of one search."""
+        return self.needs[:, _BEAMS] > 0
 
     @property
     def num_free(self) -> int:
@@ -65,7 +70,6 @@ class RowTable:
         self.needs[row] = request.edits.needs
         self.travels[row] = request.edits.travels
         self.has_mask[row] = request.edits.has_mask
-        self.is_beam[row] = request.beams is not None
         self.is_watched[row] = request.is_watched or len(request.end_ids) > MAX_END_IDS
         self._set_end_ids(row, () if self.is_watched[row] else tuple(request.end_ids))
         return row
@@ -90,7 +94,6 @@ class RowTable:
     def vacate(self, row: int) -> None:
         self.requests[row] = None
         self.admissions[row] = 0
-        self.is_beam[row] = False
         self.needs[row] = 0
         heapq.heappush(self._free, row)
 
