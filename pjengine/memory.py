@@ -186,9 +186,8 @@ def plan_memory(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
     }
-    activations, temp, bound, states = _program_bytes(
-        config, dtype, budget_bytes, max_logprobs, speculation, **limits
-    )
+    of_programs = _program_bytes(config, dtype, budget_bytes, max_logprobs, speculation, **limits)
+    activations, temp, bound, states = of_programs
     kv_bytes = kv_cache_memory_bytes
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if budget_bytes is None else budget_bytes - weights_bytes - activations - temp
