@@ -115,14 +115,14 @@ class Scheduler:
           ValueError: it cannot; the text says by how much.
         """
         # The last token is never computed.
-        num_rows, is_shared = len(request.row_requests), self.window_pool is None
+        num_rows = len(request.row_requests)
         if num_rows > self.max_num_seqs:
             raise ValueError(
                 f"best_of={num_rows} beams run at once, and max_num_seqs={self.max_num_seqs}: ask for fewer, "
                 "or create the engine with a higher max_num_seqs"
             )
-        num_shared = len(request.prompt_token_ids) // self.page_size if is_shared else 0
         for most, pool in self._pages.most_held(request.max_total_tokens - 1):
+            num_shared = len(request.prompt_token_ids) // self.page_size if pool is self.pool else 0
             needed = num_shared + num_rows * (most - num_shared)
             if needed > pool.num_usable:
                 beams = f" in each of {num_rows} beams" if num_rows > 1 else ""
@@ -277,14 +277,14 @@ class Scheduler:
         held_back: list[tuple[tuple[int, int], Request]] = []
         while self._waiting and budget.num_left and self.rows.num_free:
             _, request = self._waiting[0]
+            if len(request.row_requests) > self.rows.num_free:
+                break
             try:
                 # In their order: what runs then needs ever less, and the program asked for stays enough.
                 is_ready = request.edits is NO_EDITS or (not held_back and self._can_run(request))
             except CompilationError as error:
                 refused.append((heapq.heappop(self._waiting)[1], str(error)))
                 continue
-            if is_ready and len(request.row_requests) > self.rows.num_free:
-                break
             if not is_ready:
                 held_back.append(heapq.heappop(self._waiting))
                 continue

@@ -77,10 +77,8 @@ def check_any_schedule(
     scheduler = make_scheduler(num_pages, 4, max_num_seqs, max_num_batched_tokens, is_caching, decode_steps)
     if window is not None:
         most = 4 * int(window_pages(window, 40, 4, num_new=max_num_batched_tokens))
-        unshared = max(len(r.row_requests) * -(-r.max_total_tokens // 4) for r in requests)
         window_pool = PagePool(1 + most + num_spare)
-        pool = PagePool(1 + unshared + num_spare)
-        scheduler = replace(scheduler, pool=pool, window_pool=window_pool, window=window)
+        scheduler = replace(scheduler, pool=PagePool(num_pages), window_pool=window_pool, window=window)
     run(scheduler, requests, rng)
 
 
