@@ -275,7 +275,7 @@ def test_what_is_drafted_well_runs_faster(num_rows: int, cost: float) -> None:
 
 
 def test_a_wrong_time_of_plain_steps_does_not_stay() -> None:
-    assert simulate(1, 1.6, lambda done: done % 10 == 0, num_steps=6000, num_slow=5) > 0.9
+    assert simulate(1, 1.6, lambda done: done % 4 == 0, num_steps=6000, num_slow=5) > 0.9
 
 
 def test_a_part_that_can_be_drafted_is_found_within_a_pause() -> None:
