@@ -132,7 +132,7 @@ def latency(
 
     `sampling` are fields of SamplingParams; without, it is greedy. Of a beam search the rate is that of the
     sequences, and that of all beams is beside it. With `is_copying` the prompts are greedy answers of the
-    model itself: one with random weights soon repeats itself, and then goes on as they do.
+    model itself, which go on as they do (see `copied_prompts`).
 
     Raises:
       ValueError: the batch does not run at once, or its requests are longer than `max_model_len`.
@@ -142,9 +142,7 @@ def latency(
     _warm_up(llm)
     prompts = random_tokens(llm.engine.model_config.vocab_size, [prompt_len] * batch_size, seed=0)
     if is_copying:
-        begun = [prompt[: min(16, output_len)] for prompt in prompts]
-        answers = llm.generate(begun, fixed_length(prompt_len), use_tqdm=False)
-        prompts = [answer.outputs[0].token_ids for answer in answers]
+        prompts = copied_prompts(llm, prompts)
 
     def run(length: int) -> float:
         start = time.perf_counter()
@@ -174,6 +172,29 @@ def latency(
         **({"is_copying": True} if is_copying else {}),
         **draft_figures(llm, before),
     }
+
+
+def copied_prompts(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """For each prompt another of its length, the end of a greedy answer to its beginning.
+
+    Random weights copy nothing. So what their layers add is set to zero, which takes a step as long: the next
+    token follows from the last one alone, and greedy answers soon run in circles, which n-grams find.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    if llm.engine.config.load_format == "dummy":
+        for path, leaf in jax.tree_util.tree_leaves_with_path(llm.params):
+            if path[-1].key in ("out", "down", "expert_down"):
+                stack = llm.params[path[0].key]
+                stack[path[-1].key] = jnp.zeros_like(leaf, device=leaf.sharding)
+    room = llm.engine.max_model_len - 16
+    lengths = [min(4 * len(prompt), room) for prompt in prompts]
+    params = [fixed_length(length) for length in lengths]
+    answers = llm.generate([prompt[:16] for prompt in prompts], params, use_tqdm=False)
+    return [
+        answer.outputs[0].token_ids[-len(prompt) :] for answer, prompt in zip(answers, prompts, strict=True)
+    ]
 
 
 def draft_counts(llm: Any) -> tuple[int, int]:

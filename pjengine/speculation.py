@@ -28,6 +28,7 @@ MIN_PAUSE, MAX_PAUSE = 4, 64  # plain steps between two that try whether specula
 TRIAL_SHARE = 0.02  # of the time, for such trials, at most
 ASSUMED_COST = 1.15  # of a step that speculates, in plain ones, until both have been timed
 MIN_TIMED, MAX_TIMED = 4, 16  # steps of a kind and size whose times are believed
+TIMING_PERIOD = 64  # of so many steps that could speculate one is plain, so that its time is known
 
 
 def typical(times: Collection[float]) -> float:
@@ -53,6 +54,7 @@ class Speculation:
     _mean_gain: float = field(init=False)  # of all rows, for those that are new
     _times: dict[tuple[int, int], deque[float]] = field(default_factory=dict)  # seconds, by drafts and size
     _num_plain: int = 0  # steps since the last that speculated
+    _num_chosen: int = 0  # steps that could speculate and were to
     _pause: int = MIN_PAUSE
     _last_read_s: float | None = None
 
@@ -74,7 +76,8 @@ class Speculation:
         if self._pays(table, rows, cost) or self._num_plain >= pause:
             if self.can_run(len(rows), needs):
                 self._num_plain = 0
-                return self.config.num_drafts
+                self._num_chosen += 1
+                return self.config.num_drafts if self._num_chosen % TIMING_PERIOD else 0
         self._num_plain += 1
         return 0
 
@@ -93,7 +96,7 @@ class Speculation:
         own, plain = (self._times.get((drafts, size), ()) for drafts in (self.config.num_drafts, 0))
         if min(len(own), len(plain)) < MIN_TIMED:
             return ASSUMED_COST
-        return typical(own) * plain_depth / typical(plain)
+        return max(1.0, plain_depth * typical(own) / typical(plain))
 
     def pause(self) -> None:
         """The device had nothing to do before the next step."""

@@ -219,11 +219,18 @@ def test_the_cache_is_updated_in_place_and_never_copied() -> None:
 
 
 def simulate(
-    num_rows: int, cost: float, accepted: Callable[[int], int], *, num_steps: int = 2000, depth: int = 1
+    num_rows: int,
+    cost: float,
+    accepted: Callable[[int], int],
+    *,
+    num_steps: int = 2000,
+    depth: int = 1,
+    num_slow: int = 0,
 ) -> float:
     """Tokens a second of a device on which a step with drafts takes `cost` plain ones; plain ones give 1.
 
-    `accepted`: how many drafts hold in a step, by the number of tokens before it.
+    `accepted`: how many drafts hold in a step, by the number of tokens before it. The first `num_slow` steps
+    seem to take a hundred times as long.
     """
     from pjengine.page_groups import PageUpdates
     from pjengine.row_table import RowTable
@@ -233,15 +240,17 @@ def simulate(
     table, rows = RowTable(num_rows), np.arange(num_rows)
     table.admissions[:] = rows + 1
     rule = Speculation(speculation(), num_rows)
-    now, num_tokens, disturbances = 0.0, 0, itertools.cycle([1.0, 1.02, 1.0, 1.1, 1.0, 4.0, 1.0])
-    for _ in range(num_steps):
+    now, clock, num_tokens, disturbances = 0.0, 0.0, 0, itertools.cycle([1.0, 1.02, 1.0, 1.1, 1.0, 4.0, 1.0])
+    for index in range(num_steps):
         num_drafts = rule.choose(table, rows, NO_NEEDS, depth)
         lengths = np.full(num_rows, num_drafts + 1 if num_drafts else depth)
         nobody: list[Any] = [None] * num_rows
         decodes = Decodes(nobody, rows, table.admissions[rows], rows, lengths)
         step = Schedule(decodes, [], PageUpdates([], []), NO_NEEDS, [], [], [], [], num_drafts=num_drafts)
-        now += (cost if num_drafts else float(depth)) * next(disturbances)
-        rule.see(step, now)
+        step_s = (cost if num_drafts else float(depth)) * next(disturbances)
+        now += step_s
+        clock += step_s * (100 if index < num_slow else 1)
+        rule.see(step, clock)
         if num_drafts:
             taken = np.full(num_rows, 1 + accepted(num_tokens))
             rule.settle(table, step, taken, lengths - 1)
@@ -263,6 +272,10 @@ def test_what_nothing_can_be_drafted_of_runs_as_fast_as_without(
 def test_what_is_drafted_well_runs_faster(num_rows: int, cost: float) -> None:
     assert simulate(num_rows, cost, lambda _: 4) > 0.95 * 5 / cost
     assert simulate(num_rows, 6.0, lambda _: 4) > 0.95  # however well, it may cost more
+
+
+def test_a_wrong_time_of_plain_steps_does_not_stay() -> None:
+    assert simulate(1, 1.6, lambda done: done % 4 == 0, num_steps=6000, num_slow=5) > 0.9
 
 
 def test_a_part_that_can_be_drafted_is_found_within_a_pause() -> None:
