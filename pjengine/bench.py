@@ -131,8 +131,8 @@ def latency(
     """Decoding of one batch: TPOT = (T(all tokens) - T(1 token)) / (tokens - 1), T being medians.
 
     `sampling` are fields of SamplingParams; without, it is greedy. Of a beam search the rate is that of the
-    sequences, and that of all beams is beside it. With `is_copying` the prompts are greedy answers of the
-    model itself, which go on as they do (see `copied_prompts`).
+    sequences, and that of all beams is beside it. With `is_copying` the answers copy a part of their
+    prompts (see `copied_prompts`), of which there is half of `prompt_len`.
 
     Raises:
       ValueError: the batch does not run at once, or its requests are longer than `max_model_len`.
@@ -142,6 +142,8 @@ def latency(
     _warm_up(llm)
     prompts = random_tokens(llm.engine.model_config.vocab_size, [prompt_len] * batch_size, seed=0)
     if is_copying:
+        if output_len > prompt_len // 2:
+            raise ValueError(f"an answer copies up to half of prompt_len={prompt_len}, got {output_len}")
         prompts = copied_prompts(llm, prompts)
 
     def run(length: int) -> float:
@@ -175,10 +177,11 @@ def latency(
 
 
 def copied_prompts(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """For each prompt another of its length, the end of a greedy answer to its beginning.
+    """For each prompt another of its length, which ends where the copy of a part of it has begun.
 
-    Random weights copy nothing. So what their layers add is set to zero, which takes a step as long: the next
-    token follows from the last one alone, and greedy answers soon run in circles, which n-grams find.
+    Three quarters of it are a greedy answer of the model, and the last one is its beginning again. Random
+    weights would not go on with the copy. So what their layers add is set to zero, which takes a step as long:
+    the next token then follows from the last one alone, and the answer copies.
     """
     import jax
     import jax.numpy as jnp
@@ -186,14 +189,12 @@ def copied_prompts(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
     if llm.engine.config.load_format == "dummy":
         for path, leaf in jax.tree_util.tree_leaves_with_path(llm.params):
             if path[-1].key in ("out", "down", "expert_down"):
-                stack = llm.params[path[0].key]
-                stack[path[-1].key] = jnp.zeros_like(leaf, device=leaf.sharding)
-    room = llm.engine.max_model_len - 16
-    lengths = [min(4 * len(prompt), room) for prompt in prompts]
-    params = [fixed_length(length) for length in lengths]
-    answers = llm.generate([prompt[:16] for prompt in prompts], params, use_tqdm=False)
+                llm.params[path[0].key][path[-1].key] = jnp.zeros_like(leaf, device=leaf.sharding)
+    params = [fixed_length(len(prompt)) for prompt in prompts]
+    answers = llm.generate([prompt[:1] for prompt in prompts], params, use_tqdm=False)
     return [
-        answer.outputs[0].token_ids[-len(prompt) :] for answer, prompt in zip(answers, prompts, strict=True)
+        text[: len(text) - len(text) // 4] + text[: len(text) // 4]
+        for text in (answer.outputs[0].token_ids for answer in answers)
     ]
 
 

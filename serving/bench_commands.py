@@ -88,7 +88,7 @@ def _add_latency(kinds: Any) -> None:
     command.add_argument(
         "--copying",
         action="store_true",
-        help="prompts are greedy answers of the model, which go on as they do: what n-grams draft best",
+        help="answers copy a part of their prompts, up to half of --prompt-len: what n-grams draft best",
     )
     command.add_argument(
         "--batch-size",
