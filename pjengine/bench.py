@@ -180,7 +180,7 @@ def copied_prompts(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
     """For each prompt another of its length, which ends where the copy of a part of it has begun.
 
     Three quarters of it are a greedy answer of the model, and the last one is its beginning again. Random
-    weights would not go on with the copy. So what their layers add is set to zero, which takes a step as long:
+    weights would not go on with the copy. So what their layers add is set to zero, which takes as long:
     the next token then follows from the last one alone, and the answer copies.
     """
     import jax
