@@ -58,6 +58,7 @@ class BeamDevice(StubDevice):
             self._fork(cache, tables, step, parents)
         for row, candidate in zip(step.rows, going_on, strict=True):
             self.last_tokens[row], self.scores[row] = candidate.token, candidate.score
+            self.positions[row] = step.kv_len
             super()._check(row, step.request)
         return going_on, ended
 

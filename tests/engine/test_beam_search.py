@@ -59,7 +59,8 @@ def make_programs(runner: Any, **room: Any) -> None:
 
     config, sizes = runner.config, EditSizes(num_bias=64, num_allowed=16, **room)
     for buckets, is_decode in ((config.decode_buckets, True), (config.mixed_buckets, False)):
-        model = runner._editing_stages(buckets[-1], is_decode, np.zeros(len(NEEDS), np.int64)).model
+        needs = np.zeros(len(NEEDS), np.int64)
+        model = runner._editing_stages(buckets[-1], is_decode, needs, chains=()).model
         layouts = [model, DrawLayout(model.num_seqs, sizes)]
         runner._make(layouts)
         runner._wait(layouts)
