@@ -15,12 +15,16 @@ CUDA_COMPILER := $(if $(CUDA_EXTRA),,$(if $(filter Linux,$(shell uname -s)),jax-
 # Of two processes on one GPU, the first would take its memory.
 TWO_AT_ONCE := $(if $(CUDA_EXTRA),,-n 2 --dist loadfile --no-loadscope-reorder)
 
-.PHONY: demo test check clean
+.PHONY: demo test test-all check clean
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/pjengine generate demo --prompt 'def fibonacci(n):' --stream \
 		--temperature 0.6 --top-p 0.95 --sampling-seed 115
 
 test: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler) check
+	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) -m 'not slow'
+
+# What CI runs.
+test-all: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler) check
 	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE)
 
 check: $(VENV)/installed-test

@@ -220,6 +220,7 @@ def run(engine: Any, requests: list[tuple[list[int], Any]], rng: random.Random) 
     return outputs
 
 
+@pytest.mark.slow
 def test_searches_among_others_find_what_they_find_alone(llm: Any) -> None:
     engine, num_preemptions, num_compared = llm.engine, 0, 0
     for seed in range(8):

@@ -338,6 +338,7 @@ def test_what_was_not_used_for_longest_goes_first(stored: Stored) -> None:
     assert {path.name for path in folder.iterdir()} == {stored.path.name, "another.program", "new"}
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_folder_at_once(tmp_path: Path, filled: tuple[Path, list[int]]) -> None:
     code = (
         "import json, sys; from tests.engine.test_compile_cache import generate; from pathlib import Path; "

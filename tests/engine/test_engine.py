@@ -48,6 +48,7 @@ def kv_bytes(llm: Any, num_tokens: int) -> int:
     return pages * llm.engine.memory_plan.page_bytes
 
 
+@pytest.mark.slow
 def test_64_requests_through_a_quarter_of_the_pages_equal_each_alone(
     gqa_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from tests.engine.rescheduling import reschedule, settle
 
-pytestmark = pytest.mark.timeout(600)  # its programs take two minutes to make where others compile, too
+# Its programs take two minutes to make where others compile, too.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 VOCAB_SIZE, PAGE_SIZE = 160, 16
 EOS = 2
 MAX_NUM_SEQS, MAX_PROMPT, MAX_OUTPUT, MAX_STEPS = 4, 32, 24, 3

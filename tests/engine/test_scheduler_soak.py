@@ -3,6 +3,8 @@
 import random
 from collections import Counter
 
+import pytest
+
 from pjengine.page_pool import PagePool
 from pjengine.request import Request, RequestStatus
 from pjengine.sampling_params import SamplingParams
@@ -77,6 +79,7 @@ class Load:
             self.seen["cached"] += request.num_cached_tokens > 0
 
 
+@pytest.mark.slow
 def test_100_000_requests_with_random_aborts_leave_an_empty_pool() -> None:
     run_unchecked(soak)
 

@@ -29,25 +29,8 @@ CASES = {
     for name, architecture in goldens.CASES.items()
     if architecture in known_architectures()
 }
-# What pages, chunks and positions are to a model. A case that differs from one before in other fields alone
-# is computed by the same code, and compared by its dense logits.
-SEEN_BY_THE_ENGINE = (
-    "architecture num_heads num_kv_heads head_dim rope layer_ropes max_position_embeddings position_offset "
-    "has_learned_positions alibi_slopes attention_scale attention_softcap layer_windows has_sinks experts"
-).split()
-
-
-def kind_of(name: str) -> tuple[Any, ...]:
-    golden = goldens.load(name)
-    config = parse_config(golden.config)
-    return len(golden.prompt), *(getattr(config, field) for field in SEEN_BY_THE_ENGINE)
-
-
-IN_ENGINE = list({kind_of(name): name for name in reversed(CASES)}.values())[::-1]  # the first of each kind
-ON_GPU = [
-    *("mqa", "mha", "yarn"),
-    *(names[0] for names in goldens.BY_ARCHITECTURE.values() if names[0] in CASES),
-]
+FIRST = [names[0] for names in goldens.BY_ARCHITECTURE.values() if names[0] in CASES]  # of each architecture
+ON_GPU = ["mqa", "mha", "yarn", *FIRST]
 FLOAT32 = jnp.dtype("float32")
 
 
@@ -88,7 +71,11 @@ def test_dense_logits_equal_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*IN_ENGINE, *(pytest.param(name, marks=pytest.mark.gpu, id=f"gpu-{name}") for name in ON_GPU)]
+    "name",
+    [
+        *(name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in CASES),
+        *(pytest.param(name, marks=pytest.mark.gpu, id=f"gpu-{name}") for name in ON_GPU),
+    ],
 )
 def test_the_engine_gives_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
     """From safetensors; the prompt in chunks, then again with its pages in the prefix cache."""

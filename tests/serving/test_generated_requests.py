@@ -157,6 +157,7 @@ class Fuzz:
         send()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_no_request_that_the_document_allows_or_forbids_breaks_the_server(server: Server) -> None:
     positive, negative = GenerationMode.POSITIVE, GenerationMode.NEGATIVE

@@ -165,6 +165,7 @@ async def get(endpoint: Endpoint, path: str) -> str:
         return (await (await reply.check()).read()).decode()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_of_500_streams_nothing_is_lost_or_crossed_and_nothing_stays_behind(tmp_path: Path) -> None:
     chance = random.Random(1)
