@@ -262,6 +262,8 @@ class LLM:
         Raises:
           ValueError, TypeError: a prompt or an argument is not possible. Nothing has been run then.
         """
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize must be True or False, got {normalize!r:.80}")
         params = embedding_params(pooling=pooling, layer=layer, truncate_prompt_tokens=truncate_prompt_tokens)
         outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
         return [embedding_of(output, normalize=normalize) for output in outputs]

@@ -72,8 +72,8 @@ class HostProcessor:
             if (got := _form(after)) != (wanted := f"float32{list(logits.shape)}"):
                 raise ValueError(f"wanted numpy {wanted}, got {got}")
             return after
-        except Exception as error:
-            logger.exception("a logits processor on the host: %s", self.__qualname__)
+        except (Exception, SystemExit) as error:  # not Ctrl-C, which is the caller's
+            logger.warning("a logits processor on the host failed: %s: %r", self.__qualname__, error)
             self._notes[_digest(known)] = f"{type(error).__name__}: {error}"[:300]
             if len(self._notes) > MAX_NOTES:
                 self._notes.popitem(last=False)

@@ -56,7 +56,8 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None  # generation ends after any of these
     ignore_eos: bool = False
     max_tokens: int | None = 16  # None: up to max_model_len
-    min_tokens: int = 0  # so many before an EOS, a stop id, or a look for stop strings
+    # So many before an EOS, a stop id, or a look for stop strings; where a form of the output allows them.
+    min_tokens: int = 0
     logprobs: int | None = None  # of the k likeliest tokens and the chosen one; -1: of the vocabulary
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
     logprob_token_ids: Sequence[int] | None = None  # logprobs of these and the chosen one instead
@@ -140,8 +141,8 @@ class SamplingParams:
         for name, neutral in _WITH_BEAMS.items():
             if (value := getattr(self, name)) not in neutral:
                 raise ValueError(
-                    f"{name} must be {neutral[0]!r} with use_beam_search: the likeliest beams go on, and "
-                    f"nothing else is looked at; got {shown(value)}"
+                    f"{name} must be {neutral[0]!r} with use_beam_search, whose beams are chosen by their "
+                    f"logprobs alone: leave it out; got {shown(value)}"
                 )
 
     @property

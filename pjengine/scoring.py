@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pjengine.config import is_whole
 from pjengine.engine import LLMEngine
 from pjengine.generation import NO_TOKEN, Generation
 from pjengine.prompts import EncodedPrompt, Prompt, encode_prompt
@@ -190,12 +191,12 @@ def prepare_windows(
     """
     limit = engine.max_model_len
     window = limit if max_window is None else max_window
-    if not isinstance(window, int) or not 2 <= window <= limit:
+    if not is_whole(window) or not 2 <= window <= limit:
         raise ValueError(
             f"max_window must be in [2, {limit}], of which the last is max_model_len, got {window!r:.80}"
         )
     step = max(window // 2, 1) if stride is None else stride
-    if not isinstance(step, int) or not 1 <= step < window:
+    if not is_whole(step) or not 1 <= step < window:
         raise ValueError(
             f"stride must be in [1, {window - 1}], so that each token has one before it, got {step!r:.80}"
         )

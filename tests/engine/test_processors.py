@@ -1,6 +1,7 @@
 """Functions of the caller's change the logits of their own requests, and fail for themselves."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,7 @@ CULPRITS: dict[str, tuple[list[Any], int, str]] = {
         0, r"failed: ValueError: wanted numpy float32\[160\], got float32\[5\]",
     ),
     "dtype": ([lambda token_ids, logits: logits.astype(np.float64)], 0, r"got float64\[160\]"),
+    "exits": ([lambda token_ids, logits: sys.exit(3)], 0, r"failed: SystemExit: 3"),
 }  # fmt: skip
 
 
@@ -176,7 +178,7 @@ def failed(llm: Any) -> dict[str, Any]:
     from pjengine import host_processor
 
     chains = {name: functions for name, (functions, *_) in CULPRITS.items()}
-    for name in ("raises", "shape", "dtype"):
+    for name in ("raises", "shape", "dtype", "exits"):
         chains[name] = [host_processor(*chains[name])]
     all_params = [params(max_tokens=NUM_TOKENS, logits_processors=chain) for chain in chains.values()]
     outputs = generate(llm, [*all_params, params(max_tokens=NUM_TOKENS)])

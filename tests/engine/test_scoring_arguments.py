@@ -46,6 +46,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_runs(
         ([1, 2], {"max_window": 97}, r"max_window must be in \[2, 96\].* got 97"),
         ([1, 2], {"max_window": 8, "stride": 8}, r"stride must be in \[1, 7\].* got 8"),
         ([1, 2], {"stride": 0}, r"stride must be in \[1, 95\].* got 0"),
+        ([1, 2], {"stride": True}, r"stride must be in \[1, 95\].* got True"),
     ],
 )
 def test_what_has_no_perplexity_is_refused(llm: Any, text: Any, arguments: Any, message: str) -> None:
