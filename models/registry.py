@@ -12,6 +12,7 @@ from pjengine.models.config import ModelConfig
 from pjengine.models.config_reader import ConfigReader, refuse_unread
 from pjengine.models.decoder import Decoder
 from pjengine.models.json_values import TEXTS, check_values
+from pjengine.models.pair import Pair
 
 # "module.Class" within this package, imported when it is first asked for.
 _OURS: Mapping[str, str] = {
@@ -94,6 +95,8 @@ def architecture(name: str) -> type[Decoder]:
 
 def is_ours(model: Decoder) -> bool:
     """Whether the model is this package's alone, its layers too."""
+    if isinstance(model, Pair):
+        return is_ours(model.target) and is_ours(model.draft)
     classes = [*type(model).__mro__, *type(model).block.__mro__]
     own = [each for each in classes if issubclass(each, Decoder | Block)]
     return all(each.__module__.startswith("pjengine.") for each in own)

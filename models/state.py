@@ -20,6 +20,9 @@ class KVCache(NamedTuple):
     k: Float[Array, "all_pages kv_heads page_size head_dim"]
     v: Float[Array, "all_pages kv_heads page_size head_dim"]
     token_ids: Int[Array, "pages page_size"]  # what K and V were computed from; of all tokens, windows or not
+    # The draft model's, where there is one, `num_pages` of each layer: a page's id is the same in all.
+    draft_k: Float[Array, "draft_pages draft_heads page_size draft_dim"] | None = None
+    draft_v: Float[Array, "draft_pages draft_heads page_size draft_dim"] | None = None
 
 
 class Batch(NamedTuple):

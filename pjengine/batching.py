@@ -270,7 +270,7 @@ def unpack(
     row: Int[Array, " seqs"],
     parts: dict[str, Array],
     layout: Layout,
-    ahead: int | Int[Array, " seqs"] = 0,
+    ahead: int | Int[Array, ""] | Int[Array, " seqs"] = 0,
 ) -> Batch:
     """The tokens to compute now, from the vector and the rows; `row` as `live_rows`. On the device.
 

@@ -137,17 +137,27 @@ def _copy_pages(
 ) -> KVCache:
     """Copies pages of each KV group, of all its layers: all are read before one is written."""
 
-    def of_layers(pages: list[Int[Array, " n"]]) -> Int[Array, " all"]:
-        groups = zip(pages, first_pages, strict=True)
-        return jnp.concatenate([(first[:, None] + page[None]).reshape(-1) for page, first in groups])
+    def copy(pages: Array, first_pages: list[np.ndarray]) -> Array:
+        source, target = (
+            jnp.concatenate(
+                [
+                    (first[:, None] + page[None]).reshape(-1)
+                    for page, first in zip(own, first_pages, strict=False)  # a draft model has one group
+                ]
+            )
+            for own in (sources, targets)
+        )
+        target = jnp.where(jnp.tile(is_copied, sum(map(len, first_pages))), target, len(pages))
+        return pages.at[target].set(pages[source], mode="drop", unique_indices=True)
 
-    source, target = of_layers(sources), of_layers(targets)
-    is_any = jnp.tile(is_copied, sum(map(len, first_pages)))
-    target = jnp.where(is_any, target, len(cache.k))
-    k, v = (pages.at[target].set(pages[source], mode="drop", unique_indices=True) for pages in cache[:2])
     into = jnp.where(is_copied, targets[0], len(cache.token_ids))
     token_ids = cache.token_ids.at[into].set(cache.token_ids[sources[0]], mode="drop", unique_indices=True)
-    return KVCache(k, v, token_ids)
+    k, v, draft_k, draft_v = copy(cache.k, first_pages), copy(cache.v, first_pages), None, None
+    if cache.draft_k is not None and cache.draft_v is not None:
+        num_pages = len(cache.token_ids)
+        own_first = _first_pages(len(cache.draft_k) // num_pages, num_pages, None)
+        draft_k, draft_v = copy(cache.draft_k, own_first), copy(cache.draft_v, own_first)
+    return KVCache(k, v, token_ids, draft_k, draft_v)
 
 
 def _first_pages(num_layers: int, num_pages: int, window_group: WindowGroup | None) -> list[np.ndarray]:

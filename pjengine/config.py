@@ -4,7 +4,7 @@ import difflib
 import numbers
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class EngineConfig:
     decode_steps: int | None = None  # tokens a request gets from one launch, when none has a prompt to read
     page_size: int = 16  # tokens per page
     # Draft tokens and verify several in a step: a dict with vLLM's keys, such as {"method": "ngram",
-    # "num_speculative_tokens": 4}; see `SpeculationConfig`.
+    # "num_speculative_tokens": 4} or {"model": ..., "num_speculative_tokens": 4}; see `SpeculationConfig`.
     speculative_config: Any = None
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
@@ -108,6 +108,21 @@ class EngineConfig:
         """What `speculative_config` says."""
         wanted = self.speculative_config
         return None if wanted is None else SpeculationConfig.read(wanted, self.page_size)
+
+    @property
+    def draft(self) -> "EngineConfig | None":
+        """What the draft model is loaded by, where there is one."""
+        speculation = self.speculation
+        if speculation is None or speculation.model is None:
+            return None
+        return replace(
+            self,
+            model=speculation.model,
+            revision=None,
+            hf_overrides={},
+            seed=(self.seed + 1) % 2**32,  # dummy weights of its own
+            speculative_config=None,
+        )
 
     def _check_together(self) -> None:
         """Raises ValueError where one setting does not go with another."""

@@ -15,6 +15,7 @@ from pjengine.config import EngineConfig, known_settings
 from pjengine.embeddings import EmbeddingOutput, embedding_of, embedding_params
 from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
+from pjengine.models.pair import target_params
 from pjengine.outputs import RequestOutput
 from pjengine.prompts import Prompt
 from pjengine.sampling_params import SamplingParams
@@ -78,7 +79,8 @@ class LLM:
     @property
     def params(self) -> Any:
         """The model's parameters, a plain pytree of arrays."""
-        return self.engine.runner.params
+        runner = self.engine.runner
+        return target_params(runner.model, runner.params)
 
     def generate(
         self,

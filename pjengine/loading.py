@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pjengine.models.decoder import Decoder, Params
 from pjengine.models.hub import resolve_model
 from pjengine.models.json_values import read_json_object
 from pjengine.models.loader import dummy_params, load_params
+from pjengine.models.pair import Pair
 from pjengine.models.registry import build_model, parse_config
 from pjengine.models.shapes import SHAPES
 from pjengine.pallas_kernels.dispatch import check_backend
@@ -55,26 +56,20 @@ def load_model(config: EngineConfig) -> LoadedModel:
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, folder)
     device = jax.devices()[0]
     sharding = replicated(make_mesh([device]))
-    model = build_model(model_config, dtype)
+    model, draft_folder = with_draft(config, build_model(model_config, dtype))
     stats = device.memory_stats() if device.platform == "gpu" else None
     sizes = choose_sizes(config, model_config, stats["bytes_limit"] if stats else None)
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
     # Before the weights are loaded, so that what does not fit costs nothing.
     share = config.gpu_memory_utilization / reserved_fraction
-    plan = plan_memory(
-        model_config,
-        dtype,
-        weights_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)),
-        budget_bytes=device_budget(device, share),
-        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        page_size=config.page_size,
-        max_model_len=parse_length(config.max_model_len),
-        max_logprobs=config.max_logprobs,
-        speculation=config.speculation,
-        **sizes,
-    )
+    plan = make_plan(config, model, sizes, device_budget(device, share))
     logger.info("memory plan\n%s", plan.table())
-    params = _load_params(config, folder, model, abstract, sharding)
+    if isinstance(model, Pair) and config.draft is not None:
+        params: Params = {
+            "target": _load_params(config, folder, model.target, sharding),
+            "draft": _load_params(config.draft, draft_folder, model.draft, sharding),
+        }
+    else:
+        params = _load_params(config, folder, model, sharding)
     runner_config = RunnerConfig(
         num_pages=plan.num_pages,
         page_size=plan.page_size,
@@ -100,13 +95,66 @@ def load_model(config: EngineConfig) -> LoadedModel:
     )
 
 
+def with_draft(
+    config: EngineConfig, model: Decoder, *, needs_weights: bool = True
+) -> tuple[Decoder, Path | None]:
+    """The model, paired with the draft model that `config` names, if it does; and that one's folder.
+
+    Raises:
+      ValueError: they have different vocabularies; or as `read_model_config`.
+    """
+    if config.draft is None:
+        return model, None
+    folder, draft = read_model_config(config.draft, needs_weights=needs_weights)
+    if draft.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the draft model {config.draft.model!r} has a vocabulary of {draft.vocab_size} tokens, and the "
+            f"model one of {model.config.vocab_size}: name a draft model with the same vocabulary"
+        )
+    return Pair.of(model, build_model(draft, model.dtype)), folder
+
+
+def make_plan(
+    config: EngineConfig, model: Decoder, sizes: dict[str, int], budget_bytes: int | None
+) -> MemoryPlan:
+    """The memory plan of an engine with this model, or pair of models; reads no weights.
+
+    Raises:
+      ValueError: as `plan_memory`; or requests may be longer than the draft model's positions.
+    """
+    draft = model.draft if isinstance(model, Pair) else None
+    plan = plan_memory(
+        model.config,
+        model.dtype,
+        weights_bytes=_weights_bytes(model),
+        budget_bytes=budget_bytes,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        page_size=config.page_size,
+        max_model_len=parse_length(config.max_model_len),
+        max_logprobs=config.max_logprobs,
+        speculation=config.speculation,
+        draft=None if draft is None else draft.config,
+        **sizes,
+    )
+    if draft is None:
+        return plan
+    if draft.config.has_learned_positions and plan.max_model_len > draft.config.max_model_len:
+        raise ValueError(
+            f"max_model_len={plan.max_model_len} is beyond the {draft.config.max_model_len} positions of the "
+            "draft model: lower it, or name another draft model"
+        )
+    return replace(plan, draft_weights_bytes=_weights_bytes(draft))
+
+
+def _weights_bytes(model: Decoder) -> int:
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+
+
 def _load_params(
-    config: EngineConfig,
-    folder: Path | None,
-    model: Decoder,
-    abstract: Mapping[str, Any],
-    sharding: NamedSharding,
+    config: EngineConfig, folder: Path | None, model: Decoder, sharding: NamedSharding
 ) -> Params:
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
     if config.load_format == "dummy":
         return dummy_params(abstract, config.seed, sharding)
     assert folder is not None

@@ -43,6 +43,8 @@ class MemoryPlan:
     max_states: int | None = None  # the same
     window_group: WindowGroup | None = None  # layers with pages of their own
     window_page_bytes: int = 0  # one of their pages, all of these layers
+    draft_weights_bytes: int = 0  # of a draft model; part of `weights_bytes`
+    draft_page_bytes: int = 0  # of a draft model; part of `page_bytes`
 
     @property
     def kv_bytes(self) -> int:
@@ -78,8 +80,12 @@ class MemoryPlan:
         """The plan for a person to read."""
         size, group = self.page_size, self.window_group
         pages = f"{self.num_pages:,} pages of {size} tokens, {self.page_bytes // size:,} B a token"
+        of_draft = ""
+        if self.draft_page_bytes:
+            of_draft = f"of them {self.draft_weights_bytes / 2**30:.2f} GiB the draft model's"
+            pages += f", of them {self.draft_page_bytes // size:,} B the draft model's"
         rows = [
-            ("weights", self.weights_bytes, ""),
+            ("weights", self.weights_bytes, of_draft),
             ("activations", self.activations_bytes, "the largest program's, at most"),
             (
                 "program temp",
@@ -167,6 +173,7 @@ def plan_memory(
     max_num_batched_tokens: int,
     max_logprobs: int,
     speculation: SpeculationConfig | None = None,
+    draft: ModelConfig | None = None,
 ) -> MemoryPlan:
     """Sizes the page pool, the same way with a device and without.
 
@@ -174,6 +181,7 @@ def plan_memory(
       budget_bytes: for weights, activations, program temp and KV pages together; None on a CPU.
       kv_cache_memory_bytes: for KV pages, instead of what the budget leaves.
       max_model_len: None: as long as the model supports, or as long as fits if that is less.
+      draft: the draft model, whose weights are part of `weights_bytes`.
 
     Raises:
       ValueError: the pages that fit cannot hold one request of `max_model_len` tokens, or none at all; or
@@ -185,6 +193,7 @@ def plan_memory(
         "page_size": page_size,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
+        "draft": draft,
     }
     of_programs = _program_bytes(config, dtype, budget_bytes, max_logprobs, speculation, **limits)
     activations, temp, bound, states = of_programs
@@ -206,11 +215,7 @@ def plan_memory(
     )
     is_given = kv_cache_memory_bytes is not None
     _check_room(plan, kv_bytes, max_model_len, max_num_batched_tokens, is_given=is_given)
-    if budget_bytes is not None and plan.total_bytes > budget_bytes:
-        raise ValueError(
-            f"{plan.kv_bytes:,} bytes of KV pages are too many beside {plan.beside_kv()}: there are "
-            f"{budget_bytes:,} in all. Lower kv_cache_memory_bytes, or raise gpu_memory_utilization"
-        )
+    _check_budget(plan, budget_bytes)
     if room < wanted_len:
         logger.warning("max_model_len=%d does not fit into the KV cache; it is now %d", wanted_len, room)
     return plan
@@ -227,6 +232,7 @@ def _program_bytes(
     page_size: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    draft: ModelConfig | None,
 ) -> tuple[int, int, int | None, int]:
     """Of activations and temp, and the steps that these are for: tokens with logprobs of prompts, and hidden
     states that are kept.
@@ -235,7 +241,8 @@ def _program_bytes(
     vocab_size = config.vocab_size
     num_top = largest_num_top(max_logprobs, vocab_size)
     bound = max_prompt_tokens(budget_bytes, num_top, max_num_batched_tokens, num_seqs)
-    activations = activation_bytes(config, dtype, max_num_batched_tokens, num_seqs)
+    models = [config] if draft is None else [config, draft]  # one computes after the other
+    activations = max(activation_bytes(own, dtype, max_num_batched_tokens, num_seqs) for own in models)
     num_prompt_tokens = bound or max_num_batched_tokens
     temp = program_temp_bytes(
         vocab_size,
@@ -249,7 +256,7 @@ def _program_bytes(
     if speculation is not None:
         temp += speculation.lookup_bytes(max_num_seqs, max_len)
     if budget_bytes is not None:
-        temp += tuning_bytes(config, dtype, num_seqs)
+        temp += max(tuning_bytes(own, dtype, num_seqs) for own in models)
     states = max_states(config, dtype, budget_bytes, max_num_batched_tokens)
     return activations, temp + states * state_bytes(config, dtype), bound, states
 
@@ -272,6 +279,15 @@ def _check_room(
             + ("lower max_model_len, or " if max_model_len else "")
             + ("" if group is None else "lower max_num_batched_tokens, or ")
             + ("raise kv_cache_memory_bytes" if is_given else "raise gpu_memory_utilization")
+        )
+
+
+def _check_budget(plan: MemoryPlan, budget_bytes: int | None) -> None:
+    """Raises ValueError where all together is more than there is."""
+    if budget_bytes is not None and plan.total_bytes > budget_bytes:
+        raise ValueError(
+            f"{plan.kv_bytes:,} bytes of KV pages are too many beside {plan.beside_kv()}: there are "
+            f"{budget_bytes:,} in all. Lower kv_cache_memory_bytes, or raise gpu_memory_utilization"
         )
 
 

@@ -20,6 +20,7 @@ class PageCounts(NamedTuple):
     page_bytes: int
     window_group: WindowGroup | None = None
     window_page_bytes: int = 0
+    draft_page_bytes: int = 0
 
 
 def count_pages(
@@ -31,20 +32,23 @@ def count_pages(
     max_len: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    draft: ModelConfig | None = None,
 ) -> PageCounts:
     """Divides `kv_bytes`: no more pages than requests can use, and no group less than one request needs.
 
     Layers that see less than `max_len` tokens have pages of their own. The bytes are divided as if requests
     were half of `max_len` long, but at most four windows; beside that, a step's new tokens have room.
+    A draft model's layers lie in the pages of those that see everything.
     """
     layer_bytes = layer_page_bytes(config, page_size, dtype)
+    draft_bytes = 0 if draft is None else draft.num_layers * layer_page_bytes(draft, page_size, dtype)
     most_pages = max_num_seqs * -(-max_len // page_size) + 1
     windows = config.windowed_layers(max_len)
     if not windows:
-        page_bytes = config.num_layers * layer_bytes
-        return PageCounts(min(most_pages, kv_bytes // page_bytes), page_bytes)
+        page_bytes = config.num_layers * layer_bytes + draft_bytes
+        return PageCounts(min(most_pages, kv_bytes // page_bytes), page_bytes, draft_page_bytes=draft_bytes)
     window, window_page_bytes = max(windows.values()), len(windows) * layer_bytes
-    page_bytes = (config.num_layers - len(windows)) * layer_bytes + page_size * TOKEN_ID_BYTES
+    page_bytes = (config.num_layers - len(windows)) * layer_bytes + page_size * TOKEN_ID_BYTES + draft_bytes
     num_new_pages = -(-max_num_batched_tokens // page_size)
 
     def held(num_tokens: int, num_new: int) -> int:
@@ -64,4 +68,4 @@ def count_pages(
     left = kv_bytes - num_pages * page_bytes
     num_window_pages = min(most, max(least, left // window_page_bytes))
     group = WindowGroup(layers=tuple(windows), window=window, num_pages=num_window_pages)
-    return PageCounts(num_pages, page_bytes, group, window_page_bytes)
+    return PageCounts(num_pages, page_bytes, group, window_page_bytes, draft_bytes)

@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from pjengine.config import EngineConfig, parse_length
-from pjengine.loading import read_model_config
-from pjengine.memory import MemoryPlan, plan_memory
+from pjengine.config import EngineConfig
+from pjengine.loading import make_plan, read_model_config, with_draft
+from pjengine.memory import MemoryPlan
 from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
 from pjengine.sizing import choose_sizes
@@ -37,16 +36,6 @@ def plan_without_device(config: EngineConfig, gpu: str) -> MemoryPlan:
     dtype = jnp.dtype(model_config.dtype if config.dtype == "auto" else config.dtype)
     if config.dtype == "auto" and dtype == jnp.float32:
         dtype = jnp.dtype("bfloat16")  # as on a GPU
-    abstract = jax.eval_shape(build_model(model_config, dtype).init, jax.random.key(0))
-    return plan_memory(
-        model_config,
-        dtype,
-        weights_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)),
-        budget_bytes=int(GPU_BYTES[gpu] * config.gpu_memory_utilization),
-        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        page_size=config.page_size,
-        max_model_len=parse_length(config.max_model_len),
-        max_logprobs=config.max_logprobs,
-        speculation=config.speculation,
-        **choose_sizes(config, model_config, GPU_BYTES[gpu]),
-    )
+    model, _ = with_draft(config, build_model(model_config, dtype), needs_weights=False)
+    sizes = choose_sizes(config, model_config, GPU_BYTES[gpu])
+    return make_plan(config, model, sizes, int(GPU_BYTES[gpu] * config.gpu_memory_utilization))

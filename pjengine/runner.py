@@ -28,7 +28,8 @@ from pjengine.edit_sizes import has_token_states, num_states_for, prompt_top_for
 from pjengine.edits import past_prompts, without
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
-from pjengine.models.state import KVCache, kv_shape
+from pjengine.models.pair import empty_cache
+from pjengine.models.state import KVCache
 from pjengine.pooling import StepStates
 from pjengine.processors import NO_CHAINS, Chain, Chains
 from pjengine.programs import CompilationError, Programs
@@ -96,12 +97,10 @@ class Runner:
         self._editing: dict[AnyLayout, None] = {}  # that depend on edits; those used last are at the end
 
     def _new_state(self, sharding: NamedSharding) -> tuple[KVCache, Rows]:
-        config, dtype = self.config, self.model.dtype
-        shape = kv_shape(self.model.config, config.num_pages, config.page_size, config.window_group)
+        config = self.config
 
         def make() -> tuple[KVCache, Rows]:
-            token_ids = jnp.zeros((config.num_pages, config.page_size), jnp.int32)
-            cache = KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), token_ids)
+            cache = empty_cache(self.model, config.num_pages, config.page_size, config.window_group)
             return cache, Rows.empty(config.max_num_seqs, config.num_groups * config.pages_per_seq)
 
         return jax.jit(make, out_shardings=sharding)()

@@ -1,11 +1,13 @@
 """What `speculative_config` may ask for, by vLLM's keys. No JAX."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-METHODS = ("ngram",)
-KEYS = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+# By method, what there is beside "method" and "num_speculative_tokens".
+METHODS = {"ngram": ("prompt_lookup_max", "prompt_lookup_min"), "draft_model": ("model",)}
+KEYS = ("method", "num_speculative_tokens", *(key for keys in METHODS.values() for key in keys))
 MAX_LOOKUP = 32  # tokens; each costs a pass over the sequence
 MAX_VERIFIED = 256  # tokens of a step that speculates: beyond, products cost what their rows cost
 
@@ -15,8 +17,10 @@ class SpeculationConfig:
     """What `speculative_config` asks for."""
 
     num_drafts: int  # tokens drafted for a row in one step
-    lookup_min: int  # of a sequence's last tokens, so many must have come before; and of these the most
-    lookup_max: int
+    # Of n-grams: of a sequence's last tokens, so many must have come before; and of these the most.
+    lookup_min: int = 0
+    lookup_max: int = 0
+    model: str | None = None  # that drafts: a folder, a Hub id, or a shape; None: n-grams do
 
     @property
     def max_num_seqs(self) -> int:
@@ -29,6 +33,8 @@ class SpeculationConfig:
 
     def lookup_bytes(self, max_num_seqs: int, max_len: int) -> int:
         """What the search for drafts takes on the device, at most: tokens, and how far each matches."""
+        if self.model is not None:
+            return 0
         return 8 * min(max_num_seqs, self.max_num_seqs) * max_len
 
     @classmethod
@@ -43,10 +49,22 @@ class SpeculationConfig:
         for key in wanted:
             if key not in KEYS:
                 raise ValueError(f"speculative_config has no key {key!r:.80}; there are {', '.join(KEYS)}")
-        if wanted.get("method") not in METHODS:
+        model = wanted.get("model")
+        method = wanted.get("method") or (None if model is None else "draft_model")
+        if method not in tuple(METHODS):
             raise ValueError(
-                f"speculative_config needs a method, one of {', '.join(METHODS)}, "
-                f"got {wanted.get('method')!r:.80}"
+                f"speculative_config needs a method, one of {', '.join(METHODS)}, got {method!r:.80}"
+            )
+        for key in wanted:
+            if key not in ("method", "num_speculative_tokens", *METHODS[method]):
+                raise ValueError(
+                    f"speculative_config's {key} does not go with method={method!r}: leave it out"
+                )
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
+        if method == "draft_model" and not (isinstance(model, str) and model):
+            raise ValueError(
+                f"speculative_config's model must be a draft model's folder or Hub id, got {model!r:.80}"
             )
 
         def number(key: str, most: int) -> int | None:
@@ -63,6 +81,8 @@ class SpeculationConfig:
         num_drafts = number("num_speculative_tokens", page_size - 1)
         if num_drafts is None:
             raise ValueError("speculative_config needs num_speculative_tokens: how many are drafted at once")
+        if method == "draft_model":
+            return cls(num_drafts=num_drafts, model=model)
         most, least = number("prompt_lookup_max", MAX_LOOKUP), number("prompt_lookup_min", MAX_LOOKUP)
         if most is None:
             most = 5 if least is None else max(5, least)

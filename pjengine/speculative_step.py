@@ -14,8 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from pjengine.batching import Layout, Rows, unpack
-from pjengine.models.state import Batch
+from pjengine.batching import Layout, Rows, sampled_by, unpack
+from pjengine.models.attention import PagedAttend
+from pjengine.models.decoder import Decoder, Params
+from pjengine.models.pair import Pair
+from pjengine.models.state import Batch, KVCache
+from pjengine.sampler import sample
 from pjengine.speculation_config import SpeculationConfig
 
 
@@ -28,24 +32,75 @@ class Drafted(NamedTuple):
 
 
 def draft(
+    params: Params,
+    cache: KVCache,
     rows: Rows,
     parts: dict[str, Array],
-    token_ids: Int[Array, "pages page_size"],
+    *,
+    model: Decoder,
     layout: Layout,
+    num_pages: int,
+    backend: str | None,
     speculation: SpeculationConfig | None,
-) -> Drafted:
-    """Drafts of n-grams for the rows of a step, as many as the host has room for."""
+) -> tuple[KVCache, Drafted]:
+    """Drafts for the rows of a step, as many as the host has room for: the draft model's, or n-grams."""
     assert speculation is not None, "a program with drafts is of an engine that speculates"
     row, lengths = parts["rows"], parts["lengths"]
-    is_row = row < layout.num_rows
     last, position = (x.at[row].get(mode="fill", fill_value=0) for x in (rows.last_token, rows.position))
+    index = jnp.arange(layout.num_drafts + 1, dtype=jnp.int32)[None]
+    is_real = (row < layout.num_rows)[:, None] & (index < lengths[:, None])
+    if isinstance(model, Pair):
+        tokens = jnp.pad(last[:, None], ((0, 0), (0, layout.num_drafts)))
+        cache, tokens = continue_with_model(
+            params,
+            cache,
+            rows,
+            parts,
+            tokens,
+            model=model,
+            layout=layout,
+            num_pages=num_pages,
+            backend=backend,
+        )
+        return cache, Drafted(tokens, is_real, position)
     pages = rows.page_table.at[row].get(mode="fill", fill_value=0)
     pages = pages[:, : pages.shape[1] // layout.num_groups]
-    known = token_ids[pages].reshape(len(row), -1)
+    known = cache.token_ids[pages].reshape(len(row), -1)
     drafts, is_found = look_up(known, last, position, speculation)
-    index = jnp.arange(layout.num_drafts + 1, dtype=jnp.int32)[None]
-    is_real = is_row[:, None] & (index < lengths[:, None]) & ((index == 0) | is_found[:, None])
-    return Drafted(jnp.concatenate([last[:, None], drafts], axis=1), is_real, position)
+    is_real &= (index == 0) | is_found[:, None]
+    return cache, Drafted(jnp.concatenate([last[:, None], drafts], axis=1), is_real, position)
+
+
+def continue_with_model(
+    params: Params,
+    cache: KVCache,
+    rows: Rows,
+    parts: dict[str, Array],
+    tokens: Int[Array, "seqs depth"],
+    *,
+    model: Pair,
+    layout: Layout,
+    num_pages: int,
+    backend: str | None,
+) -> tuple[KVCache, Int[Array, "seqs depth"]]:
+    """Fills in what the draft model samples behind the first of `tokens`, one token after the other.
+
+    With the noise that the target samples its own token of that position with: where both give the same
+    probabilities, they sample the same token.
+    """
+
+    def once(index: Int[Array, ""], carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
+        cache, tokens = carry
+        row = jnp.where(index < parts["lengths"], parts["rows"], layout.num_rows)
+        batch = unpack(rows, row, parts, layout, index)._replace(tokens=tokens[:, index])
+        attend = PagedAttend(batch, num_pages, backend)
+        hidden, cache = model.forward_draft(
+            params, batch.tokens, batch.positions, batch.rope_lens, cache, attend
+        )
+        logits, own = model.draft_logits(params, hidden), sampled_by(rows, row, batch.kv_lens)
+        return cache, tokens.at[:, index + 1].set(sample(logits, backend=backend, **own))
+
+    return lax.fori_loop(0, layout.num_drafts, once, (cache, tokens))
 
 
 def look_up(

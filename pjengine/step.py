@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,12 @@ from pjengine.pooling import StepStates, step_states
 from pjengine.sampler import sample
 from pjengine.schedule import BROKEN
 from pjengine.speculation_config import SpeculationConfig
-from pjengine.speculative_step import accept, draft, draft_batch
+from pjengine.speculative_step import Drafted, accept, draft, draft_batch
 
 # Steps that read prompts have room for many sequences, and most hold no more than these. Each costs logits.
 FEW = 64
 
+type Run = Callable[..., tuple[KVCache, Array, KeptStates | None]]  # as `run_model`, its settings bound
 type Draw = Callable[[Array, dict[str, Array]], Array]  # as `draw_tokens`, its parameters bound
 
 
@@ -61,12 +62,12 @@ def step(
     """
     parts = layout.split(blob)
     rows = update_rows(rows, parts, layout)
-    run = partial(
-        run_model, params, model=model, num_pages=num_pages, window_group=window_group, backend=backend
-    )
+    settings: dict[str, Any] = {"model": model, "num_pages": num_pages, "backend": backend}
+    run: Run = partial(run_model, params, window_group=window_group, **settings)
     draw = partial(draw_tokens, params, model=model, backend=backend)
     if layout.num_drafts:
-        return verify_drafts(cache, rows, parts, layout, speculation, run, draw)
+        cache, drafted = draft(params, cache, rows, parts, layout=layout, speculation=speculation, **settings)
+        return verify_drafts(cache, rows, parts, drafted, layout, run, draw)
 
     def once(
         cache: KVCache, rows: Rows, index: int | Int[Array, ""]
@@ -108,13 +109,12 @@ def verify_drafts(
     cache: KVCache,
     rows: Rows,
     parts: dict[str, Array],
+    drafted: Drafted,
     layout: Layout,
-    speculation: SpeculationConfig | None,
-    run: Callable[[KVCache, Batch], tuple[KVCache, Array, KeptStates | None]],
+    run: Run,
     draw: Draw,
 ) -> tuple[KVCache, Rows, StepOutput]:
     """The model once, over the last token of each sequence and its drafts, and a token after each of them."""
-    drafted = draft(rows, parts, cache.token_ids, layout, speculation)
     row, batch = draft_batch(rows, parts, drafted, layout)
     cache, hidden, _ = run(cache, batch)
     with jax.named_scope("sample"):
@@ -142,17 +142,16 @@ def compute_logits(
     """
     parts = layout.split(blob)
     rows = update_rows(rows, parts, layout)
+    settings: dict[str, Any] = {"model": model, "num_pages": num_pages, "backend": backend}
     if layout.num_drafts:
-        drafted = draft(rows, parts, cache.token_ids, layout, speculation)
+        cache, drafted = draft(params, cache, rows, parts, layout=layout, speculation=speculation, **settings)
         row, batch = draft_batch(rows, parts, drafted, layout)
         sampled_rows = jnp.full(row.shape, layout.num_rows, jnp.int32)
     else:
         drafted, row = None, parts["rows"]
         batch = unpack(rows, row, parts, layout)
         sampled_rows = row if layout.is_decode else parts["sampled_rows"]
-    run = partial(
-        run_model, params, model=model, num_pages=num_pages, window_group=window_group, backend=backend
-    )
+    run: Run = partial(run_model, params, window_group=window_group, **settings)
     states = None
     if batch.cu_q_lens is None or layout.num_states == 0:
         cache, hidden, _ = run(cache, batch)

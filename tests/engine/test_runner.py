@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 
-def make_runner(**sizes: int) -> Any:
+def make_runner(model: Any = None, **sizes: Any) -> Any:
     from pjengine.compile_cache import open_compile_cache
     from pjengine.config import RunnerConfig, compile_cache_folder
     from pjengine.models.registry import build_model
@@ -18,7 +18,7 @@ def make_runner(**sizes: int) -> Any:
     from pjengine.runner import Runner
     from pjengine.sharding.mesh import make_mesh, replicated
 
-    model = build_model(SHAPES["tiny"], jnp.dtype("float32"))
+    model = model or build_model(SHAPES["tiny"], jnp.dtype("float32"))
     params = jax.jit(model.init)(jax.random.key(0))
     defaults: dict[str, Any] = {
         "num_pages": 512, "page_size": 16, "max_model_len": 128,

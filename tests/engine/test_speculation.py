@@ -21,7 +21,8 @@ WARM: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 5, "max_token
 def speculation(**changes: int) -> Any:
     from pjengine.speculation_config import SpeculationConfig
 
-    return SpeculationConfig(**{"num_drafts": 4, "lookup_min": 2, "lookup_max": 5, **changes})
+    wanted: dict[str, Any] = {"num_drafts": 4, "lookup_min": 2, "lookup_max": 5, **changes}
+    return SpeculationConfig(**wanted)
 
 
 @pytest.fixture(scope="module")
@@ -306,8 +307,8 @@ def test_steps_with_too_many_rows_or_edits_of_other_kinds_are_plain() -> None:
 
 BAD: dict[str, tuple[Any, str]] = {
     "no dict": ("ngram", "speculative_config must be a dict, got 'ngram'"),
-    "no method": ({"num_speculative_tokens": 4}, "needs a method, one of ngram, got None"),
-    "unknown method": ({**CONFIG, "method": "eagle"}, "needs a method, one of ngram, got 'eagle'"),
+    "no method": ({"num_speculative_tokens": 4}, "needs a method, one of ngram, draft_model, got None"),
+    "unknown method": ({**CONFIG, "method": "eagle"}, "one of ngram, draft_model, got 'eagle'"),
     "unknown key": ({**CONFIG, "disable_by_batch_size": 8}, "has no key 'disable_by_batch_size'; there are"),
     "no number": ({"method": "ngram"}, "needs num_speculative_tokens"),
     "number of another type": (
