@@ -118,7 +118,7 @@ class Scheduler:
         num_rows = len(request.row_requests)
         if num_rows > self.max_num_seqs:
             raise ValueError(
-                f"{num_rows} beams run at once, and max_num_seqs={self.max_num_seqs}: ask for fewer, "
+                f"best_of={num_rows} beams run at once, and max_num_seqs={self.max_num_seqs}: ask for fewer, "
                 "or create the engine with a higher max_num_seqs"
             )
         for most, pool in self._pages.most_held(request.max_total_tokens - 1):

@@ -150,7 +150,7 @@ def test_a_search_that_can_never_fit_is_refused_with_numbers() -> None:
     search = make_beams("search", list(range(8)), 8, 4)  # 15 tokens are computed: two shared pages, two each
     with pytest.raises(ValueError, match=r"16 tokens in each of 4 beams, which need 10 pages of 4; .* has 9"):
         scheduler.add(search)
-    with pytest.raises(ValueError, match=r"9 beams run at once, and max_num_seqs=8"):
+    with pytest.raises(ValueError, match=r"best_of=9 beams run at once, and max_num_seqs=8"):
         scheduler.add(make_beams("wide", [1], 2, 9))
 
 

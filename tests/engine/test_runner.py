@@ -77,7 +77,7 @@ def test_beams_copy_their_last_pages_in_place_and_nothing_more(runner: Any) -> N
 
     sizes = EditSizes(num_beams=4, num_beam_searches=2, beam_width=4, num_beam_ends=2)
     memory = runner.compiler.lower(DrawLayout(4, sizes)).compile().memory_analysis()
-    state_bytes = sum(leaf.nbytes for leaf in (*runner.cache, *runner.rows))
+    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((runner.cache, runner.rows)))
     assert memory.alias_size_in_bytes >= state_bytes
     # Eight pages of each layer, beside a few copies of the logits.
     num_pages, vocab_size = runner.config.num_pages, runner.model.config.vocab_size

@@ -33,7 +33,7 @@ def test_conversations_have_beams_too(client: Client) -> None:
 @pytest.mark.parametrize(
     ("changes", "param", "message"),
     [
-        ({"n": 5}, "best_of", "5 beams run at once, and max_num_seqs=4"),
+        ({"n": 5}, "best_of", "best_of=5 beams run at once, and max_num_seqs=4"),
         ({"n": 3, "best_of": 2}, "best_of", "at least n=3"),
         ({"stop": "a"}, "stop", "stop must be None with use_beam_search"),
         ({"stream": True}, "use_beam_search", "not streamed"),
