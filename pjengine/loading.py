@@ -1,8 +1,11 @@
 """From an EngineConfig to a model on the device: config, weights, tokenizer, sizes."""
 
+import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ from pjengine.models.json_values import read_json_object
 from pjengine.models.loader import dummy_params, load_params
 from pjengine.models.registry import build_model, parse_config
 from pjengine.models.shapes import SHAPES
+from pjengine.models.share import widen
 from pjengine.pallas_kernels.dispatch import check_backend
 from pjengine.progress import progress_bar
-from pjengine.sharding.mesh import make_mesh, replicated
+from pjengine.sharding.mesh import choose_devices, make_mesh, replicated
 from pjengine.sizing import choose_decode_steps, choose_dtype, choose_sizes
 from pjengine.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,7 +41,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     runner_config: RunnerConfig
     memory_plan: MemoryPlan
-    sharding: NamedSharding
+    sharding: NamedSharding  # of what every device has
     generation_config: Mapping[str, Any]  # what generation_config.json holds, if it counts
 
 
@@ -53,18 +57,20 @@ def load_model(config: EngineConfig) -> LoadedModel:
     folder, model_config = read_model_config(config)
     dtype = choose_dtype(config.dtype, model_config)
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, folder)
-    device = jax.devices()[0]
-    sharding = replicated(make_mesh([device]))
-    model = build_model(model_config, dtype)
+    devices = choose_devices(config.tensor_parallel_size)
+    device, mesh = devices[0], make_mesh(devices)
+    model = build_model(model_config, dtype, len(devices))
     stats = device.memory_stats() if device.platform == "gpu" else None
     sizes = choose_sizes(config, model_config, stats["bytes_limit"] if stats else None)
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    abstract = model.abstract_params(mesh)
+    # Logits are gathered: every device has those of the whole vocabulary.
+    planned = dataclasses.replace(model.own, vocab_size=model_config.vocab_size)
     # Before the weights are loaded, so that what does not fit costs nothing.
     share = config.gpu_memory_utilization / reserved_fraction
     plan = plan_memory(
-        model_config,
+        planned,
         dtype,
-        weights_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)),
+        weights_bytes=bytes_of_one_device(abstract),
         budget_bytes=device_budget(device, share),
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         page_size=config.page_size,
@@ -74,7 +80,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         **sizes,
     )
     logger.info("memory plan\n%s", plan.table())
-    params = _load_params(config, folder, model, abstract, sharding)
+    params = _load_params(config, folder, model, abstract)
     runner_config = RunnerConfig(
         num_pages=plan.num_pages,
         page_size=plan.page_size,
@@ -95,8 +101,16 @@ def load_model(config: EngineConfig) -> LoadedModel:
         tokenizer=tokenizer,
         runner_config=runner_config,
         memory_plan=plan,
-        sharding=sharding,
+        sharding=replicated(mesh),
         generation_config=read_generation_config(config, folder),
+    )
+
+
+def bytes_of_one_device(abstract: Mapping[str, Any]) -> int:
+    """What the parameters take on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract)
     )
 
 
@@ -105,19 +119,20 @@ def _load_params(
     folder: Path | None,
     model: Decoder,
     abstract: Mapping[str, Any],
-    sharding: NamedSharding,
 ) -> Params:
     if config.load_format == "dummy":
-        return dummy_params(abstract, config.seed, sharding)
+        return dummy_params(abstract, config.seed)
     assert folder is not None
     checkpoint = open_checkpoint(folder, config.load_format)
+    undivided = dataclasses.replace(model, num_devices=1)
     with progress_bar("Loading weights", unit=" layers", is_shown=config.use_tqdm_on_load) as show:
         return load_params(
             checkpoint,
             model.weight_table(),
-            abstract,
+            jax.eval_shape(undivided.init, jax.random.key(0)),
             num_layers=model.config.num_layers,
-            sharding=sharding,
+            stored=abstract,
+            widen=partial(widen, config=model.config, num_devices=model.num_devices),
             show=show,
         )
 

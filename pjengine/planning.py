@@ -2,14 +2,15 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from pjengine.config import EngineConfig, parse_length
-from pjengine.loading import read_model_config
+from pjengine.loading import bytes_of_one_device, read_model_config
 from pjengine.memory import MemoryPlan, plan_memory
 from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
+from pjengine.sharding.mesh import AXES
 from pjengine.sizing import choose_sizes
 
 # What CUDA reports as the card's whole memory; a little less than the name says.
@@ -37,11 +38,12 @@ def plan_without_device(config: EngineConfig, gpu: str) -> MemoryPlan:
     dtype = jnp.dtype(model_config.dtype if config.dtype == "auto" else config.dtype)
     if config.dtype == "auto" and dtype == jnp.float32:
         dtype = jnp.dtype("bfloat16")  # as on a GPU
-    abstract = jax.eval_shape(build_model(model_config, dtype).init, jax.random.key(0))
+    model = build_model(model_config, dtype, config.tensor_parallel_size)
+    abstract = model.abstract_params(AbstractMesh((1, model.num_devices), AXES))
     return plan_memory(
-        model_config,
+        dataclasses.replace(model.own, vocab_size=model_config.vocab_size),
         dtype,
-        weights_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)),
+        weights_bytes=bytes_of_one_device(abstract),
         budget_bytes=int(GPU_BYTES[gpu] * config.gpu_memory_utilization),
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         page_size=config.page_size,

@@ -34,6 +34,7 @@ from pjengine.processors import NO_CHAINS, Chain, Chains
 from pjengine.programs import CompilationError, Programs
 from pjengine.progress import progress_bar
 from pjengine.schedule import NO_MASKS, Masks, Schedule, state_limit
+from pjengine.sharding.partition import KV_PAGES
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
 
@@ -97,14 +98,16 @@ class Runner:
 
     def _new_state(self, sharding: NamedSharding) -> tuple[KVCache, Rows]:
         config, dtype = self.config, self.model.dtype
-        shape = kv_shape(self.model.config, config.num_pages, config.page_size, config.window_group)
+        shape = kv_shape(self.model.whole, config.num_pages, config.page_size, config.window_group)
 
         def make() -> tuple[KVCache, Rows]:
             token_ids = jnp.zeros((config.num_pages, config.page_size), jnp.int32)
             cache = KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), token_ids)
             return cache, Rows.empty(config.max_num_seqs, config.num_groups * config.pages_per_seq)
 
-        return jax.jit(make, out_shardings=sharding)()
+        pages = NamedSharding(sharding.mesh, KV_PAGES)
+        shardings: Any = (pages, pages, sharding)
+        return jax.jit(make, out_shardings=(KVCache(*shardings), sharding))()
 
     def reset(self) -> None:
         """Starts over with empty pages, after a step that failed half-way."""
