@@ -146,7 +146,7 @@ class StepCompiler:
         """Every device comes to the same results; of the pages each has its part."""
         _, tree = self._trees(layout)
         results = jax.tree.unflatten(tree, [self.sharding] * tree.num_leaves)
-        if isinstance(layout, DrawLayout):
+        if isinstance(layout, DrawLayout) and not layout.edits.num_beams:
             return results
         return jax.tree.map(lambda leaf: leaf.sharding, self.state[1]), *results[1:]
 
