@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from pjengine.models.attention import Attend, PagedAttend, Rotary, dense_attend
@@ -25,7 +24,6 @@ from pjengine.models.rope import RopeConfig
 from pjengine.models.share import embedded, gathered, padded, share_of
 from pjengine.models.state import KVCache
 from pjengine.models.weight_table import WeightTable
-from pjengine.sharding.partition import partition
 
 type Params = dict[str, Any]
 
@@ -54,11 +52,6 @@ class Decoder:
         raise NotImplementedError
 
     @cached_property
-    def whole(self) -> ModelConfig:
-        """With the sizes that the parameters have on all devices together."""
-        return padded(self.config, self.num_devices)
-
-    @cached_property
     def own(self) -> ModelConfig:
         """With the sizes that they have on one device."""
         return share_of(self.config, self.num_devices)
@@ -71,8 +64,8 @@ class Decoder:
         return {"layers": others, "dense_layers": dense} if dense else {"layers": others}
 
     def init(self, key: Array) -> Params:
-        """Random parameters; under `jax.eval_shape`, their shapes."""
-        c = self.whole
+        """Random parameters, of all devices together; under `jax.eval_shape`, their shapes."""
+        c = padded(self.config, self.num_devices)
         embed_key, head_key, layer_key = jax.random.split(key, 3)
         x = jnp.zeros((1, c.hidden_size), self.dtype)
         position = jnp.zeros((1,), jnp.int32)
@@ -100,15 +93,6 @@ class Decoder:
         if c.head_bias:
             params["head_bias"] = jnp.zeros((c.vocab_size,), self.dtype)
         return params
-
-    def abstract_params(self, mesh: Mesh | AbstractMesh) -> Params:
-        """Shapes, dtypes and shardings of the parameters."""
-
-        def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-            spec = partition(jax.tree_util.keystr(path, simple=True, separator="/"), len(leaf.shape))
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-        return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(self.init, jax.random.key(0)))
 
     def forward(
         self,

@@ -38,17 +38,15 @@ def load_params(
 ) -> dict[str, Any]:
     """Fills the parameters described by `abstract` from a checkpoint, casting to their dtypes.
 
-    The tensors travel to the devices in the checkpoint's own layout, each device reading its part of the
-    memory-mapped file, and are turned, concatenated and cast there: the host copies nothing. Stacked
-    parameters are allocated once and filled in place, two layers at most under way.
+    Tensors travel to the devices as the checkpoint has them, each device reading its part of the mapped file,
+    and are turned, joined and cast there: the host copies nothing. Stacked parameters are allocated once and
+    filled in place, two layers at most under way.
 
     Args:
       abstract: nested dicts of jax.ShapeDtypeStruct: what the checkpoint holds.
-      sharding: of parameters whose struct has none; None: the default device. The layer axis cannot be
-        sharded.
-      stored: the same tree with the shapes and shardings that the parameters are to have; None: `abstract`.
-      widen: makes those of another shape from what the checkpoint holds, a layer at a time. Of these every
-        device reads all.
+      sharding: of those whose struct has none; None: the default device. Layers cannot be sharded.
+      stored: with the shapes and shardings that the parameters are to have; None: `abstract`.
+      widen: makes those of another shape, a layer at a time; of these every device reads all.
       show: is told how many layers are under way to the device, and how many there are.
 
     Raises:
@@ -60,31 +58,20 @@ def load_params(
         raise RuntimeError(f"the table and the model differ in {sorted(set(structs) ^ set(table.leaves))}")
     stored_structs = structs if stored is None else _flatten(stored)
     targets = [
-        _target(path, table, structs[path], stored_structs[path], num_layers, sharding) for path in structs
+        _target(path, table, struct, stored_structs[path], num_layers, sharding)
+        for path, struct in structs.items()
     ]
     names_of = Names(checkpoint, table.prefixes)
     check(checkpoint, table, targets, names_of, num_layers)
 
-    def fetch(target: Target, layer: int) -> Parts:
-        return tuple(
-            tuple(
-                _put(checkpoint.tensor(name), source, target)
-                for name, source in zip(names, target.leaf.sources, strict=True)
-            )
-            for names in target.names(names_of, layer)
-        )
-
+    fetch = partial(_fetch, checkpoint, names_of)
     params = {t.path: _assemble(fetch(t, 0), t, widen) for t in targets if not t.leaf.is_stacked}
     stacked = [t for t in targets if t.leaf.is_stacked]
     if stacked:
-        stack_shardings = {t.path: t.stored_sharding for t in stacked}
-        shapes = {t.path: (stored_structs[t.path].shape, t.dtype) for t in stacked}
-        stacks = jax.jit(
-            lambda: {path: jnp.zeros(*shape) for path, shape in shapes.items()}, out_shardings=stack_shardings
-        )()
-        fill = jax.jit(
-            partial(_fill, targets=stacked, widen=widen), donate_argnums=0, out_shardings=stack_shardings
-        )
+        shardings = {t.path: t.stored_sharding for t in stacked}
+        stacks = _zeros({path: stored_structs[path] for path in shardings}, shardings)
+        run = partial(_fill, targets=stacked, widen=widen)
+        fill = jax.jit(run, donate_argnums=0, out_shardings=shardings)
         for layer in range(num_layers):
             own = [t for t in stacked if layer in t.layers]
             parts = {t.path: fetch(t, layer) for t in own}
@@ -171,6 +158,22 @@ def _target(
         layers=layers,
         num_experts=struct.shape[1] if leaf.has_experts else None,
     )
+
+
+def _fetch(checkpoint: Checkpoint, names_of: Names, target: Target, layer: int) -> Parts:
+    """Begins to send one parameter's tensors of a layer to the devices."""
+    return tuple(
+        tuple(
+            _put(checkpoint.tensor(name), source, target)
+            for name, source in zip(names, target.leaf.sources, strict=True)
+        )
+        for names in target.names(names_of, layer)
+    )
+
+
+def _zeros(structs: Mapping[str, Any], shardings: Mapping[str, Sharding]) -> dict[str, Array]:
+    make = {path: partial(jnp.zeros, struct.shape, struct.dtype) for path, struct in structs.items()}
+    return jax.jit(lambda: {path: zeros() for path, zeros in make.items()}, out_shardings=dict(shardings))()
 
 
 def _on_every_device(sharding: Sharding) -> Sharding:

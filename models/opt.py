@@ -14,7 +14,7 @@ from pjengine.models.config import ModelConfig
 from pjengine.models.config_reader import ConfigReader
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.layers import linear, unembed
-from pjengine.models.share import embedded, gathered
+from pjengine.models.share import embedded, gathered, padded
 from pjengine.models.state import KVCache
 from pjengine.models.weight_table import WeightTable
 
@@ -113,7 +113,7 @@ class OPT(Decoder):
             keys = iter(jax.random.split(jax.random.fold_in(key, 1), 4))
             for name in ("embed", "head"):
                 if name in params:
-                    shape = (self.whole.vocab_size, c.embedding_size)
+                    shape = (padded(c, self.num_devices).vocab_size, c.embedding_size)
                     params[name] = normal(next(keys), shape, self.dtype)
             params["project_in"] = normal(next(keys), (c.embedding_size, c.hidden_size), self.dtype)
             params["project_out"] = normal(next(keys), (c.hidden_size, c.embedding_size), self.dtype)

@@ -26,6 +26,7 @@ from pjengine.models.share import widen
 from pjengine.pallas_kernels.dispatch import check_backend
 from pjengine.progress import progress_bar
 from pjengine.sharding.mesh import choose_devices, make_mesh, replicated
+from pjengine.sharding.partition import placed
 from pjengine.sizing import choose_decode_steps, choose_dtype, choose_sizes
 from pjengine.tokenizer import Tokenizer, load_tokenizer
 
@@ -62,7 +63,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     model = build_model(model_config, dtype, len(devices))
     stats = device.memory_stats() if device.platform == "gpu" else None
     sizes = choose_sizes(config, model_config, stats["bytes_limit"] if stats else None)
-    abstract = model.abstract_params(mesh)
+    abstract = placed(jax.eval_shape(model.init, jax.random.key(0)), mesh)
     # Logits are gathered: every device has those of the whole vocabulary.
     planned = dataclasses.replace(model.own, vocab_size=model_config.vocab_size)
     # Before the weights are loaded, so that what does not fit costs nothing.

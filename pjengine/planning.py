@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
@@ -11,6 +12,7 @@ from pjengine.memory import MemoryPlan, plan_memory
 from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
 from pjengine.sharding.mesh import AXES
+from pjengine.sharding.partition import placed
 from pjengine.sizing import choose_sizes
 
 # What CUDA reports as the card's whole memory; a little less than the name says.
@@ -39,11 +41,12 @@ def plan_without_device(config: EngineConfig, gpu: str) -> MemoryPlan:
     if config.dtype == "auto" and dtype == jnp.float32:
         dtype = jnp.dtype("bfloat16")  # as on a GPU
     model = build_model(model_config, dtype, config.tensor_parallel_size)
-    abstract = model.abstract_params(AbstractMesh((1, model.num_devices), AXES))
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    parts = placed(abstract, AbstractMesh((1, model.num_devices), AXES))
     return plan_memory(
         dataclasses.replace(model.own, vocab_size=model_config.vocab_size),
         dtype,
-        weights_bytes=bytes_of_one_device(abstract),
+        weights_bytes=bytes_of_one_device(parts),
         budget_bytes=int(GPU_BYTES[gpu] * config.gpu_memory_utilization),
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         page_size=config.page_size,

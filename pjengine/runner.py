@@ -28,6 +28,7 @@ from pjengine.edit_sizes import has_token_states, num_states_for, prompt_top_for
 from pjengine.edits import past_prompts, without
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
+from pjengine.models.share import padded
 from pjengine.models.state import KVCache, kv_shape
 from pjengine.pooling import StepStates
 from pjengine.processors import NO_CHAINS, Chain, Chains
@@ -98,7 +99,8 @@ class Runner:
 
     def _new_state(self, sharding: NamedSharding) -> tuple[KVCache, Rows]:
         config, dtype = self.config, self.model.dtype
-        shape = kv_shape(self.model.whole, config.num_pages, config.page_size, config.window_group)
+        whole = padded(self.model.config, self.model.num_devices)
+        shape = kv_shape(whole, config.num_pages, config.page_size, config.window_group)
 
         def make() -> tuple[KVCache, Rows]:
             token_ids = jnp.zeros((config.num_pages, config.page_size), jnp.int32)

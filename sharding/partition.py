@@ -1,6 +1,9 @@
 """Which axis of a parameter is divided among the devices of the `tensor` axis: one table for all models."""
 
-from jax.sharding import PartitionSpec
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pjengine.sharding.mesh import TENSOR
 
@@ -42,3 +45,13 @@ def partition(path: str, num_axes: int) -> PartitionSpec:
     else:
         axis = DIVIDED.get(name)
     return PartitionSpec(*(TENSOR if i - num_axes == axis else None for i in range(num_axes)))
+
+
+def placed(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shapes and dtypes of parameters, and with them how they are divided."""
+
+    def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = partition(jax.tree_util.keystr(path, simple=True, separator="/"), len(leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, params)

@@ -20,7 +20,7 @@ from pjengine.models.registry import build_model, parse_config
 from pjengine.models.share import NOBODY, divide_heads, widen
 from pjengine.models.state import Batch, KVCache, kv_shape
 from pjengine.sharding.mesh import make_mesh
-from pjengine.sharding.partition import KV_PAGES
+from pjengine.sharding.partition import KV_PAGES, placed
 from tests.golden import golden as goldens
 from tests.models.forward import PAGE_SIZE
 from tests.models.test_architectures import CASES, FLOAT32
@@ -58,7 +58,7 @@ def sharded(golden: goldens.Golden, folder: Path, num_devices: int) -> tuple[Dec
         model.weight_table(),
         jax.eval_shape(one.init, jax.random.key(0)),
         num_layers=config.num_layers,
-        stored=model.abstract_params(mesh),
+        stored=placed(jax.eval_shape(model.init, jax.random.key(0)), mesh),
         widen=partial(widen, config=config, num_devices=num_devices),
     )
     return model, params, mesh
@@ -103,7 +103,7 @@ def test_each_device_has_its_part_of_what_is_large() -> None:
 
     mesh = make_mesh(jax.devices()[:4])
     model = build_model(SHAPES["llama-8b"], jnp.dtype("bfloat16"), 4)
-    abstract = model.abstract_params(mesh)
+    abstract = placed(jax.eval_shape(model.init, jax.random.key(0)), mesh)
     whole = sum(leaf.size for leaf in jax.tree.leaves(abstract))
     own = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(abstract))
     assert own < whole / 4 * 1.001  # norms are on every device
@@ -113,7 +113,13 @@ def test_each_device_has_its_part_of_what_is_large() -> None:
 def test_dummy_parameters_are_the_same_on_any_number_of_devices() -> None:
     config = parse_config(goldens.load("gqa").config)
     made = [
-        dummy_params(build_model(config, FLOAT32, n).abstract_params(make_mesh(jax.devices()[:n])), seed=3)
+        dummy_params(
+            placed(
+                jax.eval_shape(build_model(config, FLOAT32, n).init, jax.random.key(0)),
+                make_mesh(jax.devices()[:n]),
+            ),
+            seed=3,
+        )
         for n in (1, 2)
     ]
     jax.tree.map(np.testing.assert_array_equal, *made)
