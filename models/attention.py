@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pjengine.models.config import ModelConfig
+from pjengine.models.share import own_part
 from pjengine.models.state import Batch, KVCache
 from pjengine.models.window_group import WindowGroup
 from pjengine.pallas_kernels.attention_variant import PLAIN, AttentionVariant, by_head
@@ -47,7 +48,7 @@ def variant_of(config: ModelConfig, layer: int, sinks: Float[Array, " h"] | None
     return AttentionVariant(
         softcap=config.attention_softcap,
         window=config.window_of(layer),
-        alibi_slopes=None if slopes is None else jnp.asarray(slopes, jnp.float32),
+        alibi_slopes=None if slopes is None else own_part(config, jnp.asarray(slopes, jnp.float32)),
         sinks=sinks,
     )
 

@@ -11,6 +11,7 @@ from pjengine.models.attention import Attend, PagedAttend, Rotary, variant_of
 from pjengine.models.config import ExpertConfig, ModelConfig
 from pjengine.models.experts import experts_mlp
 from pjengine.models.layers import ACTIVATIONS, gate, linear, normalize
+from pjengine.models.share import normalize_all_heads, of_one_device, total
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.gated_linear import gated_linear
 from pjengine.pallas_kernels.grouped_linear import ExpertWeights
@@ -78,7 +79,7 @@ class Block(nn.Module):
         )
         out = out.reshape(*h.shape[:-1], c.num_kv_heads, c.group, c.head_dim)
         weight = self.weight("out", c.num_kv_heads, c.group, c.head_dim, c.hidden_size)
-        return linear(out, weight, self.bias("out_bias", c.out_bias, c.hidden_size), contract=3), cache
+        return self.joined(out, weight, self.bias("out_bias", c.out_bias, c.hidden_size), contract=3), cache
 
     def mlp(self, h: Float[Array, "*t e"], layer: Layer) -> Float[Array, "*t e"]:
         c = self.config
@@ -98,7 +99,16 @@ class Block(nn.Module):
                 linear(h, weight, self.bias("up_bias", c.mlp_bias, c.intermediate_size))
             )
         down = self.weight("down", c.intermediate_size, c.hidden_size)
-        return linear(h, down, self.bias("down_bias", c.mlp_bias, c.hidden_size))
+        return self.joined(h, down, self.bias("down_bias", c.mlp_bias, c.hidden_size))
+
+    def joined(
+        self, x: Float[Array, "..."], weight: Array, bias: Array | None, *, contract: int = 1
+    ) -> Float[Array, "*t e"]:
+        """A product that adds to the residual stream: the sum of what each device has a part of."""
+        if self.config.share is None:
+            return linear(x, weight, bias, contract=contract)
+        out = total(self.config, linear(x, weight, contract=contract))
+        return out if bias is None else out + jnp.broadcast_to(bias, out.shape)
 
     def experts(self, experts: ExpertConfig, h: Float[Array, "*t e"], layer: Layer) -> Float[Array, "*t e"]:
         """The MLPs that each token is routed to."""
@@ -109,19 +119,20 @@ class Block(nn.Module):
             self.weight("expert_gate_up", num, e, 2, inner),
             self.weight("expert_down", num, inner, e),
             self.bias("expert_gate_up_bias", experts.has_bias, num, 2, inner),
-            self.bias("expert_down_bias", experts.has_bias, num, e),
+            of_one_device(self.config, self.bias("expert_down_bias", experts.has_bias, num, e)),
         )
         # Padding goes to no expert.
         is_token = layer.attend.batch.slots >= 0 if isinstance(layer.attend, PagedAttend) else None
         if layer.stack is None:
-            return experts_mlp(experts, h, logits, weights, is_token=is_token)
+            return total(self.config, experts_mlp(experts, h, logits, weights, is_token=is_token))
         stack = ExpertWeights(
             layer.stack["expert_gate_up"],
             layer.stack["expert_down"],
             layer.stack.get("expert_gate_up_bias"),
-            layer.stack.get("expert_down_bias"),
+            of_one_device(self.config, layer.stack.get("expert_down_bias")),
         )
-        return experts_mlp(experts, h, logits, stack, layer.place, is_token=is_token)
+        out = experts_mlp(experts, h, logits, stack, layer.place, is_token=is_token)
+        return total(self.config, out)
 
     def norm(self, name: str, x: Float[Array, "*t e"]) -> Float[Array, "*t e"]:
         """The model's norm of rows; its parameters are `name` and, with biases, `name`_bias."""
@@ -134,7 +145,11 @@ class Block(nn.Module):
         c = self.config
         shape = heads.shape[-1:] if c.qk_norm == "head" else heads.shape[-3:]
         bias = self.bias(f"{name}_bias", c.has_qk_norm_bias, *shape)
-        return normalize(c, heads, self.weight(name, *shape), bias, num_axes=3 if c.qk_norm == "full" else 1)
+        weight = self.weight(name, *shape)
+        if c.qk_norm == "full" and c.share is not None:
+            num_heads = c.share.num_heads if name == "q_norm" else c.share.num_kv_heads
+            return normalize_all_heads(c, heads, weight, bias, num_heads)
+        return normalize(c, heads, weight, bias, num_axes=3 if c.qk_norm == "full" else 1)
 
     def add(self, x: Float[Array, "*t e"], out: Float[Array, "*t e"]) -> Float[Array, "*t e"]:
         """The residual connection."""

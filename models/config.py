@@ -37,6 +37,16 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one of several devices that compute a model together must know of the whole."""
+
+    num_devices: int
+    vocab_size: int
+    num_heads: int  # on all devices together, without padding
+    num_kv_heads: int  # the same, repeated ones as often as they are there
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a decoder-only model. Sizes are in elements, lengths in tokens.
 
@@ -95,6 +105,9 @@ class ModelConfig:
     logit_softcap: float | None = None
     tie_word_embeddings: bool = False
     head_bias: bool = False
+
+    # Not None: heads, the inner sizes of MLPs, and the vocabulary are those of one device (see `share`).
+    share: Share | None = None
 
     dtype: str = "float32"  # of the checkpoint's weights
     bos_token_id: int | None = None

@@ -5,7 +5,8 @@ its `block`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
@@ -20,6 +21,7 @@ from pjengine.models.fused_decode import fused_layers, is_fused
 from pjengine.models.kept_states import KeptStates
 from pjengine.models.layers import normalize, rotary_table, soft_cap, unembed
 from pjengine.models.rope import RopeConfig
+from pjengine.models.share import embedded, gathered, padded, share_of
 from pjengine.models.state import KVCache
 from pjengine.models.weight_table import WeightTable
 
@@ -32,6 +34,8 @@ class Decoder:
 
     config: ModelConfig
     dtype: jnp.dtype
+    # That compute it together; then all but `init` runs under `shard_map`.
+    num_devices: int = field(default=1, kw_only=True)
     block: ClassVar[type[Block]] = Block
 
     @staticmethod
@@ -48,6 +52,11 @@ class Decoder:
         """Where each parameter comes from in a Hugging Face checkpoint."""
         raise NotImplementedError
 
+    @cached_property
+    def own(self) -> ModelConfig:
+        """With the sizes that they have on one device."""
+        return share_of(self.config, self.num_devices)
+
     @property
     def stacks(self) -> Mapping[str, tuple[int, ...]]:
         """The numbers of the layers whose parameters lie in each stack: those of one shape."""
@@ -56,8 +65,8 @@ class Decoder:
         return {"layers": others, "dense_layers": dense} if dense else {"layers": others}
 
     def init(self, key: Array) -> Params:
-        """Random parameters; under `jax.eval_shape`, their shapes."""
-        c = self.config
+        """Random parameters, of all devices together; under `jax.eval_shape`, their shapes."""
+        c = padded(self.config, self.num_devices)
         embed_key, head_key, layer_key = jax.random.split(key, 3)
         x = jnp.zeros((1, c.hidden_size), self.dtype)
         position = jnp.zeros((1,), jnp.int32)
@@ -114,7 +123,7 @@ class Decoder:
         Layers are unrolled and take static slices of the stacked weights: a scan would make XLA
         copy every layer's weights each step.
         """
-        c = self.config
+        c = self.own
         x = self.embed(params, tokens, positions)
         rotary = self.rotary_tables(positions, rope_lens)
         if isinstance(attend, PagedAttend) and cache is not None and self.block is Block:
@@ -143,8 +152,8 @@ class Decoder:
         self, params: Params, tokens: Int[Array, "*t"], positions: Int[Array, "*t"]
     ) -> Float[Array, "*t e"]:
         """What goes into the first layer."""
-        c = self.config
-        x = params["embed"][tokens]
+        c = self.own
+        x = embedded(c, params["embed"], tokens)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.has_learned_positions:
@@ -153,9 +162,10 @@ class Decoder:
 
     def logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t v"]:
         """Final hidden states to float32 logits."""
-        c = self.config
+        c = self.own
         h = self.normalize(params, "final_norm", hidden) if c.has_final_norm else hidden
-        logits = unembed(h, params["embed" if c.tie_word_embeddings else "head"], params.get("head_bias"))
+        table = params["embed" if c.tie_word_embeddings else "head"]
+        logits = gathered(c, unembed(h, table, params.get("head_bias")))
         if c.logit_scale != 1:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else soft_cap(logits, c.logit_softcap)

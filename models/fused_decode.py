@@ -14,11 +14,13 @@ from jaxtyping import Array, Float
 
 from pjengine.models.attention import PagedAttend, Rotary, variant_of
 from pjengine.models.config import ModelConfig
+from pjengine.models.share import total
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.dispatch import platform
 from pjengine.pallas_kernels.last_split import Counters
 from pjengine.pallas_kernels.skinny_linear import (
     MAX_ROWS,
+    Normed,
     Residual,
     SkinnyTiles,
     skinny_linear,
@@ -78,6 +80,18 @@ def fused_layers(
     def biases(name: str) -> Array | None:
         return layers[name].reshape(c.num_layers, -1) if name in layers else None
 
+    def add(h: Array, name: str, layer: int, residual: Residual) -> tuple[Array, Normed]:
+        """A product's rows added to the residual stream, and the norm that follows begun."""
+        weights, own_biases = stack(name, h.shape[1]), biases(f"{name}_bias")
+        if c.share is None:
+            return skinny_residual(
+                h, weights, layer, residual, biases=own_biases, counters=counters, backend=backend
+            )
+        x = residual.rows + total(c, skinny_linear(h, weights, layer, counters=counters, backend=backend))
+        if own_biases is not None:
+            x = x + own_biases[layer][None]
+        return x, start_norm(x, residual.norm_weights[residual.norm])
+
     normed = start_norm(x, layers["attn_norm"][0])
     for layer in range(c.num_layers):
         with jax.named_scope(f"layer_{layer}"):
@@ -90,20 +104,12 @@ def fused_layers(
             cache = cache._replace(k=k_pages, v=v_pages)
             variant = variant_of(c, layer, layers["sinks"][layer] if c.has_sinks else None)
             out = attend.read(q, cache, layer=layer, scale=c.scale, variant=variant, counters=counters)
-            x, normed = skinny_residual(
-                out.reshape(len(x), -1), stack("out", c.num_heads * c.head_dim), layer,
-                Residual(x, layers["mlp_norm"], layer),
-                biases=biases("out_bias"), counters=counters, backend=backend,
-            )  # fmt: skip
+            x, normed = add(out.reshape(len(x), -1), "out", layer, Residual(x, layers["mlp_norm"], layer))
             h = skinny_linear(
                 normed, stack("gate_up", c.hidden_size), layer,
                 biases=biases("gate_up_bias"), eps=c.norm_eps, is_gated=True,
                 counters=counters, backend=backend,
             )  # fmt: skip
             # The last layer starts a norm that nobody finishes.
-            x, normed = skinny_residual(
-                h, stack("down", c.intermediate_size), layer,
-                Residual(x, layers["attn_norm"], (layer + 1) % c.num_layers),
-                biases=biases("down_bias"), counters=counters, backend=backend,
-            )  # fmt: skip
+            x, normed = add(h, "down", layer, Residual(x, layers["attn_norm"], (layer + 1) % c.num_layers))
     return x, cache

@@ -21,6 +21,8 @@ from pjengine.models.weight_table import WeightTable as WeightTable
 
 # One parameter's tensors in one layer, turned nowhere: expert by expert, each in the order of its sources.
 type Parts = tuple[tuple[Array, ...], ...]
+# A parameter's own name, and what the checkpoint holds of it in one layer, to how it is stored.
+type Widen = Callable[[str, Array], Array]
 
 
 def load_params(
@@ -30,17 +32,21 @@ def load_params(
     *,
     num_layers: int,
     sharding: Sharding | None = None,
+    stored: Mapping[str, Any] | None = None,
+    widen: Widen | None = None,
     show: Callable[[int, int], None] = lambda num_done, num_layers: None,
 ) -> dict[str, Any]:
     """Fills the parameters described by `abstract` from a checkpoint, casting to their dtypes.
 
-    The tensors travel to the devices in the checkpoint's own layout, each device reading its part of the
-    memory-mapped file, and are turned, concatenated and cast there: the host copies nothing. Stacked
-    parameters are allocated once and filled in place, two layers at most under way.
+    Tensors travel to the devices as the checkpoint has them, each device reading its part of the mapped file,
+    and are turned, joined and cast there: the host copies nothing. Stacked parameters are allocated once and
+    filled in place, two layers at most under way.
 
     Args:
-      abstract: nested dicts of jax.ShapeDtypeStruct; a struct's own sharding, if any, goes before `sharding`.
-      sharding: of the other parameters; None: the default device. The layer axis cannot be sharded.
+      abstract: nested dicts of jax.ShapeDtypeStruct: what the checkpoint holds.
+      sharding: of those whose struct has none; None: the default device. Layers cannot be sharded.
+      stored: with the shapes and shardings that the parameters are to have; None: `abstract`.
+      widen: makes those of another shape, a layer at a time; of these every device reads all.
       show: is told how many layers are under way to the device, and how many there are.
 
     Raises:
@@ -50,28 +56,22 @@ def load_params(
     structs = _flatten(abstract)
     if set(structs) != set(table.leaves):
         raise RuntimeError(f"the table and the model differ in {sorted(set(structs) ^ set(table.leaves))}")
-    targets = [_target(path, table, structs[path], num_layers, sharding) for path in structs]
+    stored_structs = structs if stored is None else _flatten(stored)
+    targets = [
+        _target(path, table, struct, stored_structs[path], num_layers, sharding)
+        for path, struct in structs.items()
+    ]
     names_of = Names(checkpoint, table.prefixes)
     check(checkpoint, table, targets, names_of, num_layers)
 
-    def fetch(target: Target, layer: int) -> Parts:
-        return tuple(
-            tuple(
-                _put(checkpoint.tensor(name), source, target)
-                for name, source in zip(names, target.leaf.sources, strict=True)
-            )
-            for names in target.names(names_of, layer)
-        )
-
-    params = {t.path: _assemble(fetch(t, 0), target=t) for t in targets if not t.leaf.is_stacked}
+    fetch = partial(_fetch, checkpoint, names_of)
+    params = {t.path: _assemble(fetch(t, 0), t, widen) for t in targets if not t.leaf.is_stacked}
     stacked = [t for t in targets if t.leaf.is_stacked]
     if stacked:
-        stack_shardings = {t.path: t.stacked_sharding for t in stacked}
-        shapes = {t.path: (structs[t.path].shape, t.dtype) for t in stacked}
-        stacks = jax.jit(
-            lambda: {path: jnp.zeros(*shape) for path, shape in shapes.items()}, out_shardings=stack_shardings
-        )()
-        fill = jax.jit(partial(_fill, targets=stacked), donate_argnums=0, out_shardings=stack_shardings)
+        shardings = {t.path: t.stored_sharding for t in stacked}
+        stacks = _zeros({path: stored_structs[path] for path in shardings}, shardings)
+        run = partial(_fill, targets=stacked, widen=widen)
+        fill = jax.jit(run, donate_argnums=0, out_shardings=shardings)
         for layer in range(num_layers):
             own = [t for t in stacked if layer in t.layers]
             parts = {t.path: fetch(t, layer) for t in own}
@@ -121,16 +121,20 @@ def _dummy(path: str, struct: Any, seed: UInt32[Array, ""]) -> Array:
     return ((total.astype(jnp.float32) - np.float32(510)) * scale).astype(struct.dtype)
 
 
-def _target(path: str, table: WeightTable, struct: Any, num_layers: int, sharding: Sharding | None) -> Target:
-    leaf, given = table.leaves[path], _given_sharding(struct, sharding)
+def _target(
+    path: str, table: WeightTable, struct: Any, stored: Any, num_layers: int, sharding: Sharding | None
+) -> Target:
+    leaf, given = table.leaves[path], _given_sharding(stored, sharding)
+    is_widened = stored.shape != struct.shape
     if not leaf.is_stacked:
         return Target(
             path=path,
             leaf=leaf,
             shape=struct.shape,
             dtype=struct.dtype,
-            sharding=given,
-            stacked_sharding=None,
+            sharding=_on_every_device(given) if is_widened else given,
+            stored_sharding=given,
+            is_widened=is_widened,
         )
     layers, num_before = table.layers_of(path, num_layers), 1 + leaf.has_experts
     if struct.shape[0] != len(layers):
@@ -148,11 +152,32 @@ def _target(path: str, table: WeightTable, struct: Any, num_layers: int, shardin
         leaf=leaf,
         shape=struct.shape[num_before:],
         dtype=struct.dtype,
-        sharding=inner,
-        stacked_sharding=given,
+        sharding=_on_every_device(inner) if is_widened else inner,
+        stored_sharding=given,
+        is_widened=is_widened,
         layers=layers,
         num_experts=struct.shape[1] if leaf.has_experts else None,
     )
+
+
+def _fetch(checkpoint: Checkpoint, names_of: Names, target: Target, layer: int) -> Parts:
+    """Begins to send one parameter's tensors of a layer to the devices."""
+    return tuple(
+        tuple(
+            _put(checkpoint.tensor(name), source, target)
+            for name, source in zip(names, target.leaf.sources, strict=True)
+        )
+        for names in target.names(names_of, layer)
+    )
+
+
+def _zeros(structs: Mapping[str, Any], shardings: Mapping[str, Sharding]) -> dict[str, Array]:
+    make = {path: partial(jnp.zeros, struct.shape, struct.dtype) for path, struct in structs.items()}
+    return jax.jit(lambda: {path: zeros() for path, zeros in make.items()}, out_shardings=dict(shardings))()
+
+
+def _on_every_device(sharding: Sharding) -> Sharding:
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
 def _given_sharding(struct: Any, sharding: Sharding | None) -> Sharding:
@@ -200,6 +225,14 @@ def _source_spec(spec: PartitionSpec, source: Source, target: Target) -> Partiti
     return PartitionSpec(*before)
 
 
+def _stored(parts: Parts, target: Target, widen: Widen | None) -> Float[Array, "..."]:
+    turned = _turned(parts, target)
+    if not target.is_widened:
+        return turned
+    assert widen is not None, f"{target.path} is stored in another shape"
+    return widen(target.path.rpartition("/")[2], turned)
+
+
 def _turned(parts: Parts, target: Target) -> Float[Array, "..."]:
     if target.leaf.unpack is not None:
         [only] = parts
@@ -225,20 +258,27 @@ def _turn(part: Array, source: Source, num_before: int) -> Float[Array, "..."]:
     return part
 
 
-def _assemble(parts: Parts, *, target: Target) -> Array:
+def _assemble(parts: Parts, target: Target, widen: Widen | None) -> Array:
     [(first, *others)] = parts
-    if not others and target.leaf.sources[0].is_plain and first.dtype == target.dtype:
+    is_plain = not others and target.leaf.sources[0].is_plain and not target.is_widened
+    if is_plain and first.dtype == target.dtype:
         return first
-    return jax.jit(partial(_turned, target=target), out_shardings=target.sharding)(parts)
+    make = partial(_stored, target=target, widen=widen)
+    return jax.jit(make, out_shardings=target.stored_sharding)(parts)
 
 
 def _fill(
-    stacks: dict[str, Array], parts: dict[str, Parts], places: dict[str, Array], *, targets: list[Target]
+    stacks: dict[str, Array],
+    parts: dict[str, Parts],
+    places: dict[str, Array],
+    *,
+    targets: list[Target],
+    widen: Widen | None,
 ) -> dict[str, Array]:
     """Writes one layer of the stacked parameters that it has, in place."""
     return stacks | {
         t.path: jax.lax.dynamic_update_index_in_dim(
-            stacks[t.path], _turned(parts[t.path], t), places[t.path], axis=0
+            stacks[t.path], _stored(parts[t.path], t, widen), places[t.path], axis=0
         )
         for t in targets
         if t.path in parts

@@ -14,6 +14,7 @@ from pjengine.models.config import ModelConfig
 from pjengine.models.config_reader import ConfigReader
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.layers import linear, unembed
+from pjengine.models.share import embedded, gathered, padded
 from pjengine.models.state import KVCache
 from pjengine.models.weight_table import WeightTable
 
@@ -112,7 +113,8 @@ class OPT(Decoder):
             keys = iter(jax.random.split(jax.random.fold_in(key, 1), 4))
             for name in ("embed", "head"):
                 if name in params:
-                    params[name] = normal(next(keys), (c.vocab_size, c.embedding_size), self.dtype)
+                    shape = (padded(c, self.num_devices).vocab_size, c.embedding_size)
+                    params[name] = normal(next(keys), shape, self.dtype)
             params["project_in"] = normal(next(keys), (c.embedding_size, c.hidden_size), self.dtype)
             params["project_out"] = normal(next(keys), (c.hidden_size, c.embedding_size), self.dtype)
         return params
@@ -123,7 +125,7 @@ class OPT(Decoder):
         c = self.config
         if not c.has_projections:
             return super().embed(params, tokens, positions)
-        x = linear(params["embed"][tokens], params["project_in"])
+        x = linear(embedded(self.own, params["embed"], tokens), params["project_in"])
         return x + params["positions"][positions + c.position_offset]
 
     def logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t v"]:
@@ -132,4 +134,4 @@ class OPT(Decoder):
             return super().logits(params, hidden)
         h = self.normalize(params, "final_norm", hidden) if c.has_final_norm else hidden
         table = params["embed" if c.tie_word_embeddings else "head"]
-        return unembed(linear(h, params["project_out"]), table)
+        return gathered(self.own, unembed(linear(h, params["project_out"]), table))

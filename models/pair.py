@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pjengine.models.attention import Attend, PagedAttend
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.kept_states import KeptStates
+from pjengine.models.share import padded
 from pjengine.models.state import KVCache, kv_shape
 from pjengine.models.window_group import WindowGroup
 
@@ -85,7 +86,8 @@ def empty_cache(
     """Pages of zeros, of a pair for both models."""
 
     def pages(own: Decoder, window_group: WindowGroup | None) -> Array:
-        return jnp.zeros(kv_shape(own.config, num_pages, page_size, window_group), own.dtype)
+        whole = padded(own.config, own.num_devices)
+        return jnp.zeros(kv_shape(whole, num_pages, page_size, window_group), own.dtype)
 
     token_ids = jnp.zeros((num_pages, page_size), jnp.int32)
     cache = KVCache(pages(model, window_group), pages(model, window_group), token_ids)

@@ -102,13 +102,13 @@ def is_ours(model: Decoder) -> bool:
     return all(each.__module__.startswith("pjengine.") for each in own)
 
 
-def build_model(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
-    """The model that `config` names.
+def build_model(config: ModelConfig, dtype: jnp.dtype, num_devices: int = 1) -> Decoder:
+    """The model that `config` names, to be computed by so many devices together.
 
     Raises:
       ValueError: no such architecture here.
     """
-    return architecture(config.architecture)(config, dtype)
+    return architecture(config.architecture)(config, dtype, num_devices=num_devices)
 
 
 def parse_config(config: object) -> ModelConfig:

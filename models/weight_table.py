@@ -95,9 +95,10 @@ class Target:
     shape: tuple[int, ...]  # without the axes for layers and experts
     dtype: Any
     sharding: Sharding  # without those axes
-    stacked_sharding: Sharding | None
+    stored_sharding: Sharding  # of the whole parameter, as it is stored
     layers: tuple[int, ...] = (0,)  # their numbers in the model
     num_experts: int | None = None  # None: no axis for experts
+    is_widened: bool = False  # it is stored with padding, or in another order
 
     def names(self, names_of: "Names", layer: int) -> list[list[str]]:
         """The checkpoint's names of each expert's sources; of one, where there are none."""

@@ -24,9 +24,11 @@ LIMITS = {
     "max_num_seqs": (1, 2**31),
     "max_num_batched_tokens": (1, 2**31),
     "decode_steps": (1, 2**31),
+    "tensor_parallel_size": (1, 2**16),
     "max_logprobs": (-1, 2**31),
     "seed": (0, 2**63),
 }
+NEVER_NONE = ("max_logprobs", "seed", "tensor_parallel_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class EngineConfig:
     # Draft tokens and verify several in a step: a dict with vLLM's keys, such as {"method": "ngram",
     # "num_speculative_tokens": 4} or {"model": ..., "num_speculative_tokens": 4}; see `SpeculationConfig`.
     speculative_config: Any = None
+    tensor_parallel_size: int = 1  # devices that compute each token together
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
     max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
@@ -92,7 +95,7 @@ class EngineConfig:
             raise ValueError(f"page_size must be a power of two and at least 16, got {self.page_size!r}")
         object.__setattr__(self, "max_model_len", parse_length(self.max_model_len))
         for name, (least, end) in LIMITS.items():
-            value, needs_value = getattr(self, name), name in ("max_logprobs", "seed")
+            value, needs_value = getattr(self, name), name in NEVER_NONE
             if (value is not None or needs_value) and not (is_whole(value) and least <= value < end):
                 raise ValueError(
                     f"{name} must be a whole number of at least {least} and less than {end}"
@@ -129,6 +132,11 @@ class EngineConfig:
         if self.decode_steps is not None and self.decode_steps > self.page_size:
             raise ValueError(
                 f"decode_steps must be at most page_size={self.page_size}, got {self.decode_steps}"
+            )
+        if self.draft is not None and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} with a draft model is not supported: use "
+                "n-grams, or leave one of them out"
             )
         if self.tokenizer_revision is not None and self.tokenizer is None:
             raise ValueError(
@@ -195,7 +203,7 @@ class RunnerConfig:
 RENAMED = {"block_size": "page_size"}
 # Settings of vLLM that are not here, and the values that say just that.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), (1,)),
+    **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size"), (1,)),
     **dict.fromkeys(("trust_remote_code", "enforce_eager", "enable_lora", "enable_sleep_mode"), (False,)),
     **dict.fromkeys(("enable_expert_parallel", "disable_custom_all_reduce"), (False,)),
     **dict.fromkeys(("quantization", "quantization_config"), (None,)),

@@ -1,13 +1,15 @@
 """From an EngineConfig to a model on the device: config, weights, tokenizer, sizes."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from pjengine.config import EngineConfig, RunnerConfig, parse_length, reserve_device_memory
 from pjengine.memory import MemoryPlan, device_budget, plan_memory
@@ -20,9 +22,11 @@ from pjengine.models.loader import dummy_params, load_params
 from pjengine.models.pair import Pair
 from pjengine.models.registry import build_model, parse_config
 from pjengine.models.shapes import SHAPES
+from pjengine.models.share import widen
 from pjengine.pallas_kernels.dispatch import check_backend
 from pjengine.progress import progress_bar
-from pjengine.sharding.mesh import make_mesh, replicated
+from pjengine.sharding.mesh import AXES, choose_devices, make_mesh, replicated
+from pjengine.sharding.partition import placed
 from pjengine.sizing import choose_decode_steps, choose_dtype, choose_sizes
 from pjengine.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,7 +42,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     runner_config: RunnerConfig
     memory_plan: MemoryPlan
-    sharding: NamedSharding
+    sharding: NamedSharding  # of what every device has
     generation_config: Mapping[str, Any]  # what generation_config.json holds, if it counts
 
 
@@ -54,9 +58,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
     folder, model_config = read_model_config(config)
     dtype = choose_dtype(config.dtype, model_config)
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, folder)
-    device = jax.devices()[0]
-    sharding = replicated(make_mesh([device]))
-    model, draft_folder = with_draft(config, build_model(model_config, dtype))
+    devices = choose_devices(config.tensor_parallel_size)
+    device, mesh = devices[0], make_mesh(devices)
+    model, draft_folder = with_draft(config, build_model(model_config, dtype, len(devices)))
     stats = device.memory_stats() if device.platform == "gpu" else None
     sizes = choose_sizes(config, model_config, stats["bytes_limit"] if stats else None)
     # Before the weights are loaded, so that what does not fit costs nothing.
@@ -65,11 +69,11 @@ def load_model(config: EngineConfig) -> LoadedModel:
     logger.info("memory plan\n%s", plan.table())
     if isinstance(model, Pair) and config.draft is not None:
         params: Params = {
-            "target": _load_params(config, folder, model.target, sharding),
-            "draft": _load_params(config.draft, draft_folder, model.draft, sharding),
+            "target": _load_params(config, folder, model.target, mesh),
+            "draft": _load_params(config.draft, draft_folder, model.draft, mesh),
         }
     else:
-        params = _load_params(config, folder, model, sharding)
+        params = _load_params(config, folder, model, mesh)
     runner_config = RunnerConfig(
         num_pages=plan.num_pages,
         page_size=plan.page_size,
@@ -90,7 +94,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         tokenizer=tokenizer,
         runner_config=runner_config,
         memory_plan=plan,
-        sharding=sharding,
+        sharding=replicated(mesh),
         generation_config=read_generation_config(config, folder),
     )
 
@@ -123,8 +127,10 @@ def make_plan(
       ValueError: as `plan_memory`; or requests may be longer than the draft model's positions.
     """
     draft = model.draft if isinstance(model, Pair) else None
+    # Logits are gathered: every device has those of the whole vocabulary.
+    planned = replace(model.own, vocab_size=model.config.vocab_size)
     plan = plan_memory(
-        model.config,
+        planned,
         model.dtype,
         weights_bytes=_weights_bytes(model),
         budget_bytes=budget_bytes,
@@ -147,25 +153,30 @@ def make_plan(
 
 
 def _weights_bytes(model: Decoder) -> int:
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    """What the parameters take on each device."""
+    mesh = AbstractMesh((1, model.num_devices), AXES)
+    parts = placed(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(parts)
+    )
 
 
-def _load_params(
-    config: EngineConfig, folder: Path | None, model: Decoder, sharding: NamedSharding
-) -> Params:
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
+def _load_params(config: EngineConfig, folder: Path | None, model: Decoder, mesh: Mesh) -> Params:
+    abstract = placed(jax.eval_shape(model.init, jax.random.key(0)), mesh)
     if config.load_format == "dummy":
-        return dummy_params(abstract, config.seed, sharding)
+        return dummy_params(abstract, config.seed)
     assert folder is not None
     checkpoint = open_checkpoint(folder, config.load_format)
+    undivided = replace(model, num_devices=1)
     with progress_bar("Loading weights", unit=" layers", is_shown=config.use_tqdm_on_load) as show:
         return load_params(
             checkpoint,
             model.weight_table(),
-            abstract,
+            jax.eval_shape(undivided.init, jax.random.key(0)),
             num_layers=model.config.num_layers,
-            sharding=sharding,
+            stored=abstract,
+            widen=partial(widen, config=model.config, num_devices=model.num_devices),
             show=show,
         )
 

@@ -36,6 +36,7 @@ def plan_without_device(config: EngineConfig, gpu: str) -> MemoryPlan:
     dtype = jnp.dtype(model_config.dtype if config.dtype == "auto" else config.dtype)
     if config.dtype == "auto" and dtype == jnp.float32:
         dtype = jnp.dtype("bfloat16")  # as on a GPU
-    model, _ = with_draft(config, build_model(model_config, dtype), needs_weights=False)
+    model = build_model(model_config, dtype, config.tensor_parallel_size)
+    model, _ = with_draft(config, model, needs_weights=False)
     sizes = choose_sizes(config, model_config, GPU_BYTES[gpu])
     return make_plan(config, model, sizes, int(GPU_BYTES[gpu] * config.gpu_memory_utilization))

@@ -35,6 +35,7 @@ from pjengine.processors import NO_CHAINS, Chain, Chains
 from pjengine.programs import CompilationError, Programs
 from pjengine.progress import progress_bar
 from pjengine.schedule import NO_MASKS, Masks, Schedule, state_limit
+from pjengine.sharding.partition import KV_PAGES
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
 
@@ -103,7 +104,9 @@ class Runner:
             cache = empty_cache(self.model, config.num_pages, config.page_size, config.window_group)
             return cache, Rows.empty(config.max_num_seqs, config.num_groups * config.pages_per_seq)
 
-        return jax.jit(make, out_shardings=sharding)()
+        pages = NamedSharding(sharding.mesh, KV_PAGES)
+        shardings: Any = (pages, pages, sharding, pages, pages)
+        return jax.jit(make, out_shardings=(KVCache(*shardings), sharding))()
 
     def reset(self) -> None:
         """Starts over with empty pages, after a step that failed half-way."""

@@ -76,8 +76,16 @@ class StepCompiler:
     def lower(self, layout: Layout | DrawLayout) -> Lowered:
         """The program for `layout`, traced and lowered; donates cache and rows, as far as it changes them."""
         run, donated = self._function(layout)
-        jitted = jax.jit(run, donate_argnums=donated, out_shardings=self.sharding)
-        return jitted.lower(*self._arguments(layout))
+        arguments, results = self._arguments(layout), self._result_shardings(layout)
+        if len(self.devices) > 1:
+            run = jax.shard_map(
+                run,
+                mesh=self.sharding.mesh,
+                in_specs=jax.tree.map(lambda leaf: leaf.sharding.spec, arguments),
+                out_specs=jax.tree.map(lambda sharding: sharding.spec, results),
+                check_vma=False,  # kernels do not say what differs between devices
+            )
+        return jax.jit(run, donate_argnums=donated, out_shardings=results).lower(*arguments)
 
     def compile(self, layout: Layout | DrawLayout, lowered: Lowered) -> Compiled:
         """The program for `layout`, which later runs load."""
@@ -133,6 +141,14 @@ class StepCompiler:
         shapes = [(str(path), leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in leaves]
         versions = backend_versions(self.config.kernel_backend)
         return fingerprint(*environment(self.devices, self.options), versions, self._settings(layout), shapes)
+
+    def _result_shardings(self, layout: Layout | DrawLayout) -> Any:
+        """Every device comes to the same results; of the pages each has its part."""
+        _, tree = self._trees(layout)
+        results = jax.tree.unflatten(tree, [self.sharding] * tree.num_leaves)
+        if isinstance(layout, DrawLayout) and not layout.edits.num_beams:
+            return results
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state[1]), *results[1:]
 
     def _trees(self, layout: Layout | DrawLayout) -> tuple[PyTreeDef, PyTreeDef]:
         """Of the arguments and of the results."""

@@ -56,6 +56,7 @@ class Option(NamedTuple):
     metavar: str
     help: str  # where the field's default is None it says what that means
     flag: str | None = None  # None: the field's name
+    short: str | None = None  # a second spelling
 
     @property
     def name(self) -> str:
@@ -96,6 +97,13 @@ ENGINE_OPTIONS = (
         json_object,
         "JSON",
         'draft tokens and verify several at once: {"method": "ngram", "num_speculative_tokens": 4}',
+    ),
+    Option(
+        "tensor_parallel_size",
+        int,
+        "N",
+        "devices that compute each token together",
+        short="-tp",
     ),
     Option("scheduling_policy", str, "NAME", "fcfs, or priority: lower priorities go first"),
     Option("enable_prefix_caching", argparse.BooleanOptionalAction, "", "share pages of equal beginnings"),
@@ -204,7 +212,7 @@ def add_options(group: Any, options: Iterable[Option], settings: type[Any]) -> N
         is_empty = default is False or default in (None, "", (), dataclasses.MISSING)
         is_said = is_empty or "(default" in option.help
         group.add_argument(
-            option.name,
+            *([option.name] if option.short is None else [option.short, option.name]),
             default=argparse.SUPPRESS,
             help=option.help if is_said else f"{option.help} (default: {default})",
             **option.how,
@@ -222,7 +230,7 @@ class _NeutralAction(argparse.Action):
             parser.error(f"{shown} is not supported yet: {self.help}")
 
 
-_SHORT_FLAGS = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}
+_SHORT_FLAGS = {"pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}
 
 
 def add_neutral_options(command: argparse.ArgumentParser) -> None:

@@ -6,7 +6,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "tensor")
+DATA, TENSOR = "data", "tensor"
+AXES = (DATA, TENSOR)
+
+
+def choose_devices(count: int) -> list[jax.Device]:
+    """The first `count` devices of this process.
+
+    Raises:
+      ValueError: there are fewer.
+    """
+    devices = jax.local_devices()
+    if len(devices) < count:
+        raise ValueError(
+            f"tensor_parallel_size={count} needs as many devices, found {len(devices)}: "
+            f"{', '.join(str(device) for device in devices)}"
+        )
+    return devices[:count]
 
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:

@@ -1,0 +1,57 @@
+"""Which axis of a parameter is divided among the devices of the `tensor` axis: one table for all models."""
+
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from pjengine.sharding.mesh import TENSOR
+
+# By a parameter's own name, the axis that is divided, counted from the last; what is not named is on every
+# device. Products that read the residual stream are divided by their outputs, those that add to it by their
+# inputs.
+DIVIDED = {
+    "embed": -2,
+    "head": -2,
+    "head_bias": -1,
+    "qkv": -3,
+    "qkv_bias": -3,
+    "sinks": -1,
+    "out": -4,
+    "gate_up": -1,
+    "gate_up_bias": -1,
+    "up": -1,
+    "up_bias": -1,
+    "down": -2,
+    "expert_gate_up": -1,
+    "expert_gate_up_bias": -1,
+    "expert_down": -2,
+}
+_NORMS_OF_HEADS = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
+
+KV_PAGES = PartitionSpec(None, TENSOR)  # [pages, kv_heads, ...]
+
+
+def partition(path: str, num_axes: int) -> PartitionSpec:
+    """How a parameter is divided.
+
+    Args:
+      path: such as "layers/qkv"; one with a slash has an axis for layers in front.
+    """
+    stack, _, name = path.rpartition("/")
+    if name in _NORMS_OF_HEADS:  # [head_dim] for all heads together, or heads and more in front
+        num_own = num_axes - bool(stack)
+        axis = None if num_own == 1 else -num_own
+    else:
+        axis = DIVIDED.get(name)
+    return PartitionSpec(*(TENSOR if i - num_axes == axis else None for i in range(num_axes)))
+
+
+def placed(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shapes and dtypes of parameters, and with them how they are divided."""
+
+    def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = partition(jax.tree_util.keystr(path, simple=True, separator="/"), len(leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, params)
