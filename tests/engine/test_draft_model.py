@@ -157,9 +157,10 @@ def test_all_drafts_of_the_model_itself_hold(same: Any, case: dict[str, Any]) ->
 def test_any_schedule_keeps_its_pages_and_its_tokens(plain: Any, other: Any) -> None:
     from pjengine import SamplingParams
 
-    rng = np.random.default_rng(3)
+    # Steps differ in number with the time that programs take to make: requests must not.
+    rng, whims = np.random.default_rng(3), np.random.default_rng(4)
     reschedule(other.engine, num_pages=10)
-    set_speculating(other, lambda *_: rng.random() < 0.7)
+    set_speculating(other, lambda *_: whims.random() < 0.7)
     wanted: list[tuple[list[int], Any]] = []
     generations: list[Any] = []
     for i in range(400):
