@@ -94,7 +94,7 @@ def test_every_field_that_a_layer_reads_has_a_case() -> None:
         "architecture vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim "
         "max_position_embeddings norm_eps dtype bos_token_id eos_token_ids"
     )
-    sizes += " norm_offset"  # below
+    sizes += " norm_offset share"  # below, and in test_share.py
     tried = {name for fields in FIELDS.values() for name in fields}
     assert {field.name for field in dataclasses.fields(ModelConfig)} == tried | set(sizes.split())
 
