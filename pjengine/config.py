@@ -101,9 +101,6 @@ class EngineConfig:
                     f"{name} must be a whole number of at least {least} and less than {end}"
                     f"{'' if needs_value else ', or None'}, got {value!r:.80}"
                 )
-        assert (
-            self.speculation is None or self.speculation.num_drafts < self.page_size
-        )  # refuses what is wrong
         self._check_together()
 
     @property
@@ -133,7 +130,8 @@ class EngineConfig:
             raise ValueError(
                 f"decode_steps must be at most page_size={self.page_size}, got {self.decode_steps}"
             )
-        if self.draft is not None and self.tensor_parallel_size > 1:
+        draft = self.draft  # reads `speculative_config`, and refuses what is wrong with it
+        if draft is not None and self.tensor_parallel_size > 1:
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} with a draft model is not supported: use "
                 "n-grams, or leave one of them out"
