@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from pjengine.bench import check_batch, fixed_length, random_tokens
+from pjengine.bench import Workload, check_batch, fixed_length, random_tokens, throughput
 
 # Without it XLA launches every kernel by itself while it is watched, and the profile is of another program.
 KEEP_GRAPHS = "--xla_enable_command_buffers_during_profiling=true"
@@ -22,8 +22,9 @@ SETTLE = 4  # steps before the first that is timed
 
 @dataclass
 class Trace:
-    """What a GPU did in some steps."""
+    """What the GPUs did in some steps, and what it took to launch it."""
 
+    num_gpus: int = 0
     kernels_ns: Counter[str] = field(default_factory=Counter)  # by name; copies are kernels here
     num_kernels: int = 0
     num_graph_launches: int = 0  # of CUDA graphs, which XLA calls command buffers
@@ -35,6 +36,7 @@ class Trace:
         found = cls()
         for plane in profile.planes:
             is_gpu = plane.name.startswith("/device:GPU")
+            found.num_gpus += is_gpu
             for line in plane.lines:
                 if is_gpu and line.name.startswith("Stream"):
                     for event in line.events:
@@ -47,11 +49,12 @@ class Trace:
         return found
 
     def per_step(self, num_steps: int) -> dict[str, Any]:
-        """As a row of the benchmark says it."""
-        by_time = {name: ns / num_steps / 1e3 for name, ns in self.kernels_ns.most_common()}
+        """As a row of the benchmark says it: kernels are of one GPU, a mean over all, launches of all."""
+        shares = num_steps * max(1, self.num_gpus)
+        by_time = {name: ns / shares / 1e3 for name, ns in self.kernels_ns.most_common()}
         return {
             "busy_ms": sum(by_time.values()) / 1e3,
-            "num_kernels": self.num_kernels / num_steps,
+            "num_kernels": self.num_kernels / shares,
             "num_graph_launches": self.num_graph_launches / num_steps,
             "num_kernel_launches": self.num_kernel_launches / num_steps,
             "kernels_us": {name: round(us, 1) for name, us in by_time.items()},
@@ -150,6 +153,22 @@ def profile_mixed(llm: Any, num_tokens: int, *, prompt_len: int = 512, num_steps
             step()
     row = {"kind": "mixed", "num_tokens": num_tokens, "prompt_len": prompt_len}
     return {**row, "num_steps": num_steps, "step_ms": step_ms, **found[0].per_step(num_steps)}
+
+
+def profile_workload(llm: Any, workload: Workload) -> dict[str, Any]:
+    """The kernels of a whole workload: how long a GPU was busy of the time that all requests took.
+
+    `step_ms` is what the same requests took when nothing watched, and all is of one run, not of one step.
+
+    Raises:
+      ValueError: a request of the workload is longer than `max_model_len`.
+    """
+    step_ms = 1e3 * throughput(llm, workload)["elapsed_s"]
+    found: list[Trace] = []
+    with traced(found.append):
+        throughput(llm, workload)
+    row = {"kind": "workload", "num_requests": len(workload.prompts)}
+    return {**row, "num_steps": 1, "step_ms": step_ms, **found[0].per_step(1)}
 
 
 def _advance(engine: Any, num_steps: int) -> None:

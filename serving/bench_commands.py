@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pjengine
-from pjengine.bench import DEFAULT_NUM_REQUESTS, WORKLOADS
+from pjengine.bench import DEFAULT_NUM_REQUESTS, WORKLOADS, Workload
 from pjengine.config import EngineConfig, add_xla_flag
 from pjengine.sampling_params import SamplingParams
 from pjengine.serving.options import (
@@ -19,6 +19,8 @@ from pjengine.serving.options import (
     given,
     positive,
 )
+
+PROFILE_SIZES = ("batch_size", "num_tokens", "num_requests")  # what a profile was of, by its kind
 
 
 def add_bench(commands: Any) -> Any:
@@ -187,6 +189,10 @@ def _add_profile(kinds: Any) -> None:
         "--mixed", metavar="N", type=positive, nargs="*", default=[], help="steps that read so many tokens"
     )
     command.add_argument(
+        "--workload", metavar="NAME", choices=WORKLOADS, nargs="*", default=[], help="all steps of a workload"
+    )
+    command.add_argument("--num-requests", metavar="N", type=positive, help="of the workloads")
+    command.add_argument(
         "--prompt-len", metavar="N", type=positive, default=512, help="tokens of each prompt"
     )
     command.add_argument("--num-steps", metavar="N", type=positive, default=12, help="steps of a profile")
@@ -198,15 +204,21 @@ def _throughput(args: argparse.Namespace) -> None:
     settings = _bench_settings(args)
     SamplingParams(temperature=args.temperature)  # refuses before the model is loaded
     with pjengine.LLM(**settings, warm_up=False) as llm:  # the benchmark warms up once it has checked
-        num_requests = args.num_requests or DEFAULT_NUM_REQUESTS[args.workload]
-        workload = WORKLOADS[args.workload](llm.engine.model_config.vocab_size, num_requests)
+        workload = _workload(args, llm, args.workload)
         result = throughput(llm, workload, temperature=args.temperature, repeats=args.repeats)
     report(
         args,
         {"bench": args.workload, **result},
-        f"{args.workload}, {num_requests} requests: {result['output_tokens_per_s']:,.1f} output tokens/s, "
+        f"{args.workload}, {len(workload.prompts)} requests: "
+        f"{result['output_tokens_per_s']:,.1f} output tokens/s, "
         f"{result['total_tokens_per_s']:,.1f} total tokens/s, {result['requests_per_s']:,.2f} requests/s "
         f"in {result['elapsed_s']:.2f} s{_kept(result)}",
+    )
+
+
+def _workload(args: argparse.Namespace, llm: pjengine.LLM, name: str) -> Workload:
+    return WORKLOADS[name](
+        llm.engine.model_config.vocab_size, args.num_requests or DEFAULT_NUM_REQUESTS[name]
     )
 
 
@@ -280,20 +292,23 @@ def _kernels(args: argparse.Namespace) -> None:
 
 def _profile(args: argparse.Namespace) -> None:
     settings = _bench_settings(args)
-    from pjengine.step_profile import KEEP_GRAPHS, profile_decode, profile_mixed
+    from pjengine.step_profile import KEEP_GRAPHS, profile_decode, profile_mixed, profile_workload
 
     add_xla_flag(KEEP_GRAPHS)
     sizes = {"prompt_len": args.prompt_len, "num_steps": args.num_steps}
     with pjengine.LLM(**settings, warm_up=False) as llm:
         runs = [functools.partial(profile_decode, llm, size, **sizes) for size in args.batch_size]
         runs += [functools.partial(profile_mixed, llm, size, **sizes) for size in args.mixed]
+        runs += [
+            functools.partial(profile_workload, llm, _workload(args, llm, name)) for name in args.workload
+        ]
         for run in runs:
             row = run()
             largest = ", ".join(f"{name} {us:,.0f}" for name, us in list(row["kernels_us"].items())[:6])
             report(
                 args,
                 {"bench": "profile", **row},
-                f"{row['kind']} of {row.get('batch_size') or row['num_tokens']}: "
+                f"{row['kind']} of {next(row[size] for size in PROFILE_SIZES if size in row)}: "
                 f"{row['step_ms']:.3f} ms a step, busy {row['busy_ms']:.3f} ms with "
                 f"{row['num_kernels']:.1f} kernels; "
                 f"{row['num_graph_launches']:.1f} graphs and {row['num_kernel_launches']:.1f} kernels by "

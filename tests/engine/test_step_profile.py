@@ -71,6 +71,26 @@ def test_steps_are_timed_and_leave_no_request_behind(tiny: Any) -> None:
     assert tiny.engine.runner.recompiles_after_warmup == 0
 
 
+def test_a_workload_is_profiled_to_its_end(tiny: Any) -> None:
+    from pjengine.bench import Workload
+    from pjengine.step_profile import profile_workload
+
+    row = profile_workload(tiny, Workload([[11] * 5, [12] * 20, [13] * 9], [4, 2, 7]))
+    assert (row["kind"], row["num_requests"], row["num_steps"]) == ("workload", 3, 1)
+    assert row["step_ms"] > 0 and (row["num_kernels"] > 0) == (jax.default_backend() == "gpu")
+    with pytest.raises(ValueError, match="max_model_len"):
+        profile_workload(tiny, Workload([[11] * 510], [4]))
+
+
+def test_kernels_of_two_gpus_are_a_mean_and_launches_a_sum() -> None:
+    from pjengine.step_profile import Trace
+
+    other = PROFILE[: PROFILE.index('planes {\n  name: "/host')].replace("GPU:0", "GPU:1")
+    row = Trace.read(jax.profiler.ProfileData.from_text_proto(PROFILE + other)).per_step(1)
+    assert (row["num_kernels"], row["num_graph_launches"]) == (3.0, 2.0)
+    assert row["kernels_us"] == {"loop_fusion_N": 5.0, "paged_decode": 5.0}
+
+
 def test_what_is_no_single_step_is_refused(tiny: Any) -> None:
     from pjengine.step_profile import profile_decode, profile_mixed
 
