@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--num-prompts", type=int, default=64)
-    parser.add_argument("--prompt-len", type=int, default=1024)
+    parser.add_argument("--prompt-len", type=int, default=512)
     options = parser.parse_args()
     settings = {"load_format": options.load_format, "skip_tokenizer_init": True}
     with LLM(options.model, enable_prefix_caching=False, **settings) as llm:

@@ -93,7 +93,9 @@ def profile_decode(
     """
     engine = llm.engine
     depth = engine.runner.config.decode_steps
-    output_len = (SETTLE + 2 * num_steps + 4) * max(depth, 1 + engine.scheduler.num_drafts)
+    # The first to be read decode while the others' prompts are: none may end before the profile does.
+    num_reading = batch_size * prompt_len // engine.runner.config.max_num_batched_tokens + 1
+    output_len = (num_reading + SETTLE + 2 * num_steps + 4) * max(depth, 1 + engine.scheduler.num_drafts)
     check_batch(llm, batch_size, prompt_len, output_len)
     engine.runner.wait_until_warm()
     for prompt in random_tokens(engine.model_config.vocab_size, [prompt_len] * batch_size, seed=0):

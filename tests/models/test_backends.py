@@ -57,7 +57,7 @@ def check(config: Any, backend: str | None, num_seqs: int, *, num_steps: int) ->
     assert error(ours, truth) <= 1.1 * error(theirs, truth)
     second, first = np.sort(truth)[..., -2:].transpose(2, 0, 1)
     is_clear = first - second > 2 * np.abs(theirs - truth).max()
-    assert is_clear.mean() > 0.5
+    assert is_clear.mean() > 0.4  # the more sequences, the larger the largest error
     for found in (ours, theirs):
         np.testing.assert_array_equal(found.argmax(-1)[is_clear], truth.argmax(-1)[is_clear])
 
