@@ -3,12 +3,13 @@
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
@@ -24,6 +25,16 @@ def compiler_path() -> list[str] | None:
     if any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
         return []  # JAX's CUDA build, as on a GPU machine
     return [str(WHEELS)] if WHEELS.exists() else None
+
+
+def chosen(programs: Iterable[str]) -> list[Any]:
+    """Parameters of tests: those of llama-8b in bfloat16; the others, which take minutes, are marked slow."""
+    return [
+        program
+        if "llama-8b " in program and "float32" not in program
+        else pytest.param(program, marks=pytest.mark.slow)
+        for program in programs
+    ]
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from tests.compile.kernels import FEATURED_MOSAIC, PROGRAMS
+from tests.compile.target import chosen
 from tests.compile.worker import Report
 
 pytestmark = pytest.mark.timeout(1200)  # the first test to ask for `compiled` waits for all programs
@@ -17,12 +18,12 @@ def assert_fits(report: Report) -> None:
         assert report.spilled_bytes, "its assembler was not heard"
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", chosen(PROGRAMS))
 def test_chosen_tiles_fit_and_spill_no_registers(compiled: Mapping[str, Report], program: str) -> None:
     assert_fits(compiled[program])
 
 
-@pytest.mark.parametrize("program", FEATURED_MOSAIC)
+@pytest.mark.parametrize("program", chosen(FEATURED_MOSAIC))
 def test_features_spill_no_more_than_the_numbers_of_a_block(
     compiled: Mapping[str, Report], program: str
 ) -> None:

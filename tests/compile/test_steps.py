@@ -12,10 +12,11 @@ from pjengine.logprobs import BLOCK
 from pjengine.memory import activation_bytes
 from tests.compile.hlo import copies
 from tests.compile.steps import BEAMS, DRAW, DTYPE, PROGRAMS, STEPS, WRONG_STEPS, Step
+from tests.compile.target import chosen
 from tests.compile.worker import Report
 
 pytestmark = pytest.mark.timeout(1200)  # the first test to ask for `compiled` waits for all programs
-every_program = pytest.mark.parametrize("program", STEPS)
+every_program = pytest.mark.parametrize("program", chosen(STEPS))
 
 CUBLAS_BYTES = 32 * 2**20  # its workspace
 FUSED = {"skinny_qkv", "paged_decode", "skinny_linear", "keep_threshold"}
@@ -90,7 +91,7 @@ def assert_finds_room(_: Step, report: Report) -> None:
     assert "hlo_rematerialization" not in report.printed, "XLA takes the cache for two"
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", chosen(PROGRAMS))
 def test_a_step_compiles_and_spills_no_registers(compiled: Mapping[str, Report], program: str) -> None:
     assert not compiled[program].error
     assert set(compiled[program].spilled_bytes) <= {0}
@@ -119,7 +120,7 @@ def test_xla_has_the_options_of_the_engine(compiled: Mapping[str, Report], progr
     assert_finds_room(STEPS[program], compiled[program])
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", chosen(PROGRAMS))
 def test_the_kernels_are_the_ones_meant_for_it(compiled: Mapping[str, Report], program: str) -> None:
     scopes = re.findall(r"/(\w+)/(?:pallas_call|mpmd_map|run_scoped)\b", compiled[program].hlo)
     assert set(scopes) == KERNELS[program]
