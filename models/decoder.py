@@ -162,10 +162,14 @@ class Decoder:
 
     def logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t v"]:
         """Final hidden states to float32 logits."""
+        return gathered(self.own, self.own_logits(params, hidden))
+
+    def own_logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t own"]:
+        """Those of this device's part of the vocabulary, which may end in padding; of one device, all."""
         c = self.own
         h = self.normalize(params, "final_norm", hidden) if c.has_final_norm else hidden
         table = params["embed" if c.tie_word_embeddings else "head"]
-        logits = gathered(c, unembed(h, table, params.get("head_bias")))
+        logits = unembed(h, table, params.get("head_bias"))
         if c.logit_scale != 1:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else soft_cap(logits, c.logit_softcap)

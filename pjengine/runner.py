@@ -171,18 +171,25 @@ class Runner:
         buckets = self.config.decode_buckets if schedule.is_decode else self.config.mixed_buckets
         bucket = next(bucket for bucket in buckets if bucket >= wanted)
         if not schedule.needs.any():
-            return Stages(self._layout(bucket, schedule.is_decode))
+            has_filters = schedule.has_filters or not self._is_divided
+            return Stages(self._layout(bucket, schedule.is_decode, has_filters))
         return self._editing_stages(bucket, schedule.is_decode, schedule.needs, schedule.chains)
 
     def layouts(self) -> list[Layout]:
         """Every program that a schedule without edits can need."""
-        decode = [self._layout(bucket, True) for bucket in self.config.decode_buckets]
+        kinds = (True, False) if self._is_divided else (True,)
+        decode = [self._layout(bucket, True, kind) for kind in kinds for bucket in self.config.decode_buckets]
         mixed = [self._layout(bucket, False) for bucket in self.config.mixed_buckets]
         return decode + mixed + [self._draft_layout(bucket) for bucket in self.config.draft_buckets]
 
-    def _layout(self, bucket: int, is_decode: bool) -> Layout:
+    @property
+    def _is_divided(self) -> bool:
+        return self.model.num_devices > 1
+
+    def _layout(self, bucket: int, is_decode: bool, has_filters: bool = True) -> Layout:
         config, depth = self.config, self.config.decode_steps if is_decode else 1
-        return Layout(bucket, config.max_num_seqs, config.page_size, is_decode, depth, config.num_groups)
+        own = Layout(bucket, config.max_num_seqs, config.page_size, is_decode, depth, config.num_groups)
+        return own if has_filters else replace(own, has_filters=False)
 
     def _draft_layout(self, bucket: int) -> Layout:
         assert self.config.speculation is not None

@@ -166,6 +166,7 @@ class Scheduler:
             beams=self.beams.steps(decodes, chunks),
             num_preempted=num_preempted,
             num_drafts=num_drafts,
+            has_filters=bool(chunks) or bool(self.rows.has_filters[rows].any()),
         )
 
     def _needs(self, rows: np.ndarray, chunks: list[Chunk]) -> np.ndarray:
