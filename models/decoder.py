@@ -70,7 +70,7 @@ class Decoder:
         embed_key, head_key, layer_key = jax.random.split(key, 3)
         x = jnp.zeros((1, c.hidden_size), self.dtype)
         position = jnp.zeros((1,), jnp.int32)
-        rotary = self.rotary_tables(position, position)
+        rotary = self._rotary_tables(position, position)
         block, keys = self.block(c, self.dtype), jax.random.split(layer_key, c.num_layers)
         params: Params = {"embed": normal(embed_key, (c.vocab_size, c.hidden_size), self.dtype)}
         for name, numbers in self.stacks.items():
@@ -125,7 +125,7 @@ class Decoder:
         """
         c = self.own
         x = self.embed(params, tokens, positions)
-        rotary = self.rotary_tables(positions, rope_lens)
+        rotary = self._rotary_tables(positions, rope_lens)
         if isinstance(attend, PagedAttend) and cache is not None and self.block is Block:
             table = rotary[0]
             if table is not None and kept is None and is_fused(c, x, attend):
@@ -185,7 +185,7 @@ class Decoder:
         """The norm called `name`, which is of no layer."""
         return normalize(self.config, x, params.get(name), params.get(f"{name}_bias"))
 
-    def rotary_tables(self, positions: Int[Array, "*t"], rope_lens: Int[Array, "*t"]) -> list[Rotary | None]:
+    def _rotary_tables(self, positions: Int[Array, "*t"], rope_lens: Int[Array, "*t"]) -> list[Rotary | None]:
         """The tokens' rotations, layer by layer; each kind is computed once."""
         ropes = [self.config.rope_of(number) for number in range(self.config.num_layers)]
         tables: dict[RopeConfig | None, Rotary | None] = {None: None}

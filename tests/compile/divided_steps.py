@@ -46,7 +46,7 @@ class DividedStep(Step):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         shape = kv_shape(padded(self.model.config, NUM_DEVICES), self.config.num_pages, PAGE_SIZE, None)
-        kv = jax.ShapeDtypeStruct(shape, DTYPE, sharding=NamedSharding(sharding.mesh, KV_PAGES))
+        kv: Any = jax.ShapeDtypeStruct(shape, DTYPE, sharding=NamedSharding(sharding.mesh, KV_PAGES))
         return (
             placed(params, sharding.mesh),
             KVCache(kv, kv, on_each(cache.token_ids)),
