@@ -70,7 +70,7 @@ class Decoder:
         embed_key, head_key, layer_key = jax.random.split(key, 3)
         x = jnp.zeros((1, c.hidden_size), self.dtype)
         position = jnp.zeros((1,), jnp.int32)
-        rotary = self.rotary_tables(position, position)
+        rotary = self._rotary_tables(position, position)
         block, keys = self.block(c, self.dtype), jax.random.split(layer_key, c.num_layers)
         params: Params = {"embed": normal(embed_key, (c.vocab_size, c.hidden_size), self.dtype)}
         for name, numbers in self.stacks.items():
@@ -125,7 +125,7 @@ class Decoder:
         """
         c = self.own
         x = self.embed(params, tokens, positions)
-        rotary = self.rotary_tables(positions, rope_lens)
+        rotary = self._rotary_tables(positions, rope_lens)
         if isinstance(attend, PagedAttend) and cache is not None and self.block is Block:
             table = rotary[0]
             if table is not None and kept is None and is_fused(c, x, attend):
@@ -162,10 +162,14 @@ class Decoder:
 
     def logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t v"]:
         """Final hidden states to float32 logits."""
+        return gathered(self.own, self.own_logits(params, hidden))
+
+    def own_logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t own"]:
+        """Those of this device's part of the vocabulary, which may end in padding; of one device, all."""
         c = self.own
         h = self.normalize(params, "final_norm", hidden) if c.has_final_norm else hidden
         table = params["embed" if c.tie_word_embeddings else "head"]
-        logits = gathered(c, unembed(h, table, params.get("head_bias")))
+        logits = unembed(h, table, params.get("head_bias"))
         if c.logit_scale != 1:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else soft_cap(logits, c.logit_softcap)
@@ -181,7 +185,7 @@ class Decoder:
         """The norm called `name`, which is of no layer."""
         return normalize(self.config, x, params.get(name), params.get(f"{name}_bias"))
 
-    def rotary_tables(self, positions: Int[Array, "*t"], rope_lens: Int[Array, "*t"]) -> list[Rotary | None]:
+    def _rotary_tables(self, positions: Int[Array, "*t"], rope_lens: Int[Array, "*t"]) -> list[Rotary | None]:
         """The tokens' rotations, layer by layer; each kind is computed once."""
         ropes = [self.config.rope_of(number) for number in range(self.config.num_layers)]
         tables: dict[RopeConfig | None, Rotary | None] = {None: None}

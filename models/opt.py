@@ -14,7 +14,7 @@ from pjengine.models.config import ModelConfig
 from pjengine.models.config_reader import ConfigReader
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.layers import linear, unembed
-from pjengine.models.share import embedded, gathered, padded
+from pjengine.models.share import embedded, padded
 from pjengine.models.state import KVCache
 from pjengine.models.weight_table import WeightTable
 
@@ -128,10 +128,10 @@ class OPT(Decoder):
         x = linear(embedded(self.own, params["embed"], tokens), params["project_in"])
         return x + params["positions"][positions + c.position_offset]
 
-    def logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t v"]:
+    def own_logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t own"]:
         c = self.config
         if not c.has_projections:
-            return super().logits(params, hidden)
+            return super().own_logits(params, hidden)
         h = self.normalize(params, "final_norm", hidden) if c.has_final_norm else hidden
         table = params["embed" if c.tie_word_embeddings else "head"]
-        return gathered(self.own, unembed(linear(h, params["project_out"]), table))
+        return unembed(linear(h, params["project_out"]), table)

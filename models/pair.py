@@ -67,8 +67,8 @@ class Pair(Decoder):
         assert updated is not None
         return hidden, cache._replace(draft_k=updated.k, draft_v=updated.v)
 
-    def logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t v"]:
-        return self.target.logits(params["target"], hidden)
+    def own_logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t own"]:
+        return self.target.own_logits(params["target"], hidden)
 
     def draft_logits(self, params: Params, hidden: Float[Array, "*t d"]) -> Float[Array, "*t v"]:
         return self.draft.logits(params["draft"], hidden)

@@ -91,6 +91,9 @@ class Layout(Vector):
     num_states: int = 0  # layers whose hidden states are kept of prompts, where it ends in logits
     has_token_states: bool = False  # those of each token come down, not only pooled ones
     num_drafts: int = 0  # tokens of each sequence that are verified beside its last one, in decodes alone
+    has_filters: bool = (
+        True  # top_k, top_p or min_p; only where devices divide the vocabulary it may have none
+    )
 
     @property
     def num_seqs(self) -> int:
@@ -110,7 +113,7 @@ class Layout(Vector):
         kind, wanted = (
             (own.is_decode, own.depth, own.ends_in_logits, own.num_drafts) for own in (self, other)
         )
-        if kind != wanted or self.num_tokens < other.num_tokens:
+        if kind != wanted or self.num_tokens < other.num_tokens or self.has_filters < other.has_filters:
             return False
         if self.num_states < other.num_states or self.has_token_states < other.has_token_states:
             return False

@@ -37,7 +37,7 @@ class RowTable:
         self.window_start = np.zeros(num_rows, np.int64)  # slots before it have no page in the window's pool
         self.needs = np.zeros((num_rows, len(NEEDS)), np.int64)  # of its edits
         self.travels = np.zeros(num_rows, np.bool_)  # something of its edits, with every step
-        self.has_mask = np.zeros(num_rows, np.bool_)  # what may come depends on all tokens before
+        self.has_filters = np.zeros(num_rows, np.bool_)  # top_k, top_p or min_p
         self.is_watched = np.zeros(num_rows, np.bool_)  # each of its tokens has to be looked at
         self.end_ids = np.full((num_rows, 1), -1, np.int32)  # tokens that end it; -1: no more
         self._free = list(range(num_rows))  # a heap: low rows first
@@ -69,7 +69,7 @@ class RowTable:
         self.window_start[row] = 0
         self.needs[row] = request.edits.needs
         self.travels[row] = request.edits.travels
-        self.has_mask[row] = request.edits.has_mask
+        self.has_filters[row] = request.params.has_filters
         self.is_watched[row] = request.is_watched or len(request.end_ids) > MAX_END_IDS
         self._set_end_ids(row, () if self.is_watched[row] else tuple(request.end_ids))
         return row

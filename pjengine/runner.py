@@ -23,6 +23,7 @@ from pjengine.batching import (
 )
 from pjengine.compile_cache import CompileCache
 from pjengine.config import RunnerConfig
+from pjengine.divided_sampler import MANY
 from pjengine.draw import DrawLayout, Stages, Undrawn, pack_draw
 from pjengine.edit_sizes import has_token_states, num_states_for, prompt_top_for, sizes_for
 from pjengine.edits import past_prompts, without
@@ -171,18 +172,26 @@ class Runner:
         buckets = self.config.decode_buckets if schedule.is_decode else self.config.mixed_buckets
         bucket = next(bucket for bucket in buckets if bucket >= wanted)
         if not schedule.needs.any():
-            return Stages(self._layout(bucket, schedule.is_decode))
+            has_filters = schedule.has_filters or not self._draws_from_parts(bucket)
+            return Stages(self._layout(bucket, schedule.is_decode, has_filters))
         return self._editing_stages(bucket, schedule.is_decode, schedule.needs, schedule.chains)
 
     def layouts(self) -> list[Layout]:
         """Every program that a schedule without edits can need."""
         decode = [self._layout(bucket, True) for bucket in self.config.decode_buckets]
+        unfiltered = filter(self._draws_from_parts, self.config.decode_buckets)
+        decode += [self._layout(bucket, True, has_filters=False) for bucket in unfiltered]
         mixed = [self._layout(bucket, False) for bucket in self.config.mixed_buckets]
         return decode + mixed + [self._draft_layout(bucket) for bucket in self.config.draft_buckets]
 
-    def _layout(self, bucket: int, is_decode: bool) -> Layout:
+    def _draws_from_parts(self, bucket: int) -> bool:
+        """Whether decodes of so many rows without filters have a program of their own."""
+        return self.model.num_devices > 1 and bucket >= MANY
+
+    def _layout(self, bucket: int, is_decode: bool, has_filters: bool = True) -> Layout:
         config, depth = self.config, self.config.decode_steps if is_decode else 1
-        return Layout(bucket, config.max_num_seqs, config.page_size, is_decode, depth, config.num_groups)
+        own = Layout(bucket, config.max_num_seqs, config.page_size, is_decode, depth, config.num_groups)
+        return own if has_filters else replace(own, has_filters=False)
 
     def _draft_layout(self, bucket: int) -> Layout:
         assert self.config.speculation is not None

@@ -29,18 +29,35 @@ def sample(
     `positions` are those of the tokens being drawn. Temperature 0 is greedy: no filter, no noise.
     Rows that filter nothing pay nothing for those that do.
     """
-    is_greedy = temperature == 0
     threshold = keep_threshold(logits, temperature, top_k, top_p, min_p, backend=backend)
     kept = jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
-    noise = gumbel_noise(seed_high, seed_low, positions, logits.shape[-1])
-    noisy = kept / jnp.where(is_greedy, 1.0, temperature)[:, None] + noise
-    return jnp.argmax(jnp.where(is_greedy[:, None], kept, noisy), axis=-1).astype(jnp.int32)
+    scores = noisy(kept, positions, seed_high, seed_low, temperature)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def noisy(
+    logits: Float[Array, "s n"],
+    positions: Int[Array, " s"],
+    seed_high: Int[Array, " s"],
+    seed_low: Int[Array, " s"],
+    temperature: Float[Array, " s"],
+    first: int | Int[Array, ""] = 0,
+) -> Float[Array, "s n"]:
+    """What the token drawn has most of; greedy rows as they are. The columns are tokens from `first` on."""
+    is_greedy = temperature == 0
+    noise = gumbel_noise(seed_high, seed_low, positions, logits.shape[-1], first)
+    hot = logits / jnp.where(is_greedy, 1.0, temperature)[:, None] + noise
+    return jnp.where(is_greedy[:, None], logits, hot)
 
 
 def gumbel_noise(
-    seed_high: Int[Array, " s"], seed_low: Int[Array, " s"], positions: Int[Array, " s"], size: int
+    seed_high: Int[Array, " s"],
+    seed_low: Int[Array, " s"],
+    positions: Int[Array, " s"],
+    size: int,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "s v"]:
-    """Standard Gumbel noise for each row and column, from seed, position and column alone.
+    """Standard Gumbel noise for each row and column from `first` on: of seed, position and column alone.
 
     Threefry makes a key for each row; from there on a hash of key and column takes its place, since a
     hundred operations for each logit of a large batch would cost more than reading it.
@@ -48,7 +65,7 @@ def gumbel_noise(
     words = jnp.stack([seed_high, seed_low], axis=-1).astype(jnp.uint32)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(words, impl="threefry2x32"), positions)
     key = jax.random.key_data(keys)[:, :, None]
-    column = jnp.arange(size, dtype=jnp.uint32)[None]
+    column = (jnp.asarray(first, jnp.uint32) + jnp.arange(size, dtype=jnp.uint32))[None]
     bits = _mix(_mix(column ^ key[:, 0]) ^ key[:, 1])
     # In (0, 1), and finest near 0, where the exponential is smallest and so the noise largest.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * np.float32(2**-32), np.float32(1 - 2**-24))

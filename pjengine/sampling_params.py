@@ -156,6 +156,11 @@ class SamplingParams:
         return self.use_beam_search or self.num_sequences > self.n
 
     @property
+    def has_filters(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary only."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
     def has_logprobs(self) -> bool:
         """They are asked for."""
         return self.logprobs is not None or self.logprob_token_ids is not None

@@ -71,6 +71,7 @@ class Schedule:
     num_drafts: int = (
         0  # tokens to draft for each row; then `decodes` has bounds, known better once it is read
     )
+    has_filters: bool = True  # of a decode: whether a row has top_k, top_p or min_p
 
     @property
     def chains(self) -> set[tuple[Any, ...]]:

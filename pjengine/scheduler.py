@@ -166,6 +166,7 @@ class Scheduler:
             beams=self.beams.steps(decodes, chunks),
             num_preempted=num_preempted,
             num_drafts=num_drafts,
+            has_filters=bool(chunks) or bool(self.rows.has_filters[rows].any()),
         )
 
     def _needs(self, rows: np.ndarray, chunks: list[Chunk]) -> np.ndarray:
@@ -191,7 +192,7 @@ class Scheduler:
 
     def _masked(self, decodes: Decodes, chunks: list[Chunk]) -> list[tuple[int, Request]]:
         """Sequences that sample with a grammar. What it allows shows when the step before has been read."""
-        has_mask = self.rows.has_mask
+        has_mask = self.rows.needs[:, NEEDS.index("masks")] > 0
         found = [(seq, decodes.requests[seq]) for seq in np.flatnonzero(has_mask[decodes.rows]).tolist()]
         for seq, chunk in enumerate(chunks, len(decodes.requests)):
             if chunk.is_sampled and has_mask[chunk.row]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.batching import Layout, Rows, live_rows, sampled_by, unpack, update_rows
 from pjengine.beam_selection import BeamOutput
+from pjengine.divided_sampler import draw_divided
 from pjengine.draw import Undrawn
 from pjengine.logprobs import Logprobs, prompt_logprobs_of
 from pjengine.models.attention import PagedAttend
@@ -64,7 +65,7 @@ def step(
     rows = update_rows(rows, parts, layout)
     settings: dict[str, Any] = {"model": model, "num_pages": num_pages, "backend": backend}
     run: Run = partial(run_model, params, window_group=window_group, **settings)
-    draw = partial(draw_tokens, params, model=model, backend=backend)
+    draw = partial(draw_tokens, params, model=model, has_filters=layout.has_filters, backend=backend)
     if layout.num_drafts:
         cache, drafted = draft(params, cache, rows, parts, layout=layout, speculation=speculation, **settings)
         return verify_drafts(cache, rows, parts, drafted, layout, run, draw)
@@ -203,11 +204,23 @@ def last_of_each(hidden: Float[Array, "t e"], batch: Batch) -> Float[Array, "s e
 
 
 def draw_tokens(
-    params: Params, hidden: Float[Array, "s e"], own: dict[str, Array], *, model: Decoder, backend: str | None
+    params: Params,
+    hidden: Float[Array, "s e"],
+    own: dict[str, Array],
+    *,
+    model: Decoder,
+    has_filters: bool,
+    backend: str | None,
 ) -> Int[Array, " s"]:
     """Hidden states and the parameters of their rows to tokens, without edits."""
-    logits = model.logits(params, hidden)
-    return jnp.where(jnp.isnan(jnp.max(logits, axis=-1)), BROKEN, sample(logits, backend=backend, **own))
+
+    def whole(logits: Float[Array, "s v"], own: dict[str, Array]) -> Int[Array, " s"]:
+        return jnp.where(jnp.isnan(jnp.max(logits, axis=-1)), BROKEN, sample(logits, backend=backend, **own))
+
+    logits = model.own_logits(params, hidden)
+    if model.own.share is None:
+        return whole(logits, own)
+    return draw_divided(model.own, logits, own, whole if has_filters else None)
 
 
 def draw_few(draw: Draw, hidden: Float[Array, "s e"], own: dict[str, Array]) -> Int[Array, " s"]:

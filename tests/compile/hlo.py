@@ -14,6 +14,7 @@ _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][a-z0-9-]*)\("
 )
 _ARRAY = re.compile(r"([a-z]+[0-9]\w*)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?")
 _FUSED = re.compile(r"\bfusion\(.*\bcalls=%([\w.-]+)")
 
 
@@ -34,6 +35,20 @@ def copies(hlo: str, sizes: Collection[tuple[str, int]]) -> list[str]:
                 continue
             if any(size in sizes for size in _sizes(match["shape"])):
                 found.append(line.partition(" metadata=")[0].strip())
+    return found
+
+
+def collectives(hlo: str) -> list[tuple[str, str, int]]:
+    """What devices tell each other: operation, type and number of elements of each array that comes of it."""
+    found = []
+    for lines in dict(_computations(hlo)).values():
+        for line in lines:
+            match = _INSTRUCTION.match(line)
+            if match is not None and (own := _COLLECTIVE.fullmatch(match["opcode"])):
+                # Begun, it has its operands among its results: those of one array are its first half.
+                sizes = list(_sizes(match["shape"]))
+                results = sizes[len(sizes) // 2 :] if match["opcode"].endswith("-start") else sizes
+                found += [(own[1], *size) for size in results]
     return found
 
 

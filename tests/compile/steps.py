@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.stages import Compiled, Lowered
 
 from pjengine.batching import Layout, Rows
@@ -85,14 +86,21 @@ class Step:
 
         return jax.eval_shape(make)
 
+    @property
+    def sharding(self) -> NamedSharding:
+        return sharding()
+
+    def placed(self, sharding: NamedSharding) -> tuple[Params, KVCache, Rows]:
+        """The state, and where it lies. `sharding`: of what is whole on each device."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), self.state()
+        )
+
     def compile(
         self, make: Callable[..., StepCompiler] = StepCompiler, draw: DrawLayout | None = None
     ) -> Compiled:
         """The program with the model, or `draw`."""
-        state = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding()), self.state()
-        )
-        compiler = make(self.model, self.config, state, sharding(), None)
+        compiler = make(self.model, self.config, self.placed(self.sharding), self.sharding, None)
         layout = draw or self.layout
         with cuda_target():
             lowered = compiler.lower(layout)

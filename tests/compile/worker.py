@@ -64,10 +64,11 @@ def compile_apart(names: Sequence[str]) -> dict[str, Report]:
 
 def report(name: str) -> Report:
     """Compiles here."""
-    from tests.compile import kernels, steps, timed
+    from tests.compile import divided_steps, kernels, steps, timed
 
     programs = {**kernels.PROGRAMS, **kernels.FEATURED_MOSAIC, **kernels.WRONG}
-    compile_it = {**programs, **steps.PROGRAMS, **steps.WRONG, **timed.PROGRAMS}[name]
+    programs |= {**steps.PROGRAMS, **steps.WRONG, **divided_steps.PROGRAMS}
+    compile_it = {**programs, **timed.PROGRAMS}[name]
     try:
         program = compile_it()
     except Exception as error:  # which is the result

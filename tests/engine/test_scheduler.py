@@ -405,3 +405,28 @@ def test_rows_with_a_grammar_decode_in_every_step_and_one_token_at_a_time() -> N
     while scheduler.has_requests:
         device.step()
     assert bound.output_token_ids == expected(bound) and free.output_token_ids == expected(free)
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_filters"),
+    [
+        ({"top_k": 3}, True),
+        ({"top_p": 0.9}, True),
+        ({"min_p": 0.1}, True),
+        ({"top_k": -1}, False),
+        ({"top_k": 3, "top_p": 0.9, "min_p": 0.1, "temperature": 0.0}, False),  # greedy, whatever else
+    ],
+)
+def test_a_decode_says_whether_any_of_its_rows_has_filters(fields: dict[str, Any], has_filters: bool) -> None:
+    scheduler = make_scheduler()
+    device = StubDevice(scheduler)
+    plain, other = make_request("plain", 3, 6), make_request("other", 3, 3)
+    other.params = SamplingParams(max_tokens=3, **fields)
+    scheduler.add(plain)
+    scheduler.add(other)
+    steps = [device.step() for _ in range(5)]
+    decodes = [step for step in steps if step.is_decode]
+    assert [step.has_filters for step in decodes] == [
+        has_filters and other in s.decodes.requests for s in decodes
+    ]
+    assert {other in step.decodes.requests for step in decodes} == {False, True}

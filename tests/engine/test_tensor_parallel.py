@@ -64,6 +64,37 @@ def test_every_way_to_decode_gives_the_tokens_of_one_device(
     assert len(held) == num_devices and sum(held) == num_devices * held[0]
 
 
+def sampled_together(llm: Any) -> list[list[int]]:
+    """Of decode steps as large as any: of rows without filters, then among others that have some."""
+    from pjengine import SamplingParams
+
+    plain: list[Any] = [{"temperature": 0}, {"temperature": 1}, {"temperature": 1.5}]
+    filtered: list[Any] = [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.5}]
+    prompt, tokens = goldens.load("gqa").prompt, []
+    for kinds in (plain, plain + filtered):
+        params = [
+            SamplingParams(seed=i, max_tokens=6, ignore_eos=True, **kinds[i % len(kinds)]) for i in range(16)
+        ]
+        outputs = llm.generate([prompt[: 3 + i % 5] for i in range(16)], params, use_tqdm=False)
+        tokens += [output.outputs[0].token_ids for output in outputs]
+    return tokens
+
+
+def test_rows_with_and_without_filters_get_the_tokens_of_one_device(folder: Path) -> None:
+    from pjengine import LLM
+
+    sizes = SIZES | {"max_num_seqs": 16, "max_num_batched_tokens": 128}
+    with LLM(folder, **sizes) as llm:
+        wanted = sampled_together(llm)
+        assert all(layout.has_filters for layout in llm.engine.runner.layouts())
+    with LLM(folder, tensor_parallel_size=4, **sizes) as llm:
+        found, runner = sampled_together(llm), llm.engine.runner
+        used = [layout for layout in runner.layouts() if layout in runner.programs]
+        assert {layout.has_filters for layout in used if layout.is_decode} == {False, True}
+        assert len(used) == len(runner.programs)
+    assert found == wanted
+
+
 def test_more_devices_than_there_are_and_draft_models_are_refused(folder: Path) -> None:
     from pjengine import LLM
 

@@ -1,0 +1,67 @@
+"""What XLA makes of a model that two H200s divide, found without them."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from pjengine.sharding.mesh import AXES
+from tests.compile.divided_steps import NUM_DEVICES, STEPS
+from tests.compile.hlo import collectives, copies
+from tests.compile.test_steps import CUBLAS_BYTES, assert_finds_room, assert_makes_products_in_cublas
+from tests.compile.worker import Report
+
+# The first test to ask for `compiled` waits for all programs.
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]
+every_program = pytest.mark.parametrize("program", STEPS)
+
+
+def own(leaf: Any) -> int:
+    """Elements that a device has of it."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+@every_program
+def test_a_divided_step_compiles_and_updates_in_place(compiled: Mapping[str, Report], program: str) -> None:
+    step, report = STEPS[program], compiled[program]
+    assert not report.error
+    assert set(report.spilled_bytes) <= {0}
+    whole = NamedSharding(AbstractMesh((1, NUM_DEVICES), AXES), PartitionSpec())
+    params, cache, rows = step.placed(whole)
+    donated = jax.tree.leaves((cache, rows))
+    assert report.alias_bytes >= sum(own(leaf) * leaf.dtype.itemsize for leaf in donated)
+    stacks = [own(leaf) for leaf in params["layers"].values() if len(leaf.shape) > 2]
+    layers = [size // step.model.config.num_layers for size in stacks]
+    assert copies(report.hlo, {("bf16", size) for size in (own(cache.k), *stacks, *layers)}) == []
+    assert_makes_products_in_cublas(step, report)
+    assert_finds_room(step, report)
+
+
+@every_program
+def test_devices_tell_each_other_what_adds_up_and_no_row_of_logits_but_to_filter_it(
+    compiled: Mapping[str, Report], program: str
+) -> None:
+    step = STEPS[program]
+    config, num_rows = step.model.config, step.num_tokens
+    part = num_rows * config.vocab_size // NUM_DEVICES
+    sums = [("all-reduce", "bf16", num_rows * config.hidden_size)] * (1 + 2 * config.num_layers)
+    if step.has_filters:
+        drawn = [("all-to-all", "f32", part), ("all-gather", "s32", num_rows)]
+    else:
+        drawn = [("all-gather", "s32", 2 * NUM_DEVICES * num_rows)]
+    assert collectives(compiled[program].hlo) == sums + drawn
+    assert "conditional(" not in compiled[program].hlo  # the host would look which way it goes
+    # The product has a device's part of the logits; what filters has as many beside them, of other rows.
+    assert compiled[program].temp_bytes <= CUBLAS_BYTES + 4 * part * (1 + step.has_filters)
+
+
+@every_program
+def test_only_a_divided_step_that_filters_looks_for_thresholds(
+    compiled: Mapping[str, Report], program: str
+) -> None:
+    scopes = re.findall(r"/(\w+)/(?:pallas_call|mpmd_map|run_scoped)\b", compiled[program].hlo)
+    assert ("keep_threshold" in scopes) == STEPS[program].has_filters
