@@ -41,6 +41,18 @@ COMPILER_OPTIONS = {
     }
 }
 
+# Of programs that devices run together: sums by NCCL, whatever their size. XLA's own kernels for small ones
+# are launched one by one beside the CUDA graphs (jax 0.11), or need memory that NCCL maps for all (0.12).
+DIVIDED_OPTIONS = {"gpu": {"xla_gpu_experimental_use_collective_kernels": ""}}
+# And of those without loops and conditions, in which a CUDA graph takes no sums: all else that XLA puts into
+# graphs, and the sums. The host takes longer to launch 300 kernels on each device than they run.
+STRAIGHT_OPTIONS = {
+    "gpu": {
+        "xla_gpu_enable_command_buffer": "COLLECTIVES,CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
+        "DYNAMIC_SLICE_FUSION,FUSION"
+    }
+}
+
 
 class StepCompiler:
     """Makes the compiled program of a layout, from the cache or from the source. Holds shapes, no arrays.
@@ -89,7 +101,7 @@ class StepCompiler:
 
     def compile(self, layout: Layout | DrawLayout, lowered: Lowered) -> Compiled:
         """The program for `layout`, which later runs load."""
-        start, options = time.perf_counter(), dict(self.options)
+        start, options = time.perf_counter(), self._options(layout)
         if self.cache is not None and self.devices[0].platform == "gpu":
             options["xla_gpu_per_fusion_autotune_cache_dir"] = str(self.cache.autotune_folder)
         program = lowered.compile(options or None)
@@ -135,12 +147,27 @@ class StepCompiler:
             return {"num_layers": self.model.config.num_layers, **settings, **pages}
         return settings
 
+    def _options(self, layout: Layout | DrawLayout) -> dict[str, Any]:
+        """What XLA is told beside its defaults."""
+        platform, options = self.devices[0].platform, dict(self.options)
+        if len(self.devices) > 1:
+            options |= DIVIDED_OPTIONS.get(platform, {})
+            if (
+                isinstance(layout, Layout)
+                and layout.is_decode
+                and layout.depth == 1
+                and not layout.num_drafts
+            ):
+                options |= STRAIGHT_OPTIONS.get(platform, {})
+        return options
+
     def _key(self, layout: Layout | DrawLayout) -> str:
         """What the cache knows the program by: all that `lower` and `compile` go by."""
         leaves = jax.tree.leaves_with_path(self._arguments(layout))
         shapes = [(str(path), leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in leaves]
         versions = backend_versions(self.config.kernel_backend)
-        return fingerprint(*environment(self.devices, self.options), versions, self._settings(layout), shapes)
+        options = self._options(layout)
+        return fingerprint(*environment(self.devices, options), versions, self._settings(layout), shapes)
 
     def _result_shardings(self, layout: Layout | DrawLayout) -> Any:
         """Every device comes to the same results; of the pages each has its part."""
