@@ -130,12 +130,7 @@ class EngineConfig:
             raise ValueError(
                 f"decode_steps must be at most page_size={self.page_size}, got {self.decode_steps}"
             )
-        draft = self.draft  # reads `speculative_config`, and refuses what is wrong with it
-        if draft is not None and self.tensor_parallel_size > 1:
-            raise ValueError(
-                f"tensor_parallel_size={self.tensor_parallel_size} with a draft model is not supported: use "
-                "n-grams, or leave one of them out"
-            )
+        _ = self.speculation  # reads `speculative_config`, and refuses what is wrong with it
         if self.tokenizer_revision is not None and self.tokenizer is None:
             raise ValueError(
                 f"tokenizer_revision={self.tokenizer_revision!r} is of the tokenizer that `tokenizer` names, "

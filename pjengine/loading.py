@@ -115,7 +115,7 @@ def with_draft(
             f"the draft model {config.draft.model!r} has a vocabulary of {draft.vocab_size} tokens, and the "
             f"model one of {model.config.vocab_size}: name a draft model with the same vocabulary"
         )
-    return Pair.of(model, build_model(draft, model.dtype)), folder
+    return Pair.of(model, build_model(draft, model.dtype, model.num_devices)), folder
 
 
 def make_plan(
@@ -127,10 +127,8 @@ def make_plan(
       ValueError: as `plan_memory`; or requests may be longer than the draft model's positions.
     """
     draft = model.draft if isinstance(model, Pair) else None
-    # Logits are gathered: every device has those of the whole vocabulary.
-    planned = replace(model.own, vocab_size=model.config.vocab_size)
     plan = plan_memory(
-        planned,
+        _planned(model),
         model.dtype,
         weights_bytes=_weights_bytes(model),
         budget_bytes=budget_bytes,
@@ -139,7 +137,7 @@ def make_plan(
         max_model_len=parse_length(config.max_model_len),
         max_logprobs=config.max_logprobs,
         speculation=config.speculation,
-        draft=None if draft is None else draft.config,
+        draft=None if draft is None else _planned(draft),
         **sizes,
     )
     if draft is None:
@@ -150,6 +148,11 @@ def make_plan(
             "draft model: lower it, or name another draft model"
         )
     return replace(plan, draft_weights_bytes=_weights_bytes(draft))
+
+
+def _planned(model: Decoder) -> ModelConfig:
+    """What each device computes. Logits are gathered: every one has those of the whole vocabulary."""
+    return replace(model.own, vocab_size=model.config.vocab_size)
 
 
 def _weights_bytes(model: Decoder) -> int:
