@@ -85,6 +85,37 @@ def test_a_draft_model_is_divided_as_the_model_is(tmp_path: Path) -> None:
     assert len(held) == 2 and held[0][1] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "num_devices"),
+    [
+        ("gpt_oss", 4),
+        pytest.param("mixtral", 2, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 2, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_devices_with_whole_experts_generate_what_transformers_does(
+    name: str, num_devices: int, tmp_path: Path
+) -> None:
+    from pjengine import LLM, SamplingParams
+
+    golden = goldens.load(name)
+    folder, parallel = goldens.write_checkpoint(golden, tmp_path), {"enable_expert_parallel": True}
+    with LLM(folder, tensor_parallel_size=num_devices, **parallel, **SIZES) as llm:
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        [output] = llm.generate([golden.prompt], params, use_tqdm=False)
+    assert output.outputs[0].token_ids == golden.tokens[:12]
+
+
+def test_experts_that_are_not_there_to_be_divided_are_refused(folder: Path) -> None:
+    from pjengine import LLM
+
+    with pytest.raises(ValueError, match="enable_expert_parallel=True divides experts among the devices of"):
+        LLM(folder, enable_expert_parallel=True, **SIZES)
+    with pytest.raises(ValueError, match=r"wants a mixture of experts, and .* has none \(LlamaForCausalLM\)"):
+        LLM(folder, enable_expert_parallel=True, tensor_parallel_size=2, **SIZES)
+
+
 def test_numbers_of_devices_that_cannot_be_are_refused(folder: Path) -> None:
     from pjengine import LLM
 
