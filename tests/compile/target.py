@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
+from pjengine.sharding.mesh import AXES
 from tests.kernels.cases import cuda_target
 
 WHEELS = Path(sys.prefix) / "cuda-compiler"  # where the Makefile puts the CUDA compiler of a CPU machine
@@ -38,12 +39,12 @@ def chosen(programs: Iterable[str]) -> list[Any]:
 
 
 @functools.cache
-def sharding() -> NamedSharding:
-    """Of every argument: whole, on the one H200."""
+def sharding(num_devices: int = 1) -> NamedSharding:
+    """Of what is whole on every H200 of one machine."""
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=DESCRIPTION.read_text(), topology="1x1x1"
+        platform="cuda", target_config=DESCRIPTION.read_text(), topology=f"1x1x{num_devices}"
     )
-    mesh: Mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+    mesh: Mesh = topologies.make_mesh(topo=topology, mesh_shape=(1, num_devices), axis_names=AXES)
     return NamedSharding(mesh, PartitionSpec())
 
 
