@@ -302,7 +302,8 @@ SECRET_VARIABLES = ("PJENGINE_API_KEY", "OPENAI_API_KEY", "HF_TOKEN")
 
 def shown_variables() -> dict[str, str]:
     """Those of the environment that pjengine or its libraries heed; of keys, not the values."""
-    shown = {name: os.environ[name] for name in SHOWN_VARIABLES if name in os.environ}
+    names = (*SHOWN_VARIABLES, *sorted(name for name in os.environ if name.startswith("NCCL_")))
+    shown = {name: os.environ[name] for name in names if name in os.environ}
     return shown | {name: "set, not shown" for name in SECRET_VARIABLES if os.environ.get(name)}
 
 

@@ -64,25 +64,34 @@ def test_every_way_to_decode_gives_the_tokens_of_one_device(
     assert len(held) == num_devices and sum(held) == num_devices * held[0]
 
 
-def test_a_draft_model_is_divided_as_the_model_is(tmp_path: Path) -> None:
-    """It is the model, whose only KV head each device has a copy of: so every draft holds."""
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mqa", {}),  # its only KV head is on both devices
+        pytest.param("gpt_oss", {"enable_expert_parallel": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_draft_model_is_divided_as_the_model_is(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """It is the model: so every draft holds."""
     from pjengine import SamplingParams
     from tests.engine.test_draft_model import open_llm
 
-    golden = goldens.load("mqa")
+    golden = goldens.load(name)
     folder = goldens.write_checkpoint(golden, tmp_path)
     some: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
     params = [SamplingParams(temperature=0, **some), SamplingParams(temperature=0.9, seed=5, **some)]
     prompts = [golden.prompt[:20], golden.prompt[:13]]
     with open_llm(folder, None, **SIZES) as llm:
         wanted = llm.generate(prompts, params, use_tqdm=False)
-    with open_llm(folder, folder, tensor_parallel_size=2, **SIZES) as llm:
+    with open_llm(folder, folder, tensor_parallel_size=2, **settings, **SIZES) as llm:
         found = llm.generate(prompts, params, use_tqdm=False)
         speculation, cache = llm.engine.scheduler.speculation, llm.engine.runner.cache
         held = [shard.data.shape for shard in cache.draft_k.addressable_shards]
     assert [own.outputs for own in found] == [own.outputs for own in wanted]
     assert 0 < speculation.num_draft_tokens == speculation.num_accepted_tokens
-    assert len(held) == 2 and held[0][1] == 1
+    assert len(held) == 2 and held[0][1] == 1  # KV head
 
 
 @pytest.mark.parametrize(

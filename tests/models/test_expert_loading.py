@@ -174,7 +174,10 @@ def test_packed_tensors_become_what_they_stand_for(num_devices: int) -> None:
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
     abstract = {"layers": {"w": jax.ShapeDtypeStruct((LAYERS, 2, 3), jnp.float32, sharding=sharding)}}
-    found = load(tensors, PACKED, abstract)["layers"]["w"]
+    Counting.num_bytes = 0
+    counted: dict[str, np.ndarray] = {name: own.view(Counting) for name, own in tensors.items()}
+    found = load(counted, PACKED, abstract)["layers"]["w"]
+    assert Counting.num_bytes == sum(own.nbytes for own in tensors.values())  # each device its own
     wanted = [tensors[f"{i}.low"] + 256.0 * tensors[f"{i}.high"] for i in range(LAYERS)]
     np.testing.assert_array_equal(found, np.reshape(wanted, (LAYERS, 2, 3)))
 
