@@ -11,7 +11,7 @@ from pjengine.models.attention import Attend, PagedAttend, Rotary, variant_of
 from pjengine.models.config import ExpertConfig, ModelConfig
 from pjengine.models.experts import experts_mlp
 from pjengine.models.layers import ACTIVATIONS, gate, linear, normalize
-from pjengine.models.share import normalize_all_heads, of_one_device, total
+from pjengine.models.share import first_expert, normalize_all_heads, of_one_device, total
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.gated_linear import gated_linear
 from pjengine.pallas_kernels.grouped_linear import ExpertWeights
@@ -115,24 +115,30 @@ class Block(nn.Module):
         e, num, inner = self.config.hidden_size, experts.num_experts, experts.inner_size
         router_bias = self.bias("router_bias", experts.has_router_bias, num)
         logits = linear(h, self.weight("router", e, num), router_bias)
+        num, first = experts.num_held or num, first_expert(self.config, experts)
         weights = ExpertWeights(
             self.weight("expert_gate_up", num, e, 2, inner),
             self.weight("expert_down", num, inner, e),
             self.bias("expert_gate_up_bias", experts.has_bias, num, 2, inner),
-            of_one_device(self.config, self.bias("expert_down_bias", experts.has_bias, num, e)),
+            self._once(experts, self.bias("expert_down_bias", experts.has_bias, num, e)),
         )
         # Padding goes to no expert.
         is_token = layer.attend.batch.slots >= 0 if isinstance(layer.attend, PagedAttend) else None
         if layer.stack is None:
-            return total(self.config, experts_mlp(experts, h, logits, weights, is_token=is_token))
+            out = experts_mlp(experts, h, logits, weights, first=first, is_token=is_token)
+            return total(self.config, out)
         stack = ExpertWeights(
             layer.stack["expert_gate_up"],
             layer.stack["expert_down"],
             layer.stack.get("expert_gate_up_bias"),
-            of_one_device(self.config, layer.stack.get("expert_down_bias")),
+            self._once(experts, layer.stack.get("expert_down_bias")),
         )
-        out = experts_mlp(experts, h, logits, stack, layer.place, is_token=is_token)
+        out = experts_mlp(experts, h, logits, stack, layer.place, first=first, is_token=is_token)
         return total(self.config, out)
+
+    def _once(self, experts: ExpertConfig, down_bias: Array | None) -> Array | None:
+        """What is added behind an expert: on one device only where others have parts of the same expert."""
+        return down_bias if experts.is_whole else of_one_device(self.config, down_bias)
 
     def norm(self, name: str, x: Float[Array, "*t e"]) -> Float[Array, "*t e"]:
         """The model's norm of rows; its parameters are `name` and, with biases, `name`_bias."""

@@ -28,6 +28,10 @@ class ExpertConfig:
     gate_alpha: float = 1.0
     gate_limit: float | None = None  # gates are cut off above it, ups above it and below -gate_limit
     up_offset: float = 0.0
+    # Among devices that compute a layer together: whether each has some of the experts, and these whole; else
+    # it has a part of every one.
+    is_whole: bool = False
+    num_held: int | None = None  # whole experts that are stored, with those of padding; None: num_experts
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_choices <= self.num_experts:
@@ -106,7 +110,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     head_bias: bool = False
 
-    # Not None: heads, the inner sizes of MLPs, and the vocabulary are those of one device (see `share`).
+    # Not None: heads, the inner sizes of MLPs or the experts, and the vocabulary are those of one device (see
+    # `share`).
     share: Share | None = None
 
     dtype: str = "float32"  # of the checkpoint's weights
@@ -165,6 +170,10 @@ class ModelConfig:
         """The layers where a token of a sequence of `max_len` may not see them all, and how many it sees."""
         windows = {layer: self.window_of(layer) for layer in range(self.num_layers)}
         return {layer: window for layer, window in windows.items() if window is not None and window < max_len}
+
+    @property
+    def has_whole_experts(self) -> bool:
+        return self.experts is not None and self.experts.is_whole
 
     def experts_of(self, layer: int) -> ExpertConfig | None:
         return None if layer in self.dense_layers else self.experts

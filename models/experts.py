@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pjengine.models.config import ExpertConfig
 from pjengine.pallas_kernels.grouped_linear import ExpertWeights, Gate, Routing, routed_mlp
@@ -14,7 +14,7 @@ def route(
 ) -> Routing:
     """The experts with a token's largest logits, of equal ones the first, and their weights in float32.
 
-    Tokens that are none, the padding of a step, go nowhere.
+    Tokens that are none, the padding of a step, go nowhere, which -1 stands for.
     """
     top, experts = lax.top_k(logits.astype(jnp.float32), config.num_choices)
     if config.is_normalized:
@@ -23,7 +23,7 @@ def route(
         total = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
         weights = jnp.exp(top - total)
     if is_token is not None:
-        experts = jnp.where(is_token[:, None], experts, config.num_experts)
+        experts = jnp.where(is_token[:, None], experts, -1)
     return Routing(experts, weights)
 
 
@@ -34,6 +34,7 @@ def experts_mlp(
     weights: ExpertWeights,
     layer: int | None = None,
     *,
+    first: int | Int[Array, ""] = 0,
     is_token: Bool[Array, "*t"] | None = None,
     backend: str | None = None,
 ) -> Float[Array, "*t e"]:
@@ -43,6 +44,8 @@ def experts_mlp(
       weights: of all layers, of which `layer` is read in place; or, with `layer` None, of one layer, without
         the axis for layers: then the reference computes each expert with all tokens, and has a derivative,
         as training needs it.
+      first: the number of the first expert that `weights` has. They may be fewer than the model has: a
+        token's sum is over those of its experts that are there.
       is_token: what is false is padding, and costs nothing. None: all are tokens.
       backend: as in `routed_mlp`; with one layer only, None or "reference".
 
@@ -61,5 +64,6 @@ def experts_mlp(
         None if is_token is None else is_token.reshape(-1),
     )
     gate = Gate(alpha=config.gate_alpha, limit=config.gate_limit, up_offset=config.up_offset)
-    out = routed_mlp(rows, routing, weights, layer, gate=gate, backend=backend)
+    routing = routing._replace(experts=routing.experts - first)
+    out = routed_mlp(rows, routing, weights, layer, num_routed=config.num_experts, gate=gate, backend=backend)
     return out.reshape(h.shape)

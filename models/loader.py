@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -139,9 +139,13 @@ def _target(
     layers, num_before = table.layers_of(path, num_layers), 1 + leaf.has_experts
     if struct.shape[0] != len(layers):
         raise ValueError(f"{path} must have {len(layers)} layers in front, got shape {struct.shape}")
+    expert_axis, num_groups = None, 1
     if isinstance(given, NamedSharding):
         if given.spec and given.spec[0] is not None:
             raise NotImplementedError(f"{path}: the layer axis cannot be sharded, got {given.spec}")
+        if leaf.has_experts and not is_widened and len(given.spec) > 1 and given.spec[1] is not None:
+            expert_axis = given.spec[1]
+            num_groups = given.mesh.shape[expert_axis]
         inner: Sharding = NamedSharding(given.mesh, PartitionSpec(*given.spec[num_before:]))
     elif isinstance(given, SingleDeviceSharding):
         inner = given
@@ -157,17 +161,24 @@ def _target(
         is_widened=is_widened,
         layers=layers,
         num_experts=struct.shape[1] if leaf.has_experts else None,
+        expert_axis=expert_axis,
+        num_groups=num_groups,
     )
 
 
 def _fetch(checkpoint: Checkpoint, names_of: Names, target: Target, layer: int) -> Parts:
-    """Begins to send one parameter's tensors of a layer to the devices."""
+    """Begins to send one parameter's tensors of a layer to the devices.
+
+    Of experts in groups the first of every group go together, then the second, and so on.
+    """
+    names = target.names(names_of, layer)
+    num_own = len(names) // target.num_groups
     return tuple(
         tuple(
-            _put(checkpoint.tensor(name), source, target)
-            for name, source in zip(names, target.leaf.sources, strict=True)
+            _put([checkpoint.tensor(own[i]) for own in names[place::num_own]], source, target)
+            for i, source in enumerate(target.leaf.sources)
         )
-        for names in target.names(names_of, layer)
+        for place in range(num_own)
     )
 
 
@@ -184,27 +195,40 @@ def _given_sharding(struct: Any, sharding: Sharding | None) -> Sharding:
     return struct.sharding or sharding or jnp.zeros(()).sharding  # the last: the default device's
 
 
-def _put(tensor: np.ndarray, source: Source, target: Target) -> Array:
-    """Sends a tensor to the devices, cut and reshaped but not yet transposed."""
-    view = tensor
-    if source.cut is not None:
-        view = view[(slice(None),) * source.cut.axis + (slice(source.cut.start, source.cut.stop),)]
-    if source.reshape is not None:
-        view = view.reshape(source.reshape)
-    sharding = target.sharding
+def _put(tensors: Sequence[np.ndarray], source: Source, target: Target) -> Array:
+    """Sends a tensor to the devices, cut and reshaped but not yet transposed.
+
+    Where there is one for each group of experts, their group is the first axis, and a device reads its own.
+    """
+    views = [_view(tensor, source) for tensor in tensors]
+    shape, sharding, is_grouped = views[0].shape, target.sharding, target.num_groups > 1
     if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, _source_spec(sharding.spec, source, target))
+        spec = _source_spec(sharding.spec, source, target)
+        if is_grouped:
+            shape, spec = (len(views), *shape), PartitionSpec(target.expert_axis, *spec)
+        sharding = NamedSharding(sharding.mesh, spec)
     # XLA on a CPU would use the mapped pages in place, and crash when somebody rewrites the file.
     devices: set[Any] = sharding.device_set
     must_copy = any(device.platform == "cpu" for device in devices)
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        part = view if index is None else view[index]
+        if is_grouped:
+            assert index is not None
+            group, *rest = index
+            part = views[group.start][tuple(rest)][None]
+        else:
+            part = views[0] if index is None else views[0][index]
         if part.dtype == np.float64:  # JAX would round it to float32 first
             return part.astype(target.dtype)
         return part.copy() if must_copy else part
 
-    return jax.make_array_from_callback(view.shape, sharding, read)
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _view(tensor: np.ndarray, source: Source) -> np.ndarray:
+    if source.cut is not None:
+        tensor = tensor[(slice(None),) * source.cut.axis + (slice(source.cut.start, source.cut.stop),)]
+    return tensor if source.reshape is None else tensor.reshape(source.reshape)
 
 
 def _source_spec(spec: PartitionSpec, source: Source, target: Target) -> PartitionSpec:
@@ -213,7 +237,7 @@ def _source_spec(spec: PartitionSpec, source: Source, target: Target) -> Partiti
     Along the axis of a concatenation the parts' borders are not the shards', so there every device reads all.
     """
     if target.leaf.unpack is not None:
-        return PartitionSpec()
+        return PartitionSpec(*spec[:1])
     rank = len(target.shape)
     axes = [*spec, *[None] * (rank - len(spec))]
     if len(target.leaf.sources) > 1:
@@ -239,10 +263,18 @@ def _turned(parts: Parts, target: Target) -> Float[Array, "..."]:
         return target.leaf.unpack(only, target.dtype)
     # Experts are put together before they are turned, all at once.
     num_before = 0 if target.num_experts is None else 1
-    joined = [jnp.stack(same) if num_before else same[0] for same in zip(*parts, strict=True)]
+    joined = [_stacked(same, target) if num_before else same[0] for same in zip(*parts, strict=True)]
     pairs = zip(joined, target.leaf.sources, strict=True)
     turned = [_turn(part, source, num_before).astype(target.dtype) for part, source in pairs]
     return jnp.concatenate(turned, target.leaf.concat_axis + num_before) if len(turned) > 1 else turned[0]
+
+
+def _stacked(parts: tuple[Array, ...], target: Target) -> Float[Array, "experts ..."]:
+    """Experts in their order, as `_fetch` has put them together."""
+    if target.num_groups == 1:
+        return jnp.stack(parts)
+    whole = jnp.stack(parts, axis=1)
+    return whole.reshape(-1, *whole.shape[2:])
 
 
 def _turn(part: Array, source: Source, num_before: int) -> Float[Array, "..."]:

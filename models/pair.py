@@ -20,14 +20,17 @@ from pjengine.models.window_group import WindowGroup
 
 @dataclass(frozen=True)
 class Pair(Decoder):
-    """Computes what `target` does; `draft` follows. Parameters are {"target": ..., "draft": ...}."""
+    """Computes what `target` does; `draft` follows. Parameters are {"target": ..., "draft": ...}.
+
+    Both are divided among the same devices.
+    """
 
     target: Decoder
     draft: Decoder
 
     @classmethod
     def of(cls, target: Decoder, draft: Decoder) -> "Pair":
-        return cls(target.config, target.dtype, target, draft)
+        return cls(target.config, target.dtype, target, draft, num_devices=target.num_devices)
 
     def init(self, key: Array) -> Params:
         return {"target": self.target.init(key), "draft": self.draft.init(jax.random.fold_in(key, 1))}

@@ -1,4 +1,4 @@
-"""A model divided among devices: heads, the inner columns of MLPs, and the vocabulary.
+"""A model divided among devices: heads, the inner columns of MLPs or whole experts, and the vocabulary.
 
 Each device computes with its own part of these, and what a part adds to the residual stream is summed over
 the devices. Where a number does not divide, it is padded with parameters that are zero, and so add nothing;
@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pjengine.models.config import ModelConfig, Share
+from pjengine.models.config import ExpertConfig, ModelConfig, Share
 from pjengine.sharding.mesh import TENSOR
 
 NOBODY = -1  # in place of a head's number: padding
@@ -50,7 +50,9 @@ def padded(config: ModelConfig, num_devices: int) -> ModelConfig:
     def rounded(size: int) -> int:
         return -(-size // num_devices) * num_devices
 
-    if experts is not None:
+    if experts is not None and experts.is_whole:
+        experts = dataclasses.replace(experts, num_held=rounded(experts.num_experts))
+    elif experts is not None:
         experts = dataclasses.replace(experts, inner_size=rounded(experts.inner_size))
     slopes = config.alibi_slopes
     if slopes is not None:
@@ -70,10 +72,12 @@ def share_of(config: ModelConfig, num_devices: int) -> ModelConfig:
     """The model as one device computes it. `alibi_slopes` stay those of all."""
     if num_devices == 1:
         return config
-    whole, experts = padded(config, num_devices), config.experts
-    heads = divide_heads(config.num_heads, config.num_kv_heads, num_devices)
-    if whole.experts is not None:
-        experts = dataclasses.replace(whole.experts, inner_size=whole.experts.inner_size // num_devices)
+    whole = padded(config, num_devices)
+    heads, experts = divide_heads(config.num_heads, config.num_kv_heads, num_devices), whole.experts
+    if experts is not None and experts.num_held is not None:
+        experts = dataclasses.replace(experts, num_held=experts.num_held // num_devices)
+    elif experts is not None:
+        experts = dataclasses.replace(experts, inner_size=experts.inner_size // num_devices)
     return dataclasses.replace(
         whole,
         num_heads=whole.num_heads // num_devices,
@@ -107,6 +111,13 @@ def of_one_device(config: ModelConfig, x: Float[Array, "..."] | None) -> Float[A
     if x is None or config.share is None:
         return x
     return jnp.where(lax.axis_index(TENSOR) == 0, x, jnp.zeros_like(x))
+
+
+def first_expert(config: ModelConfig, experts: ExpertConfig) -> int | Int[Array, ""]:
+    """The number of the first expert that this device has."""
+    if config.share is None or experts.num_held is None:
+        return 0
+    return lax.axis_index(TENSOR) * experts.num_held
 
 
 def normalize_all_heads(
@@ -202,4 +213,6 @@ def widen(name: str, weights: Float[Array, "..."], config: ModelConfig, num_devi
     if name == "down":
         return grown(weights, 0, whole.intermediate_size)
     assert whole.experts is not None, name
+    if whole.experts.num_held is not None:
+        return grown(weights, 0, whole.experts.num_held)
     return grown(weights, -2 if name == "expert_down" else -1, whole.experts.inner_size)

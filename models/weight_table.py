@@ -58,7 +58,8 @@ class Leaf:
 
     sources: tuple[Source, ...]
     concat_axis: int = 0
-    # What the sources mean together, where their numbers are packed; `reshape` is then their whole shape.
+    # What the sources mean together, where their numbers are packed; `reshape` is then their whole shape. The
+    # first axis stays as it is.
     unpack: Unpack | None = None
 
     @property
@@ -99,6 +100,10 @@ class Target:
     layers: tuple[int, ...] = (0,)  # their numbers in the model
     num_experts: int | None = None  # None: no axis for experts
     is_widened: bool = False  # it is stored with padding, or in another order
+    expert_axis: str | None = (
+        None  # of the mesh: along it the experts are divided, each group to be read apart
+    )
+    num_groups: int = 1  # of experts
 
     def names(self, names_of: "Names", layer: int) -> list[list[str]]:
         """The checkpoint's names of each expert's sources; of one, where there are none."""

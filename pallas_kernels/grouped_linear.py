@@ -63,6 +63,7 @@ def routed_mlp(
     weights: ExpertWeights,
     layer: int | Int[Array, ""],
     *,
+    num_routed: int | None = None,
     gate: Gate = SILU,
     backend: str | None = None,
 ) -> Float[Array, "t e"]:
@@ -72,18 +73,23 @@ def routed_mlp(
     rounding of what `gate` gives to x's dtype. A token without experts gives zeros. Equivalent to
     `reference`, which has a derivative; the kernels have none.
 
+    Args:
+      num_routed: experts that the router chooses from, where `weights` has some of them only. Ids count from
+        the first that is there.
+
     Raises:
       ValueError: shapes that do not belong together, or no such backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
     """
     check_shapes(x, routing, weights)
     args = (x, routing, weights, jnp.asarray(layer, jnp.int32))
+    run = functools.partial(routed_triton, num_routed=num_routed, gate=gate)
     return dispatch(
         "routed_mlp",
         {
-            "triton": functools.partial(routed_triton, *args, gate=gate),
+            "triton": functools.partial(run, *args),
             "reference": functools.partial(reference, x, routing, weights, layer, gate=gate),
-            "triton_interpret": functools.partial(routed_triton, *args, gate=gate, interpret=True),
+            "triton_interpret": functools.partial(run, *args, interpret=True),
         },
         backend,
     )
@@ -356,13 +362,14 @@ def check_kernel_can(x: Array, weights: ExpertWeights, tiles: ExpertTiles) -> No
     tiles.check(hidden=weights.down.shape[3], inner=weights.down.shape[2])
 
 
-@functools.partial(jax.jit, static_argnames=("gate", "tiles", "interpret"))
+@functools.partial(jax.jit, static_argnames=("num_routed", "gate", "tiles", "interpret"))
 def routed_triton(
     x: Float[Array, "t e"],
     routing: Routing,
     weights: ExpertWeights,
     layer: Int[Array, ""],
     *,
+    num_routed: int | None = None,
     gate: Gate = SILU,
     tiles: ExpertTiles | None = None,
     interpret: bool = False,
@@ -372,6 +379,9 @@ def routed_triton(
     The jit is there so that the layers of a model share one trace: the layer is an operand, so the compiled
     kernels are shared too.
 
+    Args:
+      num_routed: as of `routed_mlp`: tiles are chosen for as many pairs as an expert can expect.
+
     Raises:
       NotImplementedError: see `check_kernel_can`.
     """
@@ -380,7 +390,7 @@ def routed_triton(
     num_choices = routing.experts.shape[1]
     tiles = tiles or ExpertTiles.choose(
         num_pairs=num_tokens * num_choices,
-        num_experts=num_experts,
+        num_experts=num_routed or num_experts,
         hidden=hidden,
         inner=inner,
         itemsize=x.dtype.itemsize,

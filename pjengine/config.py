@@ -17,6 +17,10 @@ LOAD_FORMATS = ("auto", "safetensors", "bin", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 GENERATION_CONFIGS = ("auto", "vllm")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+FLAGS = (
+    *("skip_tokenizer_init", "enable_expert_parallel", "enable_prefix_caching"),
+    *("warm_up", "use_tqdm_on_load"),
+)
 # Whole numbers: the least, and one more than the most.
 LIMITS = {
     "kv_cache_memory_bytes": (1, 2**63),
@@ -63,6 +67,7 @@ class EngineConfig:
     # "num_speculative_tokens": 4} or {"model": ..., "num_speculative_tokens": 4}; see `SpeculationConfig`.
     speculative_config: Any = None
     tensor_parallel_size: int = 1  # devices that compute each token together
+    enable_expert_parallel: bool = False  # each of them has whole experts, and not a part of every one
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
     max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
@@ -73,7 +78,7 @@ class EngineConfig:
     compile_cache_dir: str | None = None  # keeps compiled programs; "": none; None: ~/.cache/pjengine
 
     def __post_init__(self) -> None:
-        for name in ("skip_tokenizer_init", "enable_prefix_caching", "warm_up", "use_tqdm_on_load"):
+        for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.hf_overrides, Mapping):
@@ -120,6 +125,7 @@ class EngineConfig:
             model=speculation.model,
             revision=None,
             hf_overrides={},
+            enable_expert_parallel=False,
             seed=(self.seed + 1) % 2**32,  # dummy weights of its own
             speculative_config=None,
         )
@@ -130,11 +136,11 @@ class EngineConfig:
             raise ValueError(
                 f"decode_steps must be at most page_size={self.page_size}, got {self.decode_steps}"
             )
-        draft = self.draft  # reads `speculative_config`, and refuses what is wrong with it
-        if draft is not None and self.tensor_parallel_size > 1:
+        _ = self.speculation  # reads `speculative_config`, and refuses what is wrong with it
+        if self.enable_expert_parallel and self.tensor_parallel_size == 1:
             raise ValueError(
-                f"tensor_parallel_size={self.tensor_parallel_size} with a draft model is not supported: use "
-                "n-grams, or leave one of them out"
+                "enable_expert_parallel=True divides experts among the devices of tensor_parallel_size, "
+                "which is 1: raise it, or leave enable_expert_parallel out"
             )
         if self.tokenizer_revision is not None and self.tokenizer is None:
             raise ValueError(
@@ -203,7 +209,7 @@ RENAMED = {"block_size": "page_size"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size"), (1,)),
     **dict.fromkeys(("trust_remote_code", "enforce_eager", "enable_lora", "enable_sleep_mode"), (False,)),
-    **dict.fromkeys(("enable_expert_parallel", "disable_custom_all_reduce"), (False,)),
+    "disable_custom_all_reduce": (False,),
     **dict.fromkeys(("quantization", "quantization_config"), (None,)),
     **dict.fromkeys(("code_revision", "distributed_executor_backend", "logits_processors"), (None,)),
     **dict.fromkeys(("kv_cache_dtype", "tokenizer_mode", "config_format"), ("auto",)),
@@ -296,7 +302,8 @@ SECRET_VARIABLES = ("PJENGINE_API_KEY", "OPENAI_API_KEY", "HF_TOKEN")
 
 def shown_variables() -> dict[str, str]:
     """Those of the environment that pjengine or its libraries heed; of keys, not the values."""
-    shown = {name: os.environ[name] for name in SHOWN_VARIABLES if name in os.environ}
+    names = (*SHOWN_VARIABLES, *sorted(name for name in os.environ if name.startswith("NCCL_")))
+    shown = {name: os.environ[name] for name in names if name in os.environ}
     return shown | {name: "set, not shown" for name in SECRET_VARIABLES if os.environ.get(name)}
 
 

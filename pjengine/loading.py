@@ -115,7 +115,7 @@ def with_draft(
             f"the draft model {config.draft.model!r} has a vocabulary of {draft.vocab_size} tokens, and the "
             f"model one of {model.config.vocab_size}: name a draft model with the same vocabulary"
         )
-    return Pair.of(model, build_model(draft, model.dtype)), folder
+    return Pair.of(model, build_model(draft, model.dtype, model.num_devices)), folder
 
 
 def make_plan(
@@ -127,10 +127,8 @@ def make_plan(
       ValueError: as `plan_memory`; or requests may be longer than the draft model's positions.
     """
     draft = model.draft if isinstance(model, Pair) else None
-    # Logits are gathered: every device has those of the whole vocabulary.
-    planned = replace(model.own, vocab_size=model.config.vocab_size)
     plan = plan_memory(
-        planned,
+        _planned(model),
         model.dtype,
         weights_bytes=_weights_bytes(model),
         budget_bytes=budget_bytes,
@@ -139,7 +137,7 @@ def make_plan(
         max_model_len=parse_length(config.max_model_len),
         max_logprobs=config.max_logprobs,
         speculation=config.speculation,
-        draft=None if draft is None else draft.config,
+        draft=None if draft is None else _planned(draft),
         **sizes,
     )
     if draft is None:
@@ -152,18 +150,30 @@ def make_plan(
     return replace(plan, draft_weights_bytes=_weights_bytes(draft))
 
 
+def _planned(model: Decoder) -> ModelConfig:
+    """What each device computes. Logits are gathered: every one has those of the whole vocabulary."""
+    return replace(model.own, vocab_size=model.config.vocab_size)
+
+
 def _weights_bytes(model: Decoder) -> int:
     """What the parameters take on each device."""
-    mesh = AbstractMesh((1, model.num_devices), AXES)
-    parts = placed(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    if isinstance(model, Pair):
+        return _weights_bytes(model.target) + _weights_bytes(model.draft)
+    parts = _placed(model, AbstractMesh((1, model.num_devices), AXES))
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(parts)
     )
 
 
+def _placed(model: Decoder, mesh: Mesh | AbstractMesh) -> Any:
+    """Shapes of the parameters, and how they are divided."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return placed(shapes, mesh, has_whole_experts=model.config.has_whole_experts)
+
+
 def _load_params(config: EngineConfig, folder: Path | None, model: Decoder, mesh: Mesh) -> Params:
-    abstract = placed(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    abstract = _placed(model, mesh)
     if config.load_format == "dummy":
         return dummy_params(abstract, config.seed)
     assert folder is not None
@@ -193,9 +203,13 @@ def read_model_config(config: EngineConfig, *, needs_weights: bool = True) -> tu
     """The model's folder, if it has one, and its configuration.
 
     With `load_format="dummy"` the model may also be the name of a shape, such as "llama-8b".
+
+    Raises:
+      ValueError: as `parse_config`; or the model has no experts to be divided as `config` wants.
+      OSError: files are missing, damaged or out of reach.
     """
     if config.load_format == "dummy" and config.model in SHAPES:
-        return None, SHAPES[config.model]
+        return None, _with_experts(config, SHAPES[config.model])
     folder = resolve_model(
         config.model,
         revision=config.revision,
@@ -208,7 +222,23 @@ def read_model_config(config: EngineConfig, *, needs_weights: bool = True) -> tu
     if not path.is_file():
         raise OSError(f"{folder} has no config.json: a folder in the Hugging Face format is needed")
     raw = read_json_object(path)
-    return folder, parse_config({**raw, **config.hf_overrides})
+    return folder, _with_experts(config, parse_config({**raw, **config.hf_overrides}))
+
+
+def _with_experts(config: EngineConfig, model: ModelConfig) -> ModelConfig:
+    """The model, its experts to be divided among devices as `config` says.
+
+    Raises:
+      ValueError: as whole ones, and it has none.
+    """
+    if not config.enable_expert_parallel:
+        return model
+    if model.experts is None:
+        raise ValueError(
+            f"enable_expert_parallel=True wants a mixture of experts, and {config.model!r} has none "
+            f"({model.architecture}): leave it out, its layers are divided all the same"
+        )
+    return replace(model, experts=replace(model.experts, is_whole=True))
 
 
 def _load_tokenizer(config: EngineConfig, folder: Path | None) -> Tokenizer:

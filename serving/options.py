@@ -105,6 +105,13 @@ ENGINE_OPTIONS = (
         "devices that compute each token together",
         short="-tp",
     ),
+    Option(
+        "enable_expert_parallel",
+        argparse.BooleanOptionalAction,
+        "",
+        "divide whole experts among these devices, and not each expert",
+        short="-ep",
+    ),
     Option("scheduling_policy", str, "NAME", "fcfs, or priority: lower priorities go first"),
     Option("enable_prefix_caching", argparse.BooleanOptionalAction, "", "share pages of equal beginnings"),
     Option("max_logprobs", int, "N", "most that a request may ask for at a position; -1: the vocabulary"),

@@ -27,31 +27,40 @@ DIVIDED = {
     "expert_gate_up_bias": -1,
     "expert_down": -2,
 }
+# The same where each device has whole experts.
+WHOLE_EXPERTS = {
+    "expert_gate_up": -4,
+    "expert_gate_up_bias": -3,
+    "expert_down": -3,
+    "expert_down_bias": -2,
+}
 _NORMS_OF_HEADS = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
 
 KV_PAGES = PartitionSpec(None, TENSOR)  # [pages, kv_heads, ...]
 
 
-def partition(path: str, num_axes: int) -> PartitionSpec:
+def partition(path: str, num_axes: int, *, has_whole_experts: bool = False) -> PartitionSpec:
     """How a parameter is divided.
 
     Args:
       path: such as "layers/qkv"; one with a slash has an axis for layers in front.
+      has_whole_experts: whether a device has some experts whole, and not a part of each.
     """
     stack, _, name = path.rpartition("/")
     if name in _NORMS_OF_HEADS:  # [head_dim] for all heads together, or heads and more in front
         num_own = num_axes - bool(stack)
         axis = None if num_own == 1 else -num_own
     else:
-        axis = DIVIDED.get(name)
+        axis = ({**DIVIDED, **WHOLE_EXPERTS} if has_whole_experts else DIVIDED).get(name)
     return PartitionSpec(*(TENSOR if i - num_axes == axis else None for i in range(num_axes)))
 
 
-def placed(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+def placed(params: Any, mesh: Mesh | AbstractMesh, *, has_whole_experts: bool = False) -> Any:
     """Shapes and dtypes of parameters, and with them how they are divided."""
 
     def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        spec = partition(jax.tree_util.keystr(path, simple=True, separator="/"), len(leaf.shape))
+        name, num_axes = jax.tree_util.keystr(path, simple=True, separator="/"), len(leaf.shape)
+        spec = partition(name, num_axes, has_whole_experts=has_whole_experts)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, params)

@@ -3,20 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import jax
-from jax.sharding import NamedSharding
 from jax.stages import Compiled
 
-from pjengine.batching import Layout, Rows
-from pjengine.models.decoder import Decoder, Params
+from pjengine.batching import Layout
+from pjengine.models.decoder import Decoder
 from pjengine.models.shapes import SHAPES
-from pjengine.models.share import padded
-from pjengine.models.state import KVCache, kv_shape
-from pjengine.sharding.partition import KV_PAGES, placed
-from tests.compile.steps import DTYPE, PAGE_SIZE, Step
-from tests.compile.target import sharding
+from tests.compile.steps import DTYPE, Step
 
 NUM_DEVICES = 2
 
@@ -34,24 +27,6 @@ class DividedStep(Step):
     @property
     def layout(self) -> Layout:
         return dataclasses.replace(super().layout, has_filters=self.has_filters)
-
-    @property
-    def sharding(self) -> NamedSharding:
-        return sharding(NUM_DEVICES)
-
-    def placed(self, sharding: NamedSharding) -> tuple[Params, KVCache, Rows]:
-        params, cache, rows = self.state()
-
-        def on_each(leaf: Any) -> Any:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        shape = kv_shape(padded(self.model.config, NUM_DEVICES), self.config.num_pages, PAGE_SIZE, None)
-        kv: Any = jax.ShapeDtypeStruct(shape, DTYPE, sharding=NamedSharding(sharding.mesh, KV_PAGES))
-        return (
-            placed(params, sharding.mesh),
-            KVCache(kv, kv, on_each(cache.token_ids)),
-            jax.tree.map(on_each, rows),
-        )
 
 
 STEPS: Mapping[str, DividedStep] = {

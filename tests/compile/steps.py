@@ -7,19 +7,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
 from pjengine.batching import Layout, Rows
 from pjengine.config import RunnerConfig
 from pjengine.draw import DrawLayout
 from pjengine.edit_sizes import EditSizes
+from pjengine.models.config import ModelConfig
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.llama import Llama
+from pjengine.models.pair import empty_cache
 from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
-from pjengine.models.state import KVCache, kv_shape, page_bytes
+from pjengine.models.state import KVCache, page_bytes
 from pjengine.models.window_group import WindowGroup
+from pjengine.sharding.mesh import AXES
+from pjengine.sharding.partition import KV_PAGES, placed
 from pjengine.speculation_config import SpeculationConfig
 from pjengine.step import step
 from pjengine.step_compiler import COMPILER_OPTIONS, StepCompiler
@@ -50,6 +54,11 @@ class Step:
         return self.make_model(dataclasses.replace(SHAPES[self.shape], num_layers=2), DTYPE)
 
     @property
+    def own(self) -> ModelConfig:
+        """What one device computes; logits are gathered."""
+        return dataclasses.replace(self.model.own, vocab_size=self.model.config.vocab_size)
+
+    @property
     def layout(self) -> Layout:
         num_groups = self.config.num_groups
         return Layout(
@@ -59,7 +68,7 @@ class Step:
 
     @property
     def config(self) -> RunnerConfig:
-        model = self.model.config
+        model = self.own
         num_pages = KV_BYTES // page_bytes(model, PAGE_SIZE, DTYPE)
         group, windows = None, model.windowed_layers(model.max_model_len)
         if windows:
@@ -75,36 +84,47 @@ class Step:
         )
 
     def state(self) -> tuple[Params, KVCache, Rows]:
-        """Shapes of the parameters, and of what is donated: the cache and the rows."""
-        config, num_pages = self.config, self.config.num_pages
+        """Shapes of the parameters, and of what is donated, the cache and the rows, on each device."""
+
+        def own(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+
+        return jax.tree.map(own, self.placed_state(AbstractMesh((1, self.model.num_devices), AXES)))
+
+    def placed_state(self, mesh: Mesh | AbstractMesh) -> tuple[Params, KVCache, Rows]:
+        """The same on all devices together, and how it is divided."""
+        config = self.config
 
         def make() -> tuple[Params, KVCache, Rows]:
-            kv = jnp.zeros(kv_shape(self.model.config, num_pages, PAGE_SIZE, config.window_group), DTYPE)
-            cache = KVCache(kv, kv, jnp.zeros((num_pages, PAGE_SIZE), jnp.int32))
+            cache = empty_cache(self.model, config.num_pages, PAGE_SIZE, config.window_group)
             rows = Rows.empty(MAX_NUM_SEQS, config.num_groups * config.pages_per_seq)
             return self.model.init(jax.random.key(0)), cache, rows
 
-        return jax.eval_shape(make)
+        def place(leaf: Any, *axes: str | None) -> Any:
+            return leaf.update(sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-    @property
-    def sharding(self) -> NamedSharding:
-        return sharding()
-
-    def placed(self, sharding: NamedSharding) -> tuple[Params, KVCache, Rows]:
-        """The state, and where it lies. `sharding`: of what is whole on each device."""
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), self.state()
-        )
+        params, cache, rows = jax.eval_shape(make)
+        params = placed(params, mesh, has_whole_experts=self.model.config.has_whole_experts)
+        cache = KVCache(place(cache.k, *KV_PAGES), place(cache.v, *KV_PAGES), place(cache.token_ids))
+        return params, cache, jax.tree.map(place, rows)
 
     def compile(
         self, make: Callable[..., StepCompiler] = StepCompiler, draw: DrawLayout | None = None
     ) -> Compiled:
         """The program with the model, or `draw`."""
-        compiler = make(self.model, self.config, self.placed(self.sharding), self.sharding, None)
+        everywhere = sharding(self.model.num_devices)
+        compiler = make(self.model, self.config, self.placed_state(everywhere.mesh), everywhere, None)
         layout = draw or self.layout
         with cuda_target():
             lowered = compiler.lower(layout)
         return compiler.compile(layout, lowered)
+
+
+def with_whole_experts(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
+    """On two devices, each of which has half of the experts."""
+    assert config.experts is not None
+    experts = dataclasses.replace(config.experts, is_whole=True)
+    return build_model(dataclasses.replace(config, experts=experts), dtype, 2)
 
 
 class Undonated(StepCompiler):
@@ -160,6 +180,8 @@ STEPS: Mapping[str, Step] = {
     # Experts, planned by a kernel and by XLA. 768: of more or fewer, pairs have as many elements as a weight.
     "qwen3-30b-a3b decode 32": Step("qwen3-30b-a3b", 32, True),
     "qwen3-30b-a3b mixed 768": Step("qwen3-30b-a3b", 768, False),
+    "qwen3-30b-a3b decode 32 on two": Step("qwen3-30b-a3b", 32, True, make_model=with_whole_experts),
+    "qwen3-30b-a3b mixed 768 on two": Step("qwen3-30b-a3b", 768, False, make_model=with_whole_experts),
     "opt-125m-llama decode 32 times 4": Step("opt-125m-llama", 32, True, depth=4),
     "opt-125m-llama mixed 1024": Step("opt-125m-llama", 1024, False),
     "opt-125m-llama mixed 32 to logits": Step(

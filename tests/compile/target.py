@@ -40,7 +40,7 @@ def chosen(programs: Iterable[str]) -> list[Any]:
 
 @functools.cache
 def sharding(num_devices: int = 1) -> NamedSharding:
-    """Of every argument that is whole on each H200."""
+    """Of what is whole on every H200 of one machine."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=DESCRIPTION.read_text(), topology=f"1x1x{num_devices}"
     )

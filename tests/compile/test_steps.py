@@ -21,6 +21,8 @@ every_program = pytest.mark.parametrize("program", chosen(STEPS))
 CUBLAS_BYTES = 32 * 2**20  # its workspace
 FUSED = {"skinny_qkv", "paged_decode", "skinny_linear", "keep_threshold"}
 MIXED = {"rope_kv_write", "ragged_paged_attention_mosaic", "gated_linear_mosaic", "keep_threshold"}
+EXPERTS_DECODE = {"rope_kv_write", "paged_decode", "plan_experts", "grouped_linear", "keep_threshold"}
+EXPERTS_MIXED = {"rope_kv_write", "ragged_paged_attention_mosaic", "grouped_linear", "keep_threshold"}
 KERNELS = {
     "llama-8b decode 1": FUSED,
     "llama-8b decode 32": FUSED,
@@ -33,19 +35,10 @@ KERNELS = {
     "gemma2-9b decode 1": {"rope_kv_write", "paged_decode", "keep_threshold"},
     "bloom-7b decode 32": {"paged_decode", "keep_threshold"},
     "falcon-7b decode 1": {"rope_kv_write", "paged_decode", "paged_decode_merge", "keep_threshold"},
-    "qwen3-30b-a3b decode 32": {
-        "rope_kv_write",
-        "paged_decode",
-        "plan_experts",
-        "grouped_linear",
-        "keep_threshold",
-    },
-    "qwen3-30b-a3b mixed 768": {
-        "rope_kv_write",
-        "ragged_paged_attention_mosaic",
-        "grouped_linear",
-        "keep_threshold",
-    },
+    "qwen3-30b-a3b decode 32": EXPERTS_DECODE,
+    "qwen3-30b-a3b mixed 768": EXPERTS_MIXED,
+    "qwen3-30b-a3b decode 32 on two": EXPERTS_DECODE,
+    "qwen3-30b-a3b mixed 768 on two": EXPERTS_MIXED,
     "opt-125m-llama decode 32 times 4": FUSED,
     "opt-125m-llama mixed 1024": MIXED,
     "opt-125m-llama mixed 32 to logits": {"rope_kv_write", "ragged_paged_attention_mosaic"},  # few rows
@@ -55,10 +48,12 @@ KERNELS = {
 def temp_bound(step: Step) -> int:
     """The larger of what a layer keeps and what sampling does, and cuBLAS's workspace.
 
-    Sampling is fused around one array of logits; a prompt's logprobs have up to the six that the memory
-    plan counts. A layer's weights would not fit.
+    Sampling is fused around one array of logits, and one more where they are gathered; a prompt's logprobs
+    have up to the six that the memory plan counts. A layer's weights would not fit.
     """
-    config, layout, num_copies = step.model.config, step.layout, 1 if step.num_prompt_top is None else 6
+    config, layout, num_copies = step.own, step.layout, min(2, step.model.num_devices)
+    if step.num_prompt_top is not None:
+        num_copies = 6
     layer = layout.num_tokens * DTYPE.itemsize * (4 * config.hidden_size + 3 * config.intermediate_size)
     num_rows = layout.num_seqs if step.num_prompt_top is None else BLOCK
     return CUBLAS_BYTES + max(layer, num_copies * num_rows * config.vocab_size * 4)
@@ -109,7 +104,7 @@ def test_neither_cache_nor_weights_are_copied(compiled: Mapping[str, Report], pr
 
 @every_program
 def test_the_memory_plan_holds(compiled: Mapping[str, Report], program: str) -> None:
-    layout, config = STEPS[program].layout, STEPS[program].model.config
+    layout, config = STEPS[program].layout, STEPS[program].own
     planned = activation_bytes(config, DTYPE, layout.num_tokens, layout.num_seqs)
     assert compiled[program].temp_bytes <= planned
 

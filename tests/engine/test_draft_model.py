@@ -272,6 +272,9 @@ def test_a_plan_has_room_for_both_models() -> None:
     assert "of them 2.30 GiB the draft model's" in table
     assert "163,840 B a token, of them 32,768 B the draft model's" in table
     assert "draft" not in alone.table()
+    halved = plan_without_device(replace(config, speculative_config=wanted, tensor_parallel_size=2), "h200")
+    assert halved.draft_page_bytes == both.draft_page_bytes / 2
+    assert halved.draft_weights_bytes < 0.51 * both.draft_weights_bytes
 
 
 def test_a_draft_model_with_windows_keeps_all_its_pages() -> None:

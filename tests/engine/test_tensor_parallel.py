@@ -95,13 +95,71 @@ def test_rows_with_and_without_filters_get_the_tokens_of_one_device(folder: Path
     assert found == wanted
 
 
-def test_more_devices_than_there_are_and_draft_models_are_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mqa", {}),  # its only KV head is on both devices
+        pytest.param("gpt_oss", {"enable_expert_parallel": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_draft_model_is_divided_as_the_model_is(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """It is the model: so every draft holds."""
+    from pjengine import SamplingParams
+    from tests.engine.test_draft_model import open_llm
+
+    golden = goldens.load(name)
+    folder = goldens.write_checkpoint(golden, tmp_path)
+    some: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
+    params = [SamplingParams(temperature=0, **some), SamplingParams(temperature=0.9, seed=5, **some)]
+    prompts = [golden.prompt[:20], golden.prompt[:13]]
+    with open_llm(folder, None, **SIZES) as llm:
+        wanted = llm.generate(prompts, params, use_tqdm=False)
+    with open_llm(folder, folder, tensor_parallel_size=2, **settings, **SIZES) as llm:
+        found = llm.generate(prompts, params, use_tqdm=False)
+        speculation, cache = llm.engine.scheduler.speculation, llm.engine.runner.cache
+        held = [shard.data.shape for shard in cache.draft_k.addressable_shards]
+    assert [own.outputs for own in found] == [own.outputs for own in wanted]
+    assert 0 < speculation.num_draft_tokens == speculation.num_accepted_tokens
+    assert len(held) == 2 and held[0][1] == 1  # KV head
+
+
+@pytest.mark.parametrize(
+    ("name", "num_devices"),
+    [
+        ("gpt_oss", 4),
+        pytest.param("mixtral", 2, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 2, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_devices_with_whole_experts_generate_what_transformers_does(
+    name: str, num_devices: int, tmp_path: Path
+) -> None:
+    from pjengine import LLM, SamplingParams
+
+    golden = goldens.load(name)
+    folder, parallel = goldens.write_checkpoint(golden, tmp_path), {"enable_expert_parallel": True}
+    with LLM(folder, tensor_parallel_size=num_devices, **parallel, **SIZES) as llm:
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        [output] = llm.generate([golden.prompt], params, use_tqdm=False)
+    assert output.outputs[0].token_ids == golden.tokens[:12]
+
+
+def test_experts_that_are_not_there_to_be_divided_are_refused(folder: Path) -> None:
+    from pjengine import LLM
+
+    with pytest.raises(ValueError, match="enable_expert_parallel=True divides experts among the devices of"):
+        LLM(folder, enable_expert_parallel=True, **SIZES)
+    with pytest.raises(ValueError, match=r"wants a mixture of experts, and .* has none \(LlamaForCausalLM\)"):
+        LLM(folder, enable_expert_parallel=True, tensor_parallel_size=2, **SIZES)
+
+
+def test_numbers_of_devices_that_cannot_be_are_refused(folder: Path) -> None:
     from pjengine import LLM
 
     with pytest.raises(ValueError, match="tensor_parallel_size=5 needs as many devices, found 4"):
         LLM(folder, tensor_parallel_size=5, **SIZES)
-    draft = {"model": str(folder), "num_speculative_tokens": 2}
-    with pytest.raises(ValueError, match="tensor_parallel_size=2 with a draft model is not supported"):
-        LLM(folder, tensor_parallel_size=2, speculative_config=draft, **SIZES)
     with pytest.raises(ValueError, match="tensor_parallel_size must be a whole number of at least 1"):
         LLM(folder, tensor_parallel_size=0, **SIZES)

@@ -285,6 +285,15 @@ def test_the_reference_has_derivatives_and_those_of_experts_that_nobody_chose_ar
     assert not found[2].down[LAYER, 2].any() and found[2].down[LAYER, 3].any()
 
 
+@pytest.mark.parametrize(("num_routed", "block_m"), [(None, 64), (8, 64), (32, 16)])
+def test_blocks_are_as_high_as_the_tokens_of_an_expert_of_all(num_routed: int | None, block_m: int) -> None:
+    """Of 256 pairs a device with 8 of 32 experts has some 64: 8 for each, and not 32."""
+    x, routing, weights = make_case(np.zeros((128, 2), np.int32))
+    run = partial(routed_triton, num_routed=num_routed)
+    plan = f"i32[3,{max_blocks(256, 8, block_m)}]"
+    assert plan in str(jax.make_jaxpr(run)(x, routing, weights, jnp.int32(0)))
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_tiles_divide_the_sizes_of_real_models(name: str) -> None:
     shape = EXPERTS[name]

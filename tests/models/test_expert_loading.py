@@ -108,6 +108,30 @@ def test_sharded_experts_equal_unsharded(spec: tuple[str | None, ...]) -> None:
     assert params["layers"]["gate_up"].sharding.is_equivalent_to(sharding, 5)
 
 
+class Counting(np.ndarray):
+    """Counts the bytes that are read of its kind."""
+
+    num_bytes = 0
+
+    def copy(self, order: Any = "C") -> "Counting":
+        Counting.num_bytes += self.nbytes
+        return super().copy(order)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_each_device_reads_only_its_own_experts(num_devices: int) -> None:
+    mesh, tensors = Mesh(np.array(jax.devices()[:num_devices]), ("x",)), make_tensors()
+    counted = {name: own.view(Counting) if ".experts." in name else own for name, own in tensors.items()}
+    abstract, everywhere = make_abstract(), NamedSharding(mesh, PartitionSpec())
+    for name in ("gate_up", "down"):
+        sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
+        abstract["layers"][name] = abstract["layers"][name].update(sharding=sharding)
+    Counting.num_bytes = 0
+    params = load(counted, TABLE, abstract, sharding=everywhere)
+    assert Counting.num_bytes == sum(own.nbytes for name, own in tensors.items() if ".experts." in name)
+    jax.tree.map(np.testing.assert_array_equal, params, with_numpy(tensors))
+
+
 def test_what_is_wrong_with_one_expert_is_named() -> None:
     tensors = make_tensors()
     del tensors["layers.0.experts.3.up"]
@@ -150,7 +174,10 @@ def test_packed_tensors_become_what_they_stand_for(num_devices: int) -> None:
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
     abstract = {"layers": {"w": jax.ShapeDtypeStruct((LAYERS, 2, 3), jnp.float32, sharding=sharding)}}
-    found = load(tensors, PACKED, abstract)["layers"]["w"]
+    Counting.num_bytes = 0
+    counted: dict[str, np.ndarray] = {name: own.view(Counting) for name, own in tensors.items()}
+    found = load(counted, PACKED, abstract)["layers"]["w"]
+    assert Counting.num_bytes == sum(own.nbytes for own in tensors.values())  # each device its own
     wanted = [tensors[f"{i}.low"] + 256.0 * tensors[f"{i}.high"] for i in range(LAYERS)]
     np.testing.assert_array_equal(found, np.reshape(wanted, (LAYERS, 2, 3)))
 

@@ -58,6 +58,24 @@ def test_a_layer_of_all_is_the_layer_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton_interpret"])
+def test_some_experts_add_what_they_add_to_the_whole(backend: str) -> None:
+    """And read no token that was sent to others only."""
+    h, logits, weights = draw(2, 6, HIDDEN), draw(3, 6, 8), make_weights()
+    wanted = experts_mlp(CONFIG, h, logits, weights, 1, backend=backend)
+    chosen, total, num_left_out = route(CONFIG, logits).experts, jnp.zeros_like(wanted), 0
+    for first in (0, 2, 4, 6):
+        own = jax.tree.map(lambda stack, first=first: stack[:, first : first + 2], weights)
+        is_here = ((chosen >= first) & (chosen < first + 2)).any(axis=1, keepdims=True)
+        num_left_out += int((~is_here).sum())
+        rows = jnp.where(is_here, h, jnp.nan)
+        out = experts_mlp(CONFIG, rows, logits, own, 1, first=first, backend=backend)
+        assert not out[~is_here[:, 0]].any()
+        total += out
+    assert num_left_out > 3
+    np.testing.assert_allclose(total, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton_interpret"])
 def test_padding_gives_zeros_and_changes_nothing_else(backend: str) -> None:
     h, logits, weights = draw(2, 6, HIDDEN), draw(3, 6, 8), make_weights()
     is_token = jnp.arange(6) < 4

@@ -1,5 +1,6 @@
 """Models divided among devices: who has which heads, and that all together compute what one does."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,24 @@ def test_every_head_stands_once_beside_its_own_keys(num_kv_heads: int, group: in
         assert (heads.queries.reshape(-1) == np.arange(num_kv_heads * group)).all()  # as they were
 
 
-def sharded(golden: goldens.Golden, folder: Path, num_devices: int) -> tuple[Decoder, Any, Any]:
+def sharded(
+    golden: goldens.Golden, folder: Path, num_devices: int, *, has_whole_experts: bool = False
+) -> tuple[Decoder, Any, Any]:
     """A golden case's model and parameters on so many devices, and their mesh."""
     goldens.write_checkpoint(golden, folder)
     config, mesh = parse_config(golden.config), make_mesh(jax.devices()[:num_devices])
+    if has_whole_experts:
+        assert config.experts is not None
+        config = dataclasses.replace(config, experts=dataclasses.replace(config.experts, is_whole=True))
     one, model = build_model(config, FLOAT32), build_model(config, FLOAT32, num_devices)
     params = load_params(
         open_checkpoint(folder),
         model.weight_table(),
         jax.eval_shape(one.init, jax.random.key(0)),
         num_layers=config.num_layers,
-        stored=placed(jax.eval_shape(model.init, jax.random.key(0)), mesh),
+        stored=placed(
+            jax.eval_shape(model.init, jax.random.key(0)), mesh, has_whole_experts=has_whole_experts
+        ),
         widen=partial(widen, config=config, num_devices=num_devices),
     )
     return model, params, mesh
@@ -94,6 +102,22 @@ def test_devices_together_compute_what_transformers_does(name: str, num_devices:
     model, params, mesh = sharded(golden, tmp_path, num_devices)
     logits = prompt_logits(model, params, mesh, golden.prompt)
     assert logits.shape[1] == model.config.vocab_size
+    found = logits[-4:, : golden.last_logits.shape[1]]
+    np.testing.assert_allclose(found, golden.last_logits, atol=2e-4, rtol=0)
+
+
+# The six experts of gpt-oss on four devices: two are padding, and one device has no others.
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_moe_dense_layers"])
+def test_devices_with_whole_experts_compute_what_transformers_does(name: str, tmp_path: Path) -> None:
+    golden = goldens.load(name)
+    model, params, mesh = sharded(golden, tmp_path, 4, has_whole_experts=True)
+    experts = model.own.experts
+    assert experts is not None and model.config.experts is not None
+    assert experts.inner_size == model.config.experts.inner_size
+    for leaf in ("expert_gate_up", "expert_down"):
+        [shape] = {shard.data.shape for shard in params["layers"][leaf].addressable_shards}
+        assert shape[1] == experts.num_held == -(-experts.num_experts // 4)
+    logits = prompt_logits(model, params, mesh, golden.prompt)
     found = logits[-4:, : golden.last_logits.shape[1]]
     np.testing.assert_allclose(found, golden.last_logits, atol=2e-4, rtol=0)
 
