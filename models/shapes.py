@@ -38,6 +38,17 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 500000.0,
         "tie_word_embeddings": True,
     },
+    "llama-70b": {
+        **_LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
     "llama2-13b": {
         **_LLAMA,
         "vocab_size": 32000,

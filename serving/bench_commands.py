@@ -52,8 +52,9 @@ def _add_bench(kinds: Any, name: str, run: Any, *, help: str, description: str) 
     model.add_argument(
         "--shape",
         metavar="SHAPE",
-        help="random weights in a named shape, with --load-format dummy: llama-8b, llama-1b, llama2-13b, "
-        "gemma2-9b, qwen3-8b, qwen3-30b-a3b, gpt2-xl, bloom-7b, falcon-7b, opt-125m, opt-125m-llama or tiny",
+        help="random weights in a named shape, with --load-format dummy: llama-8b, llama-1b, llama-70b, "
+        "llama2-13b, gemma2-9b, qwen3-8b, qwen3-30b-a3b, gpt2-xl, bloom-7b, falcon-7b, opt-125m, "
+        "opt-125m-llama or tiny",
     )
     command.add_argument("--output", metavar="FILE", help="append the results to this file too")
     add_engine_options(command)

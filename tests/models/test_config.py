@@ -276,6 +276,7 @@ def test_named_shapes_have_the_size_that_their_names_say() -> None:
         return c.num_layers * layer + 2 * c.vocab_size * c.hidden_size + c.hidden_size
 
     assert num_params("llama-8b") == pytest.approx(8.03e9, rel=1e-3)
+    assert num_params("llama-70b") == pytest.approx(70.554e9, rel=1e-3)
     assert num_params("llama2-13b") == pytest.approx(13.016e9, rel=1e-3)
     # 125M and an output layer that is not tied.
     assert num_params("opt-125m-llama") == pytest.approx(162e6, rel=1e-2)
