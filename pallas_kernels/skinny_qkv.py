@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from pjengine.pallas_kernels import rope_kv_write, skinny_linear
 from pjengine.pallas_kernels.dispatch import dispatch
 from pjengine.pallas_kernels.last_split import Counters, counters_for, finish_last
-from pjengine.pallas_kernels.skinny_linear import Normed, SkinnyTiles
+from pjengine.pallas_kernels.skinny_linear import MIN_PROGRAMS, Normed, SkinnyTiles
 
 
 class Destination(NamedTuple):
@@ -120,11 +120,17 @@ def check_kernel_can(x: Normed, weights: Array, destination: Destination, tiles:
 def choose_tiles(num_rows: int, k: int, n: int, head_dim: int) -> SkinnyTiles:
     """`SkinnyTiles.choose`, with blocks that are no wider than a head.
 
+    A split of large products has 2,048 rows or more, where that leaves enough programs: what follows the
+    last one, rotation and the write, is not divided.
+
     Raises:
       NotImplementedError: k or n is no multiple of a block.
     """
     tiles = SkinnyTiles.choose(num_rows=num_rows, k=k, n=n, is_gated=False)
-    return replace(tiles, block_n=min(tiles.block_n, head_dim))
+    num_splits, num_blocks = tiles.num_splits, n // tiles.block_n
+    while num_blocks * num_splits > MIN_PROGRAMS and 2048 <= k < 2048 * num_splits:
+        num_splits //= 2
+    return replace(tiles, block_n=min(tiles.block_n, head_dim), num_splits=num_splits)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "tiles", "interpret"))
