@@ -1,17 +1,22 @@
 """Programs of models that devices divide, as XLA makes them for two H200s."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 
+import jax.numpy as jnp
 from jax.stages import Compiled
 
 from pjengine.batching import Layout
+from pjengine.models.config import ModelConfig
 from pjengine.models.decoder import Decoder
-from pjengine.models.shapes import SHAPES
-from tests.compile.steps import DTYPE, Step
+from pjengine.models.registry import build_model
+from tests.compile.steps import Step
 
 NUM_DEVICES = 2
+
+
+def divided(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
+    return build_model(config, dtype, NUM_DEVICES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +24,7 @@ class DividedStep(Step):
     """One program of one model, on each device."""
 
     has_filters: bool = True
-
-    @functools.cached_property
-    def model(self) -> Decoder:
-        return self.make_model(dataclasses.replace(SHAPES[self.shape], num_layers=2), DTYPE, NUM_DEVICES)
+    make_model: Callable[..., Decoder] = divided
 
     @property
     def layout(self) -> Layout:
