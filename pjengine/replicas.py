@@ -35,18 +35,6 @@ from pjengine.turns import Turns
 
 _EXIT_TIMEOUT_S = 10.0  # how long the interpreter's exit waits for steps under way
 
-type Engine = LLMEngine | Replicas
-
-
-def start_engine(config: EngineConfig) -> Engine:
-    """One engine, or `data_parallel_size` of them. Raises as `load_model` does."""
-    return LLMEngine(config) if config.data_parallel_size == 1 else Replicas(config)
-
-
-def engines_of(engine: Engine) -> Sequence[LLMEngine]:
-    """Those that compute: itself, or each of the replicas."""
-    return engine.engines if isinstance(engine, Replicas) else [engine]
-
 
 @dataclass(eq=False)
 class _Replica:
@@ -310,6 +298,19 @@ class Replicas:
         self._forks.clear()
         for engine in self.engines:
             engine.close()
+
+
+type Engine = LLMEngine | Replicas
+
+
+def start_engine(config: EngineConfig) -> Engine:
+    """One engine, or `data_parallel_size` of them. Raises as `load_model` does."""
+    return LLMEngine(config) if config.data_parallel_size == 1 else Replicas(config)
+
+
+def engines_of(engine: Engine) -> Sequence[LLMEngine]:
+    """Those that compute: itself, or each of the replicas."""
+    return engine.engines if isinstance(engine, Replicas) else [engine]
 
 
 def _start_all(config: EngineConfig) -> list[LLMEngine]:

@@ -106,9 +106,7 @@ def _plan(args: argparse.Namespace) -> None:
     print(plan_without_device(config, args.gpu).table())
     if config.data_parallel_size > 1:
         num_devices = config.data_parallel_size * config.tensor_parallel_size
-        print(
-            f"on each of {num_devices} devices, of {config.data_parallel_size} engines that all have room so"
-        )
+        print(f"of {config.data_parallel_size} engines on {num_devices} devices, each device as above")
 
 
 def _add_generate(commands: Any) -> None:

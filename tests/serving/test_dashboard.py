@@ -82,7 +82,11 @@ def test_the_map_adds_up_in_few_cells(num_pages: int) -> None:
     assert (found["held"][-1], found["cached"][-1]) == (last.count(HELD), last.count(CACHED))
     assert found["held"][0] == states[:per_cell].count(HELD)
     both = page_map([states, states])
-    assert (both["num_pages"], both["num_held"], both["num_null"]) == (2 * num_pages, 2 * found["num_held"], 2)
+    assert (both["num_pages"], both["num_held"], both["num_null"]) == (
+        2 * num_pages,
+        2 * found["num_held"],
+        2,
+    )
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else(client: Client) -> None:
