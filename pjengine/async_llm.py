@@ -219,6 +219,8 @@ class _EngineThread:
         self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: the end
         self.is_closed = False
         self.failure: BaseException | None = None  # what ended the thread before its time
+        # Of several engines, one that is idle need not wait for the others' steps.
+        self._wake = engine.wake if isinstance(engine, Replicas) else None
         self._lock = threading.Lock()  # of `is_closed`, `_open` and `_calls`
         self._open: dict[str, _Stream] = {}  # whose consumer still waits
         self._calls: list[Future[None]] = []  # that somebody waits for
@@ -266,8 +268,8 @@ class _EngineThread:
     def _leave(self, call: Callable[[], None] | None) -> None:
         """Leaves a call for the engine's thread."""
         self.inbox.put(call)
-        if isinstance(self.engine, Replicas):  # where one that is idle need not wait for the others' steps
-            self.engine.wake()
+        if self._wake is not None:
+            self._wake()
 
     def num_unread(self) -> int:
         with self._lock:
@@ -411,7 +413,7 @@ class _EngineThread:
         """
         if stream.generation is not None and not stream.is_ended:
             self.engine.abort_request(stream.request_id)
-            if stream.request_id not in self.engine:
+            if self._wake is None or stream.request_id not in self.engine:
                 self._end(stream)
 
     def _give_up(self, stream: _Stream) -> None:

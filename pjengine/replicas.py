@@ -243,7 +243,7 @@ class Replicas:
         self._ended.put(None)
 
     def abort_request(self, request_id: str) -> None:
-        """Ends a request: now, or when its engine's step is over, and then `advance` returns it.
+        """Ends a request: now, or when its engine's step is over. `advance` returns it then.
 
         An unknown or finished one is left as it is.
         """
@@ -263,6 +263,7 @@ class Replicas:
         else:
             replica.engine.abort_request(request_id)
         self._forget(generation)
+        self._news[0].append(generation)
 
     def reset_prefix_cache(self) -> None:
         """As `LLMEngine.reset_prefix_cache`, of all."""
@@ -283,7 +284,7 @@ class Replicas:
     @property
     def is_broken(self) -> bool:
         """Whether an engine can run nothing any more. All end then: the process has to start anew."""
-        return any(engine.is_broken for engine in self.engines)
+        return any(own.engine.is_broken and not own.is_busy for own in self._replicas)
 
     def close(self) -> None:
         """Ends all requests and frees the device memory, once no step is under way. Safe to call twice."""

@@ -16,7 +16,7 @@ def requests() -> tuple[list[list[int]], list[Any]]:
     """Of every way to decode, short ones and long ones, some with the same beginning."""
     from pjengine import SamplingParams, StructuredOutputsParams
 
-    rng, some = random.Random(0), {"max_tokens": 10, "ignore_eos": True}
+    rng, some = random.Random(0), dict[str, Any](max_tokens=10, ignore_eos=True)
     form = StructuredOutputsParams(regex=r"[a-z]{3}-\d{4}")
     params = [
         SamplingParams(temperature=0, **some),

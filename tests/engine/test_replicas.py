@@ -41,7 +41,7 @@ def make_engine() -> Any:
     from pjengine import EngineConfig
     from pjengine.replicas import start_engine
 
-    engine = start_engine(EngineConfig(model="tiny", data_parallel_size=2, **SIZES))
+    engine: Any = start_engine(EngineConfig(model="tiny", data_parallel_size=2, **SIZES))
     for own in engine.engines:
         answer_at_once(own.runner)
     return engine
@@ -290,7 +290,8 @@ def test_the_streams_of_an_engine_whose_step_fails_end_and_the_others_go_on(llm:
                 last = output
             return last.outputs[0].finish_reason
 
-        first, second = await asyncio.gather(run(11), run(12), return_exceptions=True)
+        both: list[Any] = await asyncio.gather(run(11), run(12), return_exceptions=True)
+        first, second = both
         assert isinstance(first, EngineGenerateError) and "the device is on fire" in str(first)
         assert second == "length" == await run(13)
         await llm.check_health()
