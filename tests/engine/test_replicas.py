@@ -290,7 +290,7 @@ def test_the_streams_of_an_engine_whose_step_fails_end_and_the_others_go_on(llm:
                 last = output
             return last.outputs[0].finish_reason
 
-        both: list[Any] = await asyncio.gather(run(11), run(12), return_exceptions=True)
+        both: Any = await asyncio.gather(run(11), run(12), return_exceptions=True)
         first, second = both
         assert isinstance(first, EngineGenerateError) and "the device is on fire" in str(first)
         assert second == "length" == await run(13)
@@ -344,3 +344,17 @@ def test_closing_ends_what_runs_on_every_engine() -> None:
     assert not any(thread.is_alive() for thread in llm.engine._threads._threads)
     with pytest.raises(RuntimeError, match="these engines are closed"):
         llm.engine.add_request([11], exactly(1))
+
+
+def test_throughput_is_that_of_all_engines() -> None:
+    from pjengine import LLM
+    from pjengine.bench import Workload, throughput
+    from pjengine.stats import read_own_stats
+
+    with LLM("tiny", data_parallel_size=2, **SIZES) as llm:
+        for own in llm.engine.engines:
+            answer_at_once(own.runner)
+        result = throughput(llm, Workload([[11] * 8] * 6, [5] * 6))
+        each = [read_own_stats(own).num_generation_tokens for own in llm.engine.engines]
+        assert each == [15, 15] and result["recompiles_after_warmup"] == 0
+        assert result["output_tokens_per_s"] == 30 / result["elapsed_s"]
