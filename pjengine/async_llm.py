@@ -15,10 +15,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from pjengine.config import EngineConfig, known_settings
-from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
 from pjengine.outputs import RequestOutput
 from pjengine.prompts import Prompt
+from pjengine.replicas import Engine, Replicas, start_engine
 from pjengine.request import request_id_for
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
 
@@ -51,23 +51,25 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
-        self._start(LLMEngine(EngineConfig(model=os.fspath(model), **known_settings(settings))))
+        self._start(start_engine(EngineConfig(model=os.fspath(model), **known_settings(settings))))
 
     @classmethod
-    def from_engine(cls, engine: LLMEngine) -> "AsyncLLM":
+    def from_engine(cls, engine: Engine) -> "AsyncLLM":
         """Takes over an engine: from now on only this object's thread runs it, and `close` closes it."""
         llm = cls.__new__(cls)
         llm._start(engine)
         return llm
 
-    def _start(self, engine: LLMEngine) -> None:
+    def _start(self, engine: Engine) -> None:
         self._thread = _EngineThread(engine)
         # Without `close`, the engine ends with the last reference to this object.
         weakref.finalize(self, self._thread.inbox.put, None).atexit = False
 
     @property
-    def engine(self) -> LLMEngine:
-        """The engine underneath, to look at (`tokenizer`, `model_config`, ...): its thread runs it."""
+    def engine(self) -> Any:
+        """The engine underneath, an `LLMEngine` or `Replicas`, to look at (`tokenizer`, `model_config`, ...):
+        its thread runs it.
+        """
         return self._thread.engine
 
     async def generate(
@@ -212,11 +214,13 @@ class _EngineThread:
     which may take seconds to compile, have another thread.
     """
 
-    def __init__(self, engine: LLMEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: the end
         self.is_closed = False
         self.failure: BaseException | None = None  # what ended the thread before its time
+        # Of several engines, one that is idle need not wait for the others' steps.
+        self._wake = engine.wake if isinstance(engine, Replicas) else None
         self._lock = threading.Lock()  # of `is_closed`, `_open` and `_calls`
         self._open: dict[str, _Stream] = {}  # whose consumer still waits
         self._calls: list[Future[None]] = []  # that somebody waits for
@@ -259,7 +263,13 @@ class _EngineThread:
             return
         for completion in generation.completions:
             completion.request.metrics.arrival_s = stream.arrival_s
-        self.inbox.put(lambda: self._submit(stream, generation))
+        self._leave(lambda: self._submit(stream, generation))
+
+    def _leave(self, call: Callable[[], None] | None) -> None:
+        """Leaves a call for the engine's thread."""
+        self.inbox.put(call)
+        if self._wake is not None:
+            self._wake()
 
     def num_unread(self) -> int:
         with self._lock:
@@ -288,12 +298,12 @@ class _EngineThread:
         with self._lock:
             self.check()
             self._calls = [call for call in self._calls if not call.done()] + [done]
-            self.inbox.put(call)
+            self._leave(call)
         return done
 
     def _request_abort(self, stream: _Stream) -> None:
         stream.is_aborted = True
-        self.inbox.put(lambda: self._abort(stream))
+        self._leave(lambda: self._abort(stream))
 
     def release(self, stream: _Stream) -> None:
         """Ends a request that nobody waits for any more, and frees its id."""
@@ -305,7 +315,7 @@ class _EngineThread:
     def close(self, timeout_s: float | None = None) -> None:
         with self._lock:
             self.is_closed = True
-        self.inbox.put(None)
+        self._leave(None)
         self._thread.join(timeout_s)
         for preparer in (self._preparer, self._compiler):
             preparer.shutdown(wait=timeout_s is None)
@@ -322,6 +332,10 @@ class _EngineThread:
     def _run(self) -> None:
         try:
             while self._make_calls():
+                self._step()
+            for stream in list(self._live.values()):
+                self._abort(stream)
+            while self._live:  # in engines whose step is under way
                 self._step()
         except BaseException as error:
             logger.exception("the engine has failed and cannot go on")
@@ -359,7 +373,7 @@ class _EngineThread:
         except Exception as error:
             if self.engine.is_broken:
                 raise
-            for stream in list(self._live.values()):
+            for stream in [own for own in self._live.values() if own.request_id not in self.engine]:
                 stream.error = EngineGenerateError(f"request {stream.request_id!r}: a step failed: {error}")
                 stream.error.__cause__ = error
                 self._end(stream)
@@ -367,8 +381,8 @@ class _EngineThread:
         streams = []
         for generation in grown:
             request_id = generation.request.request_id
-            if request_id not in self._live:
-                continue  # the engine had it before this thread had the engine
+            if request_id not in self._live or self._live[request_id].generation is not generation:
+                continue  # the engine had it before this thread had the engine, or nobody waits for it
             stream = self._live[request_id]
             if generation.is_finished:
                 stream.is_ended = True
@@ -393,10 +407,14 @@ class _EngineThread:
             self._live[stream.request_id] = stream
 
     def _abort(self, stream: _Stream) -> None:
-        """Ends a request; one that is not queued yet is ended by `_submit`."""
+        """Ends a request; one that is not queued yet is ended by `_submit`.
+
+        Several engines end one in the middle of a step when that is over, and `advance` returns it.
+        """
         if stream.generation is not None and not stream.is_ended:
             self.engine.abort_request(stream.request_id)
-            self._end(stream)
+            if self._wake is None or stream.request_id not in self.engine:
+                self._end(stream)
 
     def _give_up(self, stream: _Stream) -> None:
         if self.failure is None:

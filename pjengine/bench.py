@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -89,6 +90,8 @@ def throughput(
     Raises:
       ValueError: a request of the workload is longer than `max_model_len`.
     """
+    from pjengine.stats import read_stats
+
     for prompt, output_len in zip(workload.prompts, workload.output_lens, strict=True):
         _check_length(llm, len(prompt), output_len)
     _warm_up(llm)
@@ -113,7 +116,7 @@ def throughput(
         "output_tokens_per_s": workload.num_output_tokens / median_s,
         "total_tokens_per_s": workload.num_tokens / median_s,
         "num_preemptions": num_preemptions,
-        "recompiles_after_warmup": llm.engine.runner.recompiles_after_warmup,
+        "recompiles_after_warmup": read_stats(llm.engine).num_recompiles,
         **draft_figures(llm, before),
     }
 
@@ -200,15 +203,15 @@ def copied_prompts(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 def draft_counts(llm: Any) -> tuple[int, int]:
     """Of an engine so far: tokens drafted, and those that held."""
-    speculation = llm.engine.scheduler.speculation
-    if speculation is None:
-        return 0, 0
-    return speculation.num_draft_tokens, speculation.num_accepted_tokens
+    from pjengine.stats import read_stats
+
+    stats = read_stats(llm.engine)
+    return stats.num_draft_tokens, stats.num_accepted_tokens
 
 
 def draft_figures(llm: Any, before: tuple[int, int]) -> dict[str, Any]:
     """What a row says of speculation since `draft_counts` gave `before`; nothing, if the engine has none."""
-    if llm.engine.scheduler.speculation is None:
+    if llm.engine.config.speculation is None:
         return {}
     drafted, accepted = (now - then for now, then in zip(draft_counts(llm), before, strict=True))
     return {
@@ -241,8 +244,11 @@ def _check_length(llm: Any, prompt_len: int, output_len: int) -> None:
 
 
 def _warm_up(llm: Any) -> None:
-    engine = llm.engine
-    engine.runner.wait_until_warm(use_tqdm=engine.config.use_tqdm_on_load)
+    from pjengine.replicas import engines_of
+
+    engines = engines_of(llm.engine)
+    with ThreadPoolExecutor(len(engines)) as pool:
+        list(pool.map(lambda own: own.runner.wait_until_warm(use_tqdm=own.config.use_tqdm_on_load), engines))
 
 
 def startup(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -270,20 +276,21 @@ def startup(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def start_once(begun: float, settings: Mapping[str, Any], cache_dir: str) -> dict[str, float | int]:
     """Starts an engine in this process, which began at `begun` (`time.time`); seconds of each part."""
     from pjengine.llm import LLM
+    from pjengine.replicas import engines_of
+    from pjengine.stats import read_stats
 
     imported = time.time()
     with LLM(**{**settings, "compile_cache_dir": cache_dir}) as llm:
-        runner = llm.engine.runner
-        ready, compile_s = time.time(), runner.compile_s
+        ready, compile_s = time.time(), read_stats(llm.engine).compile_s
         llm.generate([[FIRST_TOKEN_ID]], fixed_length(1, 0.0), use_tqdm=False)
-        end = time.time()
+        end, whole_compile_s = time.time(), read_stats(llm.engine).compile_s
         return {
             "import_s": imported - begun,
             "weights_s": ready - imported - compile_s,  # and config, device, memory plan
-            "compile_s": runner.compile_s,
-            "first_token_s": end - ready - (runner.compile_s - compile_s),
+            "compile_s": whole_compile_s,
+            "first_token_s": end - ready - (whole_compile_s - compile_s),
             "total_s": end - begun,
-            "num_programs": len(runner.programs),
+            "num_programs": sum(len(own.runner.programs) for own in engines_of(llm.engine)),
         }
 
 

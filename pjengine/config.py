@@ -29,10 +29,11 @@ LIMITS = {
     "max_num_batched_tokens": (1, 2**31),
     "decode_steps": (1, 2**31),
     "tensor_parallel_size": (1, 2**16),
+    "data_parallel_size": (1, 2**16),
     "max_logprobs": (-1, 2**31),
     "seed": (0, 2**63),
 }
-NEVER_NONE = ("max_logprobs", "seed", "tensor_parallel_size")
+NEVER_NONE = ("max_logprobs", "seed", "tensor_parallel_size", "data_parallel_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class EngineConfig:
     speculative_config: Any = None
     tensor_parallel_size: int = 1  # devices that compute each token together
     enable_expert_parallel: bool = False  # each of them has whole experts, and not a part of every one
+    data_parallel_size: int = 1  # engines beside each other, each on as many devices as that
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
     max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
@@ -207,7 +209,7 @@ class RunnerConfig:
 RENAMED = {"block_size": "page_size"}
 # Settings of vLLM that are not here, and the values that say just that.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size"), (1,)),
+    "pipeline_parallel_size": (1,),
     **dict.fromkeys(("trust_remote_code", "enforce_eager", "enable_lora", "enable_sleep_mode"), (False,)),
     "disable_custom_all_reduce": (False,),
     **dict.fromkeys(("quantization", "quantization_config"), (None,)),

@@ -39,9 +39,14 @@ class LLMEngine:
     with grammars the model is launched, and what they allow is found while it runs.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None) -> None:
+        if config.data_parallel_size > 1:
+            raise ValueError(
+                f"an LLMEngine is one engine, got data_parallel_size={config.data_parallel_size}: use LLM, "
+                "AsyncLLM or pjengine.replicas.start_engine"
+            )
         self.config = config
-        loaded: LoadedModel = load_model(config)
+        loaded = load_model(config) if loaded is None else loaded
         self.model_config = loaded.model.config
         self.tokenizer = loaded.tokenizer
         self.max_model_len = loaded.runner_config.max_model_len
@@ -390,6 +395,10 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._generations)
+
+    def __contains__(self, request_id: object) -> bool:
+        """Whether it has a request of this id that has not ended."""
+        return request_id in self._generations
 
     def close(self) -> None:
         """Ends all requests and frees the device memory: now, or after the step that another thread is in.

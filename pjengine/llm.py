@@ -13,11 +13,11 @@ from tqdm import tqdm
 from pjengine.beams import BeamSearchOutput, BeamSearchParams, beam_search_output
 from pjengine.config import EngineConfig, known_settings
 from pjengine.embeddings import EmbeddingOutput, embedding_of, embedding_params
-from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
 from pjengine.models.pair import target_params
 from pjengine.outputs import RequestOutput
 from pjengine.prompts import Prompt
+from pjengine.replicas import Engine, Replicas, start_engine
 from pjengine.sampling_params import SamplingParams
 from pjengine.scoring import (
     PerplexityOutput,
@@ -61,13 +61,13 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
-        self._engine: LLMEngine | None = LLMEngine(
+        self._engine: Engine | None = start_engine(
             EngineConfig(model=os.fspath(model), **known_settings(settings))
         )
 
     @property
-    def engine(self) -> LLMEngine:
-        """The engine underneath.
+    def engine(self) -> Any:
+        """The engine underneath: an `LLMEngine`, or `Replicas` that is used as one.
 
         Raises:
           RuntimeError: this LLM was closed.
@@ -78,7 +78,13 @@ class LLM:
 
     @property
     def params(self) -> Any:
-        """The model's parameters, a plain pytree of arrays."""
+        """The model's parameters, a plain pytree of arrays.
+
+        Raises:
+          ValueError: each of several engines has its own.
+        """
+        if isinstance(self.engine, Replicas):
+            raise ValueError("each engine has parameters of its own: see engine.engines[i].runner.params")
         runner = self.engine.runner
         return target_params(runner.model, runner.params)
 

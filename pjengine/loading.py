@@ -25,8 +25,8 @@ from pjengine.models.shapes import SHAPES
 from pjengine.models.share import widen
 from pjengine.pallas_kernels.dispatch import check_backend
 from pjengine.progress import progress_bar
-from pjengine.sharding.mesh import AXES, choose_devices, make_mesh, replicated
-from pjengine.sharding.partition import placed
+from pjengine.sharding.mesh import AXES, choose_device_groups, make_mesh, replicated
+from pjengine.sharding.partition import copied, placed
 from pjengine.sizing import choose_decode_steps, choose_dtype, choose_sizes
 from pjengine.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,8 +46,24 @@ class LoadedModel:
     generation_config: Mapping[str, Any]  # what generation_config.json holds, if it counts
 
 
+def load_replicas(config: EngineConfig) -> list[LoadedModel]:
+    """Loads what `config` names once, and copies it from device to device for each further replica.
+
+    Raises as `load_model` does.
+    """
+    first = load_model(config)
+    groups = choose_device_groups(config.data_parallel_size, config.tensor_parallel_size)
+    for index, devices in enumerate(groups):
+        logger.info("engine %d: %s", index, ", ".join(str(device) for device in devices))
+    meshes = [make_mesh(devices) for devices in groups[1:]]
+    return [
+        first,
+        *(replace(first, params=copied(first.params, own), sharding=replicated(own)) for own in meshes),
+    ]
+
+
 def load_model(config: EngineConfig) -> LoadedModel:
-    """Loads what `config` names.
+    """Loads what `config` names, on the devices of the first replica, with a plan that all of them can hold.
 
     Raises:
       ValueError: the model or a setting is not possible; the text says which and what to change.
@@ -58,14 +74,16 @@ def load_model(config: EngineConfig) -> LoadedModel:
     folder, model_config = read_model_config(config)
     dtype = choose_dtype(config.dtype, model_config)
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, folder)
-    devices = choose_devices(config.tensor_parallel_size)
+    groups = choose_device_groups(config.data_parallel_size, config.tensor_parallel_size)
+    devices = groups[0]
     device, mesh = devices[0], make_mesh(devices)
     model, draft_folder = with_draft(config, build_model(model_config, dtype, len(devices)))
     stats = device.memory_stats() if device.platform == "gpu" else None
     sizes = choose_sizes(config, model_config, stats["bytes_limit"] if stats else None)
     # Before the weights are loaded, so that what does not fit costs nothing.
     share = config.gpu_memory_utilization / reserved_fraction
-    plan = make_plan(config, model, sizes, device_budget(device, share))
+    budgets = [device_budget(own[0], share) for own in groups]
+    plan = make_plan(config, model, sizes, min((b for b in budgets if b is not None), default=None))
     logger.info("memory plan\n%s", plan.table())
     if isinstance(model, Pair) and config.draft is not None:
         params: Params = {

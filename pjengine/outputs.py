@@ -23,6 +23,7 @@ class RequestMetrics:
     finished_s: float | None = None
     num_generation_tokens: int = 0
     num_preemptions: int = 0
+    engine_index: int = 0  # which of `data_parallel_size` engines has it
 
     @property
     def queue_s(self) -> float | None:
@@ -95,6 +96,7 @@ def merge_metrics(parts: Sequence[RequestMetrics]) -> RequestMetrics:
         finished_s=max(ends) if len(ends) == len(parts) else None,
         num_generation_tokens=sum(part.num_generation_tokens for part in parts),
         num_preemptions=sum(part.num_preemptions for part in parts),
+        engine_index=parts[0].engine_index,
         mean_tpot_s=sum(decode_s for decode_s, _ in later) / sum(n for _, n in later) if later else None,
     )
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from pjengine.config import is_whole
-from pjengine.engine import LLMEngine
 from pjengine.generation import NO_TOKEN, Generation
 from pjengine.prompts import EncodedPrompt, Prompt, encode_prompt
+from pjengine.replicas import Engine
 from pjengine.request import request_id_for
 from pjengine.sampling_params import SamplingParams
 from pjengine.schedule import BROKEN
@@ -72,7 +72,7 @@ class PreparedScores:
         )
 
 
-def prepare_scores(engine: LLMEngine, prompt: Prompt, completions: Sequence[Any]) -> PreparedScores:
+def prepare_scores(engine: Engine, prompt: Prompt, completions: Sequence[Any]) -> PreparedScores:
     """Checks a prompt and its completions; nothing is run.
 
     A completion that is text is encoded together with its prompt, and begins with the first token that the
@@ -99,7 +99,7 @@ def prepare_scores(engine: LLMEngine, prompt: Prompt, completions: Sequence[Any]
     return PreparedScores(prompt=encoded, generations=generations)
 
 
-def _encode(engine: LLMEngine, prompt: Prompt) -> EncodedPrompt:
+def _encode(engine: Engine, prompt: Prompt) -> EncodedPrompt:
     return encode_prompt(
         prompt,
         engine.tokenizer,
@@ -109,7 +109,7 @@ def _encode(engine: LLMEngine, prompt: Prompt) -> EncodedPrompt:
 
 
 def _divide(
-    engine: LLMEngine, encoded: EncodedPrompt, prompt: Prompt, completion: Any
+    engine: Engine, encoded: EncodedPrompt, prompt: Prompt, completion: Any
 ) -> tuple[list[int], list[int]]:
     """The tokens before a completion, and its own."""
     if not isinstance(completion, str):
@@ -139,7 +139,7 @@ def _divide(
     return whole[:num_shared], whole[num_shared:]
 
 
-def _prepare(engine: LLMEngine, before: list[int], tokens: list[int], salt: str, fork: str) -> Generation:
+def _prepare(engine: Engine, before: list[int], tokens: list[int], salt: str, fork: str) -> Generation:
     """A request that computes `before` and `tokens`, and tells the logprobs of `tokens`."""
     whole, most = before + tokens, engine.max_model_len
     if len(whole) > most:
@@ -182,7 +182,7 @@ def score_of(generation: Generation) -> CompletionScore:
 
 
 def prepare_windows(
-    engine: LLMEngine, prompt: Prompt, stride: int | None, max_window: int | None
+    engine: Engine, prompt: Prompt, stride: int | None, max_window: int | None
 ) -> list[Generation]:
     """A text's windows, ready to be queued: together they tell the logprob of every token but the first.
 

@@ -1,11 +1,12 @@
 """What the engine has done and is doing, in numbers, and in a line for the log."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 from pjengine.engine import LLMEngine
 from pjengine.pallas_kernels.dispatch import chosen_backends
+from pjengine.replicas import Engine, engines_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,32 @@ class EngineStats:
     num_accepted_tokens: int = 0
     accepted_by_position: tuple[int, ...] = ()  # of each token of a draft, how often it was kept
     num_recompiles: int
+    compile_s: float = 0.0  # that callers waited for programs
     kernel_backends: Mapping[str, str]  # of each op of the programs
 
 
-def read_stats(engine: LLMEngine) -> EngineStats:
+def read_stats(engine: Engine) -> EngineStats:
+    """Of all its engines together: sums, and the highest share of pages."""
+    return total([read_own_stats(own) for own in engines_of(engine)])
+
+
+def total(each: Sequence[EngineStats]) -> EngineStats:
+    """Engines beside each other, as one."""
+    first, *others = each
+    if not others:
+        return first
+    names = [own.name for own in fields(EngineStats) if own.name.startswith("num_")]
+    positions = zip(*(stats.accepted_by_position for stats in each), strict=True)
+    return replace(
+        first,
+        **{name: sum(getattr(stats, name) for stats in each) for name in names},
+        kv_cache_usage=max(stats.kv_cache_usage for stats in each),
+        compile_s=max(stats.compile_s for stats in each),
+        accepted_by_position=tuple(sum(counts) for counts in positions),
+    )
+
+
+def read_own_stats(engine: LLMEngine) -> EngineStats:
     scheduler, speculation = engine.scheduler, engine.scheduler.speculation
     return EngineStats(
         num_running=scheduler.rows.num_rows - scheduler.rows.num_free,
@@ -46,6 +69,7 @@ def read_stats(engine: LLMEngine) -> EngineStats:
         num_accepted_tokens=0 if speculation is None else speculation.num_accepted_tokens,
         accepted_by_position=() if speculation is None else tuple(speculation.accepted_by_position.tolist()),
         num_recompiles=engine.runner.recompiles_after_warmup,
+        compile_s=engine.runner.compile_s,
         kernel_backends=chosen_backends(),
     )
 

@@ -287,7 +287,7 @@ def run_batch(
             )
             return int(output.num_failed > 0)
         with local_service(engine_config, config) as (service, app):
-            most = max_in_flight or 2 * service.llm.engine.runner.config.max_num_seqs
+            most = max_in_flight or 2 * service.num_rows
             batch = Batch(service=service, app=app, output=output, max_in_flight=most)
             return _run(batch, source, num_left, num_before=num_items - num_left)
 

@@ -233,7 +233,7 @@ def _latency(args: argparse.Namespace) -> None:
     if args.use_beam_search:
         sampling = {"temperature": 0, **sampling, "use_beam_search": True, "best_of": args.beam_width or 8}
     SamplingParams(**sampling)  # refuses before the model is loaded
-    with pjengine.LLM(**_bench_settings(args), warm_up=False) as llm:
+    with pjengine.LLM(**_of_one_engine(args), warm_up=False) as llm:
         for batch_size in args.batch_size:
             check_batch(llm, batch_size, args.prompt_len, args.output_len, sampling.get("best_of", 1))
         for batch_size in args.batch_size:
@@ -292,7 +292,7 @@ def _kernels(args: argparse.Namespace) -> None:
 
 
 def _profile(args: argparse.Namespace) -> None:
-    settings = _bench_settings(args)
+    settings = _of_one_engine(args)
     from pjengine.step_profile import KEEP_GRAPHS, profile_decode, profile_mixed, profile_workload
 
     add_xla_flag(KEEP_GRAPHS)
@@ -329,6 +329,17 @@ def _startup(args: argparse.Namespace) -> None:
             f"{result['kind']} start: {result['total_s']:.2f} s to the first token ({parts}, "
             f"first token {result['first_token_s']:.2f})",
         )
+
+
+def _of_one_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of a benchmark that times the steps of one batch."""
+    settings = _bench_settings(args)
+    if (size := settings.get("data_parallel_size", 1)) > 1:
+        raise ValueError(
+            f"this benchmark times the steps of one engine, got data_parallel_size={size}: leave it out, or "
+            "take `bench throughput`"
+        )
+    return settings
 
 
 def _bench_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -104,6 +104,9 @@ def _plan(args: argparse.Namespace) -> None:
 
     config = EngineConfig(model=args.model, **given(args, ENGINE_OPTIONS))
     print(plan_without_device(config, args.gpu).table())
+    if config.data_parallel_size > 1:
+        num_devices = config.data_parallel_size * config.tensor_parallel_size
+        print(f"of {config.data_parallel_size} engines on {num_devices} devices, each device as above")
 
 
 def _add_generate(commands: Any) -> None:
@@ -152,9 +155,11 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = args.prompt or [_read_prompt()]
     for prompt in prompts:
         check_utf8(prompt)
+    from pjengine.stats import read_stats
+
     with pjengine.LLM(**vars(config)) as llm:
         params = _laid_over(llm.get_default_sampling_params(), asked)
-        ready, compile_s = time.perf_counter(), llm.engine.runner.compile_s
+        ready, compile_s = time.perf_counter(), read_stats(llm.engine).compile_s
         if args.stream:
             num_tokens = _show(llm.stream(prompts, params), prompts)
         else:
@@ -163,7 +168,7 @@ def _generate(args: argparse.Namespace) -> None:
             for prompt, output in zip(prompts, outputs, strict=True):
                 print(prompt + output.outputs[0].text)
         # Programs that were compiled on the way count as start-up: a second prompt finds them ready.
-        compiled_late_s = llm.engine.runner.compile_s - compile_s
+        compiled_late_s = read_stats(llm.engine).compile_s - compile_s
         elapsed = time.perf_counter() - ready - compiled_late_s
         start_s = ready - args.begun + compiled_late_s
     print(

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from starlette.responses import HTMLResponse, Response
 
 import pjengine
 from pjengine.page_pool import CACHED, HELD
+from pjengine.replicas import engines_of
 from pjengine.serving.errors import ERRORS
 from pjengine.serving.recent import WINDOW_S
 from pjengine.serving.service import Service, service_of
@@ -86,7 +88,7 @@ def _engine(service: Service) -> dict[str, Any]:
         "version": pjengine.__version__,
         "model": service.model_names[0],
         "max_model_len": engine.max_model_len,
-        "max_num_seqs": engine.runner.config.max_num_seqs,
+        "max_num_seqs": service.num_rows,
         "has_tokenizer": service.prompts.tokenizer is not None,
         "has_chat_template": service.prompts.has_chat_template,
         "num_running": now.num_running,
@@ -97,24 +99,30 @@ def _engine(service: Service) -> dict[str, Any]:
         "num_recompiles": now.num_recompiles,
         "num_cache_queries": now.num_cache_queries,
         "num_cache_hits": now.num_cache_hits,
-        "pages": {"page_size": engine.runner.config.page_size, **page_map(engine.scheduler.pool.states)},
+        "pages": {
+            "page_size": engine.config.page_size,
+            **page_map([own.scheduler.pool.states for own in engines_of(engine)]),
+        },
     }
 
 
-def page_map(states: bytearray) -> dict[str, Any]:
+def page_map(pools: Sequence[bytearray]) -> dict[str, Any]:
     """How many pages are held and how many cached, in each cell of equally many pages; the rest is free.
 
-    The first page is the null page. The engine's thread may write meanwhile: each state is whole.
+    The pages of several engines follow each other, and each engine's first page is its null page. The
+    engines' threads may write meanwhile: each state is whole.
     """
+    states = b"".join(pools)
     num_pages = len(states)
     pages_per_cell = 1
     while -(-num_pages // pages_per_cell) > MAX_CELLS:
         pages_per_cell *= 2
-    now = np.frombuffer(bytes(states), np.uint8)
+    now = np.frombuffer(states, np.uint8)
     starts = np.arange(0, num_pages, pages_per_cell)
     held, cached = (np.add.reduceat(now == state, starts, dtype=np.int64) for state in (HELD, CACHED))
     return {
         "num_pages": num_pages,
+        "num_null": len(pools),
         "num_held": int(held.sum()),
         "num_cached": int(cached.sum()),
         "pages_per_cell": pages_per_cell,

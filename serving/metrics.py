@@ -7,11 +7,11 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client import Counter as PrometheusCounter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from pjengine.engine import LLMEngine
 from pjengine.outputs import RequestOutput
+from pjengine.replicas import Engine, engines_of
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
 from pjengine.serving.recent import Recent
-from pjengine.stats import read_stats
+from pjengine.stats import read_own_stats
 
 _LABELS = ("model_name", "engine")
 _STEPS = (1, 2.5, 5)
@@ -29,19 +29,39 @@ _TIMES = {
     "request_decode_time_seconds": ("From the first token to the last.", "decode_s"),
 }
 
+# What an engine counts by itself: a help text, and the field of `EngineStats`.
+_GAUGES = {
+    "num_requests_running": ("Continuations that run.", "num_running"),
+    "num_requests_waiting": ("Continuations that wait for room.", "num_waiting"),
+    "kv_cache_usage_perc": ("Share of the KV pages that are held; 1 is all.", "kv_cache_usage"),
+}
+_COUNTERS = {
+    "prompt_tokens": ("Tokens of prompts that have begun to run.", "num_prompt_tokens"),
+    "generation_tokens": ("Tokens generated.", "num_generation_tokens"),
+    "num_preemptions": ("Continuations that had to make room.", "num_preemptions"),
+    "prefix_cache_queries": ("Tokens looked up in the prefix cache.", "num_cache_queries"),
+    "prefix_cache_hits": ("Tokens found there.", "num_cache_hits"),
+    "spec_decode_num_drafts": ("Times that tokens were drafted.", "num_drafts"),
+    "spec_decode_num_draft_tokens": ("Tokens drafted.", "num_draft_tokens"),
+    "spec_decode_num_accepted_tokens": ("Drafted tokens that held.", "num_accepted_tokens"),
+    "recompiles_after_warmup": ("Programs compiled after warm-up.", "num_recompiles"),
+}
+
 
 class Metrics:
     """What is measured of requests as they pass, and what the engine counts by itself."""
 
-    def __init__(self, engine: LLMEngine, *, model_name: str, prefix: str) -> None:
+    def __init__(self, engine: Engine, *, model_name: str, prefix: str) -> None:
         self.recent = Recent()
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine, prefix, (model_name, "0")))
-        self._labels = (model_name, "0")
+        self._registry.register(_EngineCollector(engine, prefix, model_name))
+        self._model_name = model_name
+        all_labels = [(model_name, str(index)) for index in range(len(engines_of(engine)))]
 
-        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> list[Histogram]:
+            """One for each engine."""
             made = Histogram(f"{prefix}:{name}", help, _LABELS, registry=self._registry, buckets=buckets)
-            return made.labels(*self._labels)
+            return [made.labels(*labels) for labels in all_labels]
 
         self._times = {
             attribute: histogram(name, help, _SECONDS) for name, (help, attribute) in _TIMES.items()
@@ -71,20 +91,21 @@ class Metrics:
         self, params: SamplingParams, output: RequestOutput | None, most_tokens: int, reasons: Counter[str]
     ) -> None:
         """Counts a request that has ended; `output` is its last, if there was any."""
+        engine = 0 if output is None else output.metrics.engine_index
         for reason, count in reasons.items():
-            self._ends.labels(*self._labels, reason).inc(count)
+            self._ends.labels(self._model_name, str(engine), reason).inc(count)
         if output is None:
             return
         self.recent.tpot.add(output.metrics.tpot_s)
-        for attribute, histogram in self._times.items():
+        for attribute, histograms in self._times.items():
             if (value := getattr(output.metrics, attribute)) is not None:
-                histogram.observe(value)
-        self._prompt_tokens.observe(len(output.prompt_token_ids))
-        self._generation_tokens.observe(output.metrics.num_generation_tokens)
-        self._most_tokens.observe(most_tokens)
-        self._n.observe(params.n)
+                histograms[engine].observe(value)
+        self._prompt_tokens[engine].observe(len(output.prompt_token_ids))
+        self._generation_tokens[engine].observe(output.metrics.num_generation_tokens)
+        self._most_tokens[engine].observe(most_tokens)
+        self._n[engine].observe(params.n)
         if params.max_tokens is not None:
-            self._max_tokens.observe(params.max_tokens)
+            self._max_tokens[engine].observe(params.max_tokens)
 
     def exposition(self) -> bytes:
         """All of them, in Prometheus's text format."""
@@ -109,7 +130,7 @@ class Watch:
             self._metrics.recent.ttft.add(output.metrics.ttft_s)
         last_token_s = output.metrics.last_token_s
         if self._last_token_s is not None and last_token_s is not None and last_token_s > self._last_token_s:
-            self._metrics.gaps.observe(last_token_s - self._last_token_s)
+            self._metrics.gaps[output.metrics.engine_index].observe(last_token_s - self._last_token_s)
         self._output, self._last_token_s = output, last_token_s
         for completion in output.outputs:
             before = self._num_tokens[completion.index] if self._is_delta else 0
@@ -129,45 +150,34 @@ class Watch:
 
 
 class _EngineCollector:
-    """Reads the engine when Prometheus asks: whole numbers, which another thread may change meanwhile."""
+    """Reads the engines when Prometheus asks: whole numbers, which other threads may change meanwhile."""
 
-    def __init__(self, engine: LLMEngine, prefix: str, labels: tuple[str, str]) -> None:
-        self._engine, self._prefix, self._labels = engine, prefix, labels
+    def __init__(self, engine: Engine, prefix: str, model_name: str) -> None:
+        self._engine, self._prefix, self._model_name = engine, prefix, model_name
 
     def collect(self) -> Iterator[Metric]:
-        stats = read_stats(self._engine)
-        gauges = {
-            "num_requests_running": ("Continuations that run.", stats.num_running),
-            "num_requests_waiting": ("Continuations that wait for room.", stats.num_waiting),
-            "kv_cache_usage_perc": ("Share of the KV pages that are held; 1 is all.", stats.kv_cache_usage),
+        each = {
+            (self._model_name, str(index)): read_own_stats(own)
+            for index, own in enumerate(engines_of(self._engine))
         }
-        counters = {
-            "prompt_tokens": ("Tokens of prompts that have begun to run.", stats.num_prompt_tokens),
-            "generation_tokens": ("Tokens generated.", stats.num_generation_tokens),
-            "num_preemptions": ("Continuations that had to make room.", stats.num_preemptions),
-            "prefix_cache_queries": ("Tokens looked up in the prefix cache.", stats.num_cache_queries),
-            "prefix_cache_hits": ("Tokens found there.", stats.num_cache_hits),
-            "spec_decode_num_drafts": ("Times that tokens were drafted.", stats.num_drafts),
-            "spec_decode_num_draft_tokens": ("Tokens drafted.", stats.num_draft_tokens),
-            "spec_decode_num_accepted_tokens": ("Drafted tokens that held.", stats.num_accepted_tokens),
-            "recompiles_after_warmup": ("Programs compiled after warm-up.", stats.num_recompiles),
-        }
-        for kind, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
-            for name, (help, value) in values.items():
+        for kind, numbers in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, (help, field) in numbers.items():
                 family = kind(f"{self._prefix}:{name}", help, labels=_LABELS)
-                family.add_metric(self._labels, value)
+                for labels, stats in each.items():
+                    family.add_metric(labels, getattr(stats, field))
                 yield family
         accepted = CounterMetricFamily(
             f"{self._prefix}:spec_decode_num_accepted_tokens_per_pos",
             "Drafted tokens that held, by their place in the draft.",
             labels=(*_LABELS, "position"),
         )
-        for position, count in enumerate(stats.accepted_by_position):
-            accepted.add_metric((*self._labels, str(position)), count)
-        yield accepted
         backends = GaugeMetricFamily(
             f"{self._prefix}:kernel_backend_info", "What runs each op.", labels=(*_LABELS, "op", "backend")
         )
-        for op, backend in stats.kernel_backends.items():
-            backends.add_metric((*self._labels, op, backend), 1)
+        for labels, stats in each.items():
+            for position, count in enumerate(stats.accepted_by_position):
+                accepted.add_metric((*labels, str(position)), count)
+            for op, backend in stats.kernel_backends.items():
+                backends.add_metric((*labels, op, backend), 1)
+        yield accepted
         yield backends

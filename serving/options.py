@@ -112,6 +112,13 @@ ENGINE_OPTIONS = (
         "divide whole experts among these devices, and not each expert",
         short="-ep",
     ),
+    Option(
+        "data_parallel_size",
+        int,
+        "N",
+        "engines beside each other, each on as many devices",
+        short="-dp",
+    ),
     Option("scheduling_policy", str, "NAME", "fcfs, or priority: lower priorities go first"),
     Option("enable_prefix_caching", argparse.BooleanOptionalAction, "", "share pages of equal beginnings"),
     Option("max_logprobs", int, "N", "most that a request may ask for at a position; -1: the vocabulary"),
@@ -237,7 +244,7 @@ class _NeutralAction(argparse.Action):
             parser.error(f"{shown} is not supported yet: {self.help}")
 
 
-_SHORT_FLAGS = {"pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}
+_SHORT_FLAGS = {"pipeline_parallel_size": "-pp"}
 
 
 def add_neutral_options(command: argparse.ArgumentParser) -> None:

@@ -52,13 +52,13 @@ _NETWORK = (
     Option("max_request_bytes", positive, "N", "largest body that is taken"),
     Option("request_timeout_s", float, "X", "seconds a request may take (default: any)", "--request-timeout"),
     Option(
-        "max_waiting", int, "N", "continuations that may wait beyond --max-num-seqs (default: any number)"
+        "max_waiting", int, "N", "continuations that may wait beyond those that run (default: any number)"
     ),
     Option(
         "max_sequences_per_request",
         positive,
         "N",
-        "continuations that one request may ask for: prompts x n (default: 8 x --max-num-seqs, at least 128)",
+        "continuations that one request may ask for: prompts x n (default: 8 x those that run, at least 128)",
     ),
     Option(
         "shutdown_timeout_s", float, "X", "seconds for requests to end after SIGTERM", "--shutdown-timeout"

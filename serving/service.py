@@ -19,6 +19,7 @@ from fastapi import Request
 from pjengine.async_llm import AsyncLLM
 from pjengine.generation import NO_TOKEN
 from pjengine.outputs import RequestOutput
+from pjengine.replicas import engines_of
 from pjengine.sampling_params import SamplingParams
 from pjengine.schedule import FORBIDDEN
 from pjengine.serving.errors import ApiError, bad_request
@@ -82,7 +83,12 @@ class Service:
     def max_sequences_per_request(self) -> int:
         """So that one request does not hold all others up: prompts x n, or best_of in place of n."""
         limit = self.config.max_sequences_per_request
-        return max(8 * self.llm.engine.runner.config.max_num_seqs, 128) if limit is None else limit
+        return max(8 * self.num_rows, 128) if limit is None else limit
+
+    @property
+    def num_rows(self) -> int:
+        """Continuations that run at once, in all engines together."""
+        return sum(own.runner.config.max_num_seqs for own in engines_of(self.llm.engine))
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError if a model is named that is not served here."""
@@ -154,7 +160,7 @@ class Service:
         if most is not None:
             # What the engine has finished waits for its client alone, who may be slow to read.
             num_open = self._num_sequences - self.llm.num_unread
-            room = self.llm.engine.runner.config.max_num_seqs + most - num_open
+            room = self.num_rows + most - num_open
             if num_sequences > room:
                 raise ApiError(503, "too many requests wait; try again", headers={"Retry-After": "1"})
         self.num_requests += 1

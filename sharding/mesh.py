@@ -25,6 +25,24 @@ def choose_devices(count: int) -> list[jax.Device]:
     return devices[:count]
 
 
+def choose_device_groups(num_groups: int, num_devices: int) -> list[list[jax.Device]]:
+    """The devices of each replica, `num_devices` for each: the first of this process, in their order.
+
+    Raises:
+      ValueError: there are fewer.
+    """
+    if num_groups == 1:
+        return [choose_devices(num_devices)]
+    devices = jax.local_devices()
+    if len(devices) < num_groups * num_devices:
+        raise ValueError(
+            f"data_parallel_size={num_groups} with tensor_parallel_size={num_devices} needs "
+            f"{num_groups * num_devices} devices, found {len(devices)}: "
+            f"{', '.join(str(device) for device in devices)}"
+        )
+    return [devices[i * num_devices : (i + 1) * num_devices] for i in range(num_groups)]
+
+
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """A mesh whose `tensor` axis spans `devices`."""
     return Mesh(np.asarray(devices).reshape(1, len(devices)), AXES)

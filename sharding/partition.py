@@ -55,6 +55,19 @@ def partition(path: str, num_axes: int, *, has_whole_experts: bool = False) -> P
     return PartitionSpec(*(TENSOR if i - num_axes == axis else None for i in range(num_axes)))
 
 
+def copied(params: Any, mesh: Mesh) -> Any:
+    """The same parameters on other devices, divided alike; each part goes from device to device."""
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        assert isinstance(leaf.sharding, NamedSharding)
+        target = dict(zip(leaf.sharding.mesh.devices.flat, mesh.devices.flat, strict=True))
+        parts = [jax.device_put(shard.data, target[shard.device]) for shard in leaf.addressable_shards]
+        sharding = NamedSharding(mesh, leaf.sharding.spec)
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+    return jax.tree.map(copy, params)
+
+
 def placed(params: Any, mesh: Mesh | AbstractMesh, *, has_whole_experts: bool = False) -> Any:
     """Shapes and dtypes of parameters, and with them how they are divided."""
 

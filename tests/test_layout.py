@@ -34,6 +34,7 @@ HOST_ONLY = (
     "request.py",
     "page_pool.py",
     "processors.py",
+    "routing.py",
     "row_table.py",
     "schedule.py",
     "scheduler.py",

@@ -123,12 +123,13 @@ def test_a_bad_setting_is_a_value_error(settings: dict[str, Any], message: str) 
 def test_settings_of_vllm_that_are_not_here_are_taken_where_they_say_so() -> None:
     from pjengine.config import known_settings
 
-    neutral: dict[str, Any] = {"trust_remote_code": False, "enforce_eager": False, "data_parallel_size": 1}
+    neutral: dict[str, Any] = {"trust_remote_code": False, "enforce_eager": False}
+    neutral["pipeline_parallel_size"] = 1
     neutral |= {"quantization": None, "disable_log_stats": True, "swap_space": 0, "kv_cache_dtype": "auto"}
     assert known_settings({"seed": 3, **neutral}) == {"seed": 3}
     for name, value, wanted in (
-        ("data_parallel_size", 2, "data_parallel_size=2 is not supported, only 1"),
-        ("data_parallel_size", True, "only 1"),
+        ("pipeline_parallel_size", 2, "pipeline_parallel_size=2 is not supported, only 1"),
+        ("pipeline_parallel_size", True, "only 1"),
         ("trust_remote_code", True, "only False"),
         ("quantization", "awq", "quantization='awq' is not supported, only None"),
     ):

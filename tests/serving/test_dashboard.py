@@ -72,7 +72,7 @@ def test_the_map_adds_up_in_few_cells(num_pages: int) -> None:
     states = bytearray(num_pages)
     for page in range(1, num_pages):
         states[page] = (HELD, HELD, CACHED, FREE)[page % 4]
-    found = page_map(states)
+    found = page_map([states])
     per_cell, num_cells = found["pages_per_cell"], len(found["held"])
     assert num_cells == len(found["cached"]) == -(-num_pages // per_cell) <= MAX_CELLS
     assert per_cell == 1 or num_cells > MAX_CELLS // 2 - 1
@@ -81,6 +81,12 @@ def test_the_map_adds_up_in_few_cells(num_pages: int) -> None:
     last = states[(num_cells - 1) * per_cell :]
     assert (found["held"][-1], found["cached"][-1]) == (last.count(HELD), last.count(CACHED))
     assert found["held"][0] == states[:per_cell].count(HELD)
+    both = page_map([states, states])
+    assert (both["num_pages"], both["num_held"], both["num_null"]) == (
+        2 * num_pages,
+        2 * found["num_held"],
+        2,
+    )
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else(client: Client) -> None:

@@ -65,8 +65,7 @@ def test_options_reach_the_engine_and_the_server(started: Started, tmp_path: Pat
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ("--data-parallel-size 2", "--data-parallel-size 2 is not supported yet: only 1"),
-        ("-dp 2", "-dp 2 is not supported yet: only 1"),
+        ("-pp 2", "-pp 2 is not supported yet: only 1"),
         ("--pipeline-parallel-size=2", "--pipeline-parallel-size 2 is not supported yet: only 1"),
         ("--quantization fp8", "--quantization fp8 is not supported yet: leave it out"),
         ("--trust-remote-code", "only --no-trust-remote-code: checkpoints run no code here"),
