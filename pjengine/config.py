@@ -25,10 +25,12 @@ LIMITS = {
     "max_num_batched_tokens": (1, 2**31),
     "decode_steps": (1, 2**31),
     "tensor_parallel_size": (1, 2**16),
+    "nnodes": (1, 2**16),
+    "node_rank": (0, 2**16),
     "max_logprobs": (-1, 2**31),
     "seed": (0, 2**63),
 }
-NEVER_NONE = ("max_logprobs", "seed", "tensor_parallel_size")
+NEVER_NONE = ("max_logprobs", "seed", "tensor_parallel_size", "nnodes", "node_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,9 @@ class EngineConfig:
     # "num_speculative_tokens": 4} or {"model": ..., "num_speculative_tokens": 4}; see `SpeculationConfig`.
     speculative_config: Any = None
     tensor_parallel_size: int = 1  # devices that compute each token together
+    nnodes: int = 1  # hosts that the devices are divided among evenly, each with a process of its own
+    node_rank: int = 0  # of this one; 0 is the head, which takes the requests
+    coordinator: str | None = None  # HOST:PORT of the head's machine, where the others join it
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
     max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
@@ -136,10 +141,32 @@ class EngineConfig:
                 f"tensor_parallel_size={self.tensor_parallel_size} with a draft model is not supported: use "
                 "n-grams, or leave one of them out"
             )
+        self._check_hosts()
         if self.tokenizer_revision is not None and self.tokenizer is None:
             raise ValueError(
                 f"tokenizer_revision={self.tokenizer_revision!r} is of the tokenizer that `tokenizer` names, "
                 "and none is named; the model's own comes with `revision`"
+            )
+
+    def _check_hosts(self) -> None:
+        """Raises ValueError where the settings of several hosts do not go together."""
+        if self.nnodes == 1:
+            for name, neutral in (("node_rank", 0), ("coordinator", None)):
+                if getattr(self, name) != neutral:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is of several hosts, and nnodes=1")
+            return
+        host, _, port = (self.coordinator or "").rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ValueError(
+                f"nnodes={self.nnodes} needs coordinator='HOST:PORT', an address of the machine of "
+                f"node_rank=0; got {self.coordinator!r:.80}"
+            )
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank must be less than nnodes={self.nnodes}, got {self.node_rank}")
+        if self.tensor_parallel_size % self.nnodes:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} does not divide among "
+                f"nnodes={self.nnodes}: it is the number of all their devices, as many of each"
             )
 
 
@@ -280,6 +307,11 @@ def api_keys() -> tuple[str, ...]:
     return (key,) if key else ()
 
 
+def hosts_secret() -> str:
+    """What the processes of several hosts know each other by; empty: whoever reaches the port may join."""
+    return os.environ.get("PJENGINE_HOSTS_SECRET", "")
+
+
 def client_api_key() -> str | None:
     """The key that clients send, as OpenAI's own read it."""
     return os.environ.get("OPENAI_API_KEY") or None
@@ -291,7 +323,7 @@ SHOWN_VARIABLES = (
     *("XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LD_LIBRARY_PATH"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "XDG_CACHE_HOME"),
 )
-SECRET_VARIABLES = ("PJENGINE_API_KEY", "OPENAI_API_KEY", "HF_TOKEN")
+SECRET_VARIABLES = ("PJENGINE_API_KEY", "PJENGINE_HOSTS_SECRET", "OPENAI_API_KEY", "HF_TOKEN")
 
 
 def shown_variables() -> dict[str, str]:

@@ -22,6 +22,7 @@ from pjengine.serving.chat_commands import add_chat, add_complete
 from pjengine.serving.collect_env_command import add_collect_env
 from pjengine.serving.options import (
     ENGINE_OPTIONS,
+    HOST_OPTIONS,
     SAMPLING_OPTIONS,
     TOKENIZER_OPTIONS,
     Parser,
@@ -133,7 +134,7 @@ def _add_generate(commands: Any) -> None:
         "--stop", metavar="TEXT", action="append", help="end before this text; may be given several times"
     )
     add_options(sampling, SAMPLING_OPTIONS, SamplingParams)
-    engine = add_engine_options(command, *TOKENIZER_OPTIONS)
+    engine = add_engine_options(command, *TOKENIZER_OPTIONS, *HOST_OPTIONS)
     engine.add_argument(
         "--warm-up",
         action=argparse.BooleanOptionalAction,
@@ -146,7 +147,7 @@ def _generate(args: argparse.Namespace) -> None:
     asked = {**given(args, SAMPLING_OPTIONS), "max_tokens": args.max_tokens, "stop": args.stop}
     asked = {name: value for name, value in asked.items() if value is not None}
     SamplingParams(**asked)  # refuses before jax is loaded, as the next line does
-    settings = given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS))
+    settings = given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS, *HOST_OPTIONS))
     bars = sys.stderr.isatty()
     config = EngineConfig(model=args.model, warm_up=args.warm_up, use_tqdm_on_load=bars, **settings)
     prompts = args.prompt or [_read_prompt()]

@@ -10,12 +10,14 @@ DATA, TENSOR = "data", "tensor"
 AXES = (DATA, TENSOR)
 
 
-def choose_devices(count: int) -> list[jax.Device]:
-    """The first `count` devices of this process.
+def choose_devices(count: int, num_hosts: int = 1) -> list[jax.Device]:
+    """The first `count` devices of this process; of several hosts as many of each, host after host.
 
     Raises:
       ValueError: there are fewer.
     """
+    if num_hosts > 1:
+        return _of_each_host(count // num_hosts, num_hosts)
     devices = jax.local_devices()
     if len(devices) < count:
         raise ValueError(
@@ -23,6 +25,24 @@ def choose_devices(count: int) -> list[jax.Device]:
             f"{', '.join(str(device) for device in devices)}"
         )
     return devices[:count]
+
+
+def _of_each_host(count: int, num_hosts: int) -> list[jax.Device]:
+    chosen = []
+    for host in range(num_hosts):
+        own = [device for device in jax.devices() if device.process_index == host]
+        if len(own) < count:
+            raise ValueError(
+                f"tensor_parallel_size={count * num_hosts} on {num_hosts} hosts needs {count} devices of "
+                f"each; the one of node_rank={host} has {len(own)}"
+            )
+        chosen += own[:count]
+    return chosen
+
+
+def own_device(devices: Sequence[jax.Device]) -> jax.Device:
+    """The first of `devices` that is of this process."""
+    return next(device for device in devices if device.process_index == jax.process_index())
 
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
