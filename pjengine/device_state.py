@@ -1,7 +1,7 @@
 """What stays on the devices between steps, and how programs are launched on it: alike on every host."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ type Program = Callable[..., Any]  # as `step`, `compute_logits` or `draw`, its 
 EARLY_UPDATES = 1024  # page updates entered at once by the program that runs before a step
 
 
+@runtime_checkable
 class Held(Protocol):
     """Who holds what stays on the devices."""
 
