@@ -74,7 +74,7 @@ class Hosts:
         self._running: Future[Any] | None = None
         self._steps: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._when_lost: list[Callable[[HostLostError], None]] = []
-        self._ended = threading.Event()
+        self._is_lost, self._ended = threading.Event(), threading.Event()
         self.be_patient(JOIN_S if rank else LOADING_SILENCE_S)
         for peer in self._peers:
             threading.Thread(target=self._listen, args=(peer,), name="pjengine-host", daemon=True).start()
@@ -184,6 +184,11 @@ class Hosts:
         self._steps.put((call, function))
         try:
             return call.result()
+        except jax.errors.JaxRuntimeError as error:
+            # Where a host is lost the devices may say so first, but not which.
+            if self._is_lost.wait(SILENCE_S + HEARTBEAT_S) and self.lost is not None:
+                raise self.lost from error
+            raise
         except BaseException:
             wait([call])  # Ctrl-C comes to this thread, and the step goes on
             raise
@@ -261,6 +266,7 @@ class Hosts:
                 return
             self.lost = HostLostError(f"{peer.name} is lost: {reason}")
             running, calls = self._running, list(self._when_lost)
+        self._is_lost.set()
         logger.error("%s. This process ends", self.lost)
         if self._rank:
             _end()

@@ -1,16 +1,13 @@
-"""Two processes on CPU devices that gloo joins: together they give the tokens of one, and end when one is lost."""
+"""Two processes on CPU devices that gloo joins give the tokens of one, and end when one of them is lost."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,16 @@ from tests.serving.process import ROOT, Server, start_server, wait_until
 
 SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "skip_tokenizer_init": True}
 SIZES |= {"dtype": "float32", "warm_up": False, "decode_steps": 1, "kv_cache_memory_bytes": 2**20}
-OPTIONS = ("--max-num-seqs=4", "--max-num-batched-tokens=32", "--skip-tokenizer-init", "--dtype=float32")
-OPTIONS += ("--no-warm-up", "--decode-steps=1", "--kv-cache-memory-bytes=1048576")
+OPTIONS = (
+    *("--max-num-seqs=4", "--max-num-batched-tokens=32", "--skip-tokenizer-init", "--dtype=float32"),
+    *("--no-warm-up", "--decode-steps=1", "--kv-cache-memory-bytes=1048576"),
+)
 MUST_END_S = 30  # a process that has lost another
 
 # Every host runs the same: the worker's never comes past the first statement.
 ALL_WAYS = """
 import json, sys
-from pjengine import LLM, SamplingParams
+from pjengine import LLM
 from tests.serving.test_several_hosts import answers
 with LLM(**json.loads(sys.argv[1])) as llm:
     print(json.dumps(answers(llm)), file=sys.stderr)
@@ -45,14 +44,13 @@ while True:
 
 
 def answers(llm: Any) -> list[Any]:
-    """Of every kind of program, in a few requests; and that a request that cannot run leaves the engine well."""
+    """Of a few requests; and that one that cannot run leaves the engine well."""
     from pjengine import SamplingParams
 
     some: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
     params = [
         SamplingParams(temperature=0, **some),
         SamplingParams(temperature=0.8, seed=3, logprobs=2, logit_bias={7: 5.0}, **some),
-        SamplingParams(temperature=0, use_beam_search=True, best_of=2, n=2, max_tokens=4),
     ]
     prompt = goldens.load("gqa").prompt
     outputs = llm.generate([prompt[: 20 + i] for i in range(len(params))], params, use_tqdm=False)
@@ -87,17 +85,16 @@ def alone(folder: Path) -> list[Any]:
         return answers(llm)
 
 
-def free_port() -> int:
+def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 @contextmanager
 def two_scripts(code: str, folder: Path, tmp_path: Path) -> Iterator[list[Server]]:
     """The same script on two hosts; first the head."""
     settings = {"model": str(folder), **SIZES, "tensor_parallel_size": 2, "nnodes": 2}
-    settings["coordinator"] = f"127.0.0.1:{free_port()}"
+    settings["coordinator"] = free_address()
     with ExitStack() as stack:
         started = []
         for rank in range(2):
@@ -107,17 +104,21 @@ def two_scripts(code: str, folder: Path, tmp_path: Path) -> Iterator[list[Server
         yield started
 
 
+def serve_command(folder: Path, rank: int, coordinator: str) -> tuple[str, ...]:
+    hosts = ("--tensor-parallel-size=2", "--nnodes=2", f"--node-rank={rank}", f"--coordinator={coordinator}")
+    return "serve", str(folder), *OPTIONS, *hosts, "--port=0"
+
+
 @contextmanager
-def two_servers(folder: Path, tmp_path: Path, *options: str) -> Iterator[list[Server]]:
+def two_servers(folder: Path, tmp_path: Path, coordinator: str = "") -> Iterator[list[Server]]:
     """`pjengine serve` on two hosts; first the head."""
-    together = ("--tensor-parallel-size=2", "--nnodes=2", f"--coordinator=127.0.0.1:{free_port()}", "--port=0")
+    coordinator = coordinator or free_address()
     with ExitStack() as stack:
         started = []
         for rank in range(2):
             (own := tmp_path / str(rank)).mkdir()
-            arguments = ("serve", str(folder), *OPTIONS, *together, f"--node-rank={rank}", *options)
-            module = "pjengine.serving.cli"
-            started.append(stack.enter_context(start_server(own, *arguments, module=module)))
+            command = serve_command(folder, rank, coordinator)
+            started.append(stack.enter_context(start_server(own, *command, module="pjengine.serving.cli")))
         yield started
 
 
@@ -137,3 +138,78 @@ def test_two_hosts_give_the_tokens_of_one_and_end_together(
     assert [texts, streamed] == alone[:2]
     assert "logits_processors are functions of this process" in refusal
     assert "closed" in lines and "closed" not in worker.log
+
+
+def test_a_server_on_two_hosts_answers_takes_no_late_host_and_ends_both_on_sigterm(
+    folder: Path, alone: list[Any], tmp_path: Path
+) -> None:
+    coordinator = free_address()
+    with two_servers(folder, tmp_path, coordinator) as (head, worker):
+        prompt = goldens.load("gqa").prompt[:20]
+        whole = complete(head, prompt, max_tokens=8)
+        whole.read_all()
+        assert json.loads(whole.body)["choices"][0]["token_ids"] == alone[0][0][0]
+        streamed = complete(head, prompt, max_tokens=8, stream=True)
+        streamed.read_all()
+        lines = [line for line in streamed.body.decode().splitlines() if line.startswith("data: {")]
+        chunks = [json.loads(line.removeprefix("data: "))["choices"] for line in lines]
+        assert [token for [own] in chunks for token in own["token_ids"]] == alone[0][0][0]
+        late = [sys.executable, "-m", "pjengine.serving.cli", *serve_command(folder, 1, coordinator)]
+        again = subprocess.run(late, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert again.returncode == 2
+        assert f"the head at {coordinator} refused this host (node_rank=1): it is late" in again.stderr
+        assert "was refused: it is late: all hosts had joined" in head.log
+        head.terminate()
+        assert head.wait(30) in (0, -signal.SIGTERM), head.log
+        assert worker.wait(30) == 0, worker.log
+        assert "lost" not in head.log + worker.log
+
+
+def test_a_worker_killed_while_it_streams_ends_requests_with_its_name_and_the_head(
+    folder: Path, tmp_path: Path
+) -> None:
+    with two_servers(folder, tmp_path) as (head, worker):
+        stream = complete(head, [1, 2, 3], max_tokens=10_000, stream=True)
+        stream.read_until(b"data: {")
+        worker.process.send_signal(signal.SIGKILL)
+        begun = time.monotonic()
+        stream.read_all()
+        assert b"host 1 (127.0.0.1:" in stream.body and b"is lost" in stream.body
+        health = head.request("GET", "/health")
+        assert health.read_all().startswith(b"HTTP/1.1 503")
+        assert head.wait(MUST_END_S) == 1, head.log
+        assert time.monotonic() - begun < MUST_END_S
+
+
+@pytest.mark.slow
+def test_a_worker_that_falls_silent_is_lost_and_one_without_a_head_ends(folder: Path, tmp_path: Path) -> None:
+    with two_servers(folder, tmp_path) as (head, worker):
+        stream = complete(head, [1, 2, 3], max_tokens=10_000, stream=True)
+        stream.read_until(b"data: {")
+        worker.process.send_signal(signal.SIGSTOP)  # as a partition: its connections stay open
+        begun = time.monotonic()
+        stream.read_all()
+        assert b"it has said nothing for 10 s" in stream.body
+        assert head.wait(MUST_END_S) == 1, head.log
+        assert time.monotonic() - begun < MUST_END_S
+        worker.process.send_signal(signal.SIGCONT)
+        assert worker.wait(MUST_END_S) != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["killed", "silent"])
+def test_a_loss_ends_a_script_that_waits_for_tokens(is_stopped: bool, folder: Path, tmp_path: Path) -> None:
+    with two_scripts(ENDLESS, folder, tmp_path) as (head, worker):
+        wait_until(lambda: "chunk" in head.log, "tokens")
+        worker.process.send_signal(signal.SIGSTOP if is_stopped else signal.SIGKILL)
+        assert head.wait(MUST_END_S) == 1
+        assert "HostLostError: host 1 (127.0.0.1:" in head.log
+
+
+@pytest.mark.slow
+def test_a_worker_whose_head_is_gone_ends(folder: Path, tmp_path: Path) -> None:
+    with two_scripts(ENDLESS, folder, tmp_path) as (head, worker):
+        wait_until(lambda: "chunk" in head.log, "tokens")
+        head.process.kill()
+        assert worker.wait(MUST_END_S) != 0
+        assert "the head (127.0.0.1:" in worker.log and "is lost" in worker.log
