@@ -68,6 +68,7 @@ class EngineConfig:
     nnodes: int = 1  # hosts that the devices are divided among evenly, each with a process of its own
     node_rank: int = 0  # of this one; 0 is the head, which takes the requests
     coordinator: str | None = None  # HOST:PORT of the head's machine, where the others join it
+    distributed_executor_backend: str | None = None  # "ray": all nodes of its cluster, for these three
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
     max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
@@ -150,6 +151,11 @@ class EngineConfig:
 
     def _check_hosts(self) -> None:
         """Raises ValueError where the settings of several hosts do not go together."""
+        backend = self.distributed_executor_backend
+        if backend not in (None, "ray"):
+            raise ValueError(f"distributed_executor_backend must be None or 'ray', got {backend!r:.80}")
+        if backend is not None and self.nnodes > 1:
+            raise ValueError(f"nnodes={self.nnodes}: leave it out, a Ray cluster says how many there are")
         if self.nnodes == 1:
             for name, neutral in (("node_rank", 0), ("coordinator", None)):
                 if getattr(self, name) != neutral:
@@ -232,7 +238,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("trust_remote_code", "enforce_eager", "enable_lora", "enable_sleep_mode"), (False,)),
     **dict.fromkeys(("enable_expert_parallel", "disable_custom_all_reduce"), (False,)),
     **dict.fromkeys(("quantization", "quantization_config"), (None,)),
-    **dict.fromkeys(("code_revision", "distributed_executor_backend", "logits_processors"), (None,)),
+    **dict.fromkeys(("code_revision", "logits_processors"), (None,)),
     **dict.fromkeys(("kv_cache_dtype", "tokenizer_mode", "config_format"), ("auto",)),
     **dict.fromkeys(("cpu_offload_gb", "swap_space"), (0, 0.0)),
     "enable_chunked_prefill": (True, None),
@@ -310,6 +316,10 @@ def api_keys() -> tuple[str, ...]:
 def hosts_secret() -> str:
     """What the processes of several hosts know each other by; empty: whoever reaches the port may join."""
     return os.environ.get("PJENGINE_HOSTS_SECRET", "")
+
+
+def set_hosts_secret(secret: str) -> None:
+    os.environ["PJENGINE_HOSTS_SECRET"] = secret
 
 
 def client_api_key() -> str | None:

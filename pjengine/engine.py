@@ -43,10 +43,9 @@ class LLMEngine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.config = config
         if config.node_rank > 0:
             raise SystemExit(follow(config))
-        hosts = gather(config) if config.nnodes > 1 else None
+        self.config, hosts = gather(config)
         with telling_failure(hosts):
             self._start(hosts)
 

@@ -67,6 +67,7 @@ class Door:
         self._config = config
         self._secret = hosts_secret()
         self._joined: dict[int, tuple[Wire, str]] = {}
+        self._failure: str | None = None  # why it is of no use to wait
         self._changed = threading.Condition()  # guards what has joined
         self._visitors = threading.Semaphore(MAX_VISITORS)
         host, port = address_of(config.coordinator)
@@ -85,16 +86,26 @@ class Door:
 
         Raises:
           TimeoutError: some have not come.
+          OSError: they will not come.
         """
         ranks = range(1, self._config.nnodes)
         with self._changed:
-            if self._changed.wait_for(lambda: len(self._joined) == len(ranks), timeout_s):
+            self._changed.wait_for(lambda: self._failure or len(self._joined) == len(ranks), timeout_s)
+            if len(self._joined) == len(ranks):
                 return dict(sorted(self._joined.items()))
+            if self._failure is not None:
+                raise OSError(self._failure)
             missing = [rank for rank in ranks if rank not in self._joined]
         raise TimeoutError(
             f"no worker of node_rank {', '.join(map(str, missing))} has joined within {timeout_s:g} s: start "
             f"it with --nnodes {self._config.nnodes} --coordinator {self._config.coordinator}"
         )
+
+    def give_up(self, reason: str) -> None:
+        """Ends the wait for workers, if there still is one."""
+        with self._changed:
+            self._failure = reason
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Takes nobody any more."""

@@ -29,6 +29,7 @@ from pjengine.config import EngineConfig
 from pjengine.draw import DrawLayout
 from pjengine.host_join import JOIN_S, Door, address_of, join
 from pjengine.host_messages import Message, Wire, layout_fields
+from pjengine.ray_hosts import RayCluster
 
 logger = logging.getLogger(__name__)
 
@@ -327,16 +328,24 @@ def telling_failure(hosts: Hosts | None) -> Iterator[None]:
         raise
 
 
-def gather(config: EngineConfig) -> Hosts:
-    """The head's start: waits for the workers, and joins all devices to one system.
+def gather(config: EngineConfig) -> tuple[EngineConfig, Hosts | None]:
+    """The head's start: waits for the workers, and joins all devices to one system; None where it is alone.
+
+    The settings that come back say where the hosts meet, if Ray knew that.
 
     Raises:
-      OSError: the address cannot be had, or workers are missing.
+      ValueError, OSError: the address cannot be had, workers are missing, or Ray cannot start them.
       RuntimeError: JAX has started its backend already.
     """
+    cluster = RayCluster(config) if config.distributed_executor_backend == "ray" else None
+    config = config if cluster is None else cluster.config
+    if config.nnodes == 1:
+        return config, None
     assert config.coordinator is not None
     door = Door(config)
     try:
+        if cluster is not None:
+            cluster.start_workers(door.give_up)
         peers = door.wait()
     except BaseException:
         door.close()
@@ -348,7 +357,7 @@ def gather(config: EngineConfig) -> Hosts:
             port = probe.getsockname()[1]
         hosts.tell("start", port=port)
         _initialize(config, host, port)
-    return hosts
+    return config, hosts
 
 
 def enlist(config: EngineConfig) -> Hosts:

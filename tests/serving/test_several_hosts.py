@@ -1,10 +1,13 @@
 """Two processes on CPU devices that gloo joins give the tokens of one, and end when one of them is lost."""
 
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -213,3 +216,60 @@ def test_a_worker_whose_head_is_gone_ends(folder: Path, tmp_path: Path) -> None:
         head.process.kill()
         assert worker.wait(MUST_END_S) != 0
         assert "the head (127.0.0.1:" in worker.log and "is lost" in worker.log
+
+
+@contextmanager
+def ray_node(folder: Path, *arguments: str) -> Iterator[Server]:
+    """One node of a Ray cluster, which several of one machine may be."""
+    start = ("start", "--block", "--num-cpus=1", "--disable-usage-stats", *arguments)
+    with start_server(folder, *start, module="ray.scripts.scripts") as node:
+
+        def has_started() -> bool:
+            assert node.process.poll() is None, node.log
+            return "Ray runtime started" in node.log
+
+        wait_until(has_started, "a node of Ray")
+        try:
+            yield node
+        finally:
+            node.terminate()
+            node.wait()
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two nodes. Their sockets need a short path."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'pjengine[ray]'")
+    address = free_address()
+    port = f"--port={address.rpartition(':')[2]}"
+    with tempfile.TemporaryDirectory(prefix="ray") as name, ExitStack() as stack:
+        first, second = Path(name) / "1", Path(name) / "2"
+        first.mkdir()
+        second.mkdir()
+        places = ("--node-ip-address=127.0.0.1", f"--temp-dir={name}")
+        stack.enter_context(ray_node(first, "--head", "--include-dashboard=false", port, *places))
+        stack.enter_context(ray_node(second, f"--address={address}", "--node-ip-address=127.0.0.1"))
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        yield
+
+
+@pytest.mark.slow
+def test_ray_starts_a_worker_on_each_other_node_and_its_loss_ends_the_head(
+    ray_cluster: None, folder: Path, alone: list[Any], tmp_path: Path
+) -> None:
+    together = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    settings = json.dumps({"model": str(folder), **SIZES, **together})
+    whole, endless = tmp_path / "whole", tmp_path / "endless"
+    whole.mkdir()
+    endless.mkdir()
+    with start_server(whole, settings, code=ALL_WAYS) as head:
+        assert head.wait(120) == 0, head.log
+        texts, streamed, _ = json.loads(next(own for own in head.log.splitlines() if own.startswith("[[[")))
+        assert [texts, streamed] == alone[:2]
+    with start_server(endless, settings, code=ENDLESS) as head:
+        wait_until(lambda: "chunk" in head.log, "tokens")
+        found = re.search(r"_Worker pid=(\d+)", head.log)  # with what gloo says there
+        assert found is not None, head.log
+        os.kill(int(found[1]), signal.SIGKILL)
+        assert head.wait(MUST_END_S) == 1
+        assert "HostLostError: host 1 (127.0.0.1:" in head.log
