@@ -143,13 +143,17 @@ def _add_generate(commands: Any) -> None:
     )
 
 
-def _generate(args: argparse.Namespace) -> None:
+def _generate(args: argparse.Namespace) -> int:
     asked = {**given(args, SAMPLING_OPTIONS), "max_tokens": args.max_tokens, "stop": args.stop}
     asked = {name: value for name, value in asked.items() if value is not None}
     SamplingParams(**asked)  # refuses before jax is loaded, as the next line does
     settings = given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS, *HOST_OPTIONS))
     bars = sys.stderr.isatty()
     config = EngineConfig(model=args.model, warm_up=args.warm_up, use_tqdm_on_load=bars, **settings)
+    if config.node_rank > 0:  # the head's prompts count
+        from pjengine.follower import follow
+
+        return follow(config)
     prompts = args.prompt or [_read_prompt()]
     for prompt in prompts:
         check_utf8(prompt)
@@ -172,6 +176,7 @@ def _generate(args: argparse.Namespace) -> None:
         f"{num_tokens} tokens in {elapsed:.2f} s: {num_tokens / elapsed:.1f} tokens/s",
         file=sys.stderr,
     )
+    return 0
 
 
 def _laid_over(defaults: SamplingParams, asked: Mapping[str, Any]) -> SamplingParams:
