@@ -435,6 +435,6 @@ class LLMEngine:
         self._preparation.grammars.close()
         if self._hosts is not None and self._hosts.lost is not None:
             return  # its devices may wait for the lost one, and nothing ends that but the end of the process
-        self.runner.close()
         if self._hosts is not None:
-            self._hosts.close()
+            self._hosts.close()  # first: the runner waits for compilations
+        self.runner.close()

@@ -47,11 +47,9 @@ def follow(config: EngineConfig) -> int:
         follower = Follower(loaded, cache, hosts)
         hosts.begin(loaded.facts)
         logger.info("host %d works for %s", config.node_rank, config.coordinator)
-        try:
-            follower.run()
-        finally:
-            follower.close()
+        follower.run()
     hosts.close()
+    follower.close()
     return 0
 
 
