@@ -21,6 +21,7 @@ from pjengine.outputs import RequestOutput
 from pjengine.page_pool import PagePool
 from pjengine.preparation import Preparation, seed_source
 from pjengine.prompts import Prompt
+from pjengine.ray_hosts import RayCluster
 from pjengine.request import Request, request_id_for
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
@@ -45,7 +46,7 @@ class LLMEngine:
     def __init__(self, config: EngineConfig) -> None:
         if config.node_rank > 0:
             raise SystemExit(follow(config))
-        self.config, hosts = gather(config)
+        self.config, hosts = _with_hosts(config)
         with telling_failure(hosts):
             self._start(hosts)
 
@@ -438,3 +439,11 @@ class LLMEngine:
         if self._hosts is not None:
             self._hosts.close()  # first: the runner waits for compilations
         self.runner.close()
+
+
+def _with_hosts(config: EngineConfig) -> tuple[EngineConfig, Hosts | None]:
+    """The settings, completed by Ray if it shall start the other hosts; and these, if there are others."""
+    if config.distributed_executor_backend is None:
+        return config, gather(config)
+    cluster = RayCluster(config)
+    return cluster.config, gather(cluster.config, cluster.start_workers)

@@ -145,7 +145,7 @@ class Door:
         nonce = secrets.token_hex(32)
         wire.send("hello", nonce=nonce)
         said = _handshake(wire, "join")
-        if not hmac.compare_digest(str(said.fields.get("proof")), _proof(self._secret, "join", nonce)):
+        if not _is_proof(said, self._secret, "join", nonce):
             reason: str | None = "its secret is another: set PJENGINE_HOSTS_SECRET alike for all hosts"
         else:
             reason = self._objection(said.fields)
@@ -181,7 +181,7 @@ class Door:
             if theirs.get(name) != own:
                 return f"it has {name}={theirs.get(name)!s:.80}, and the head {own:.80}: start both alike"
         rank = said.get("rank")
-        if not isinstance(rank, int) or not 1 <= rank < self._config.nnodes:
+        if type(rank) is not int or not 1 <= rank < self._config.nnodes:
             return f"node_rank must be from 1 to {self._config.nnodes - 1}, got {rank!r:.20}"
         return None
 
@@ -194,6 +194,7 @@ def join(config: EngineConfig, timeout_s: float = JOIN_S) -> tuple[Wire, str]:
       OSError: nobody answers.
     """
     assert config.coordinator is not None
+    logger.info("host %d joins the head at %s", config.node_rank, config.coordinator)
     secret, nonce = hosts_secret(), secrets.token_hex(32)
     wire = Wire(_connect(config.coordinator, timeout_s))
     wire.set_patience(HANDSHAKE_S)
@@ -207,7 +208,7 @@ def join(config: EngineConfig, timeout_s: float = JOIN_S) -> tuple[Wire, str]:
                 f"the head at {config.coordinator} refused this host (node_rank={config.node_rank}): "
                 f"{said.fields.get('reason')}"
             )
-        if not hmac.compare_digest(str(said.fields.get("proof")), _proof(secret, "welcome", nonce)):
+        if not _is_proof(said, secret, "welcome", nonce):
             raise RefusedError(f"who answers at {config.coordinator} does not know the secret of the hosts")
     except EOFError as error:
         wire.close()
@@ -241,3 +242,8 @@ def _handshake(wire: Wire, *kinds: str) -> Message:
 
 def _proof(secret: str, purpose: str, nonce: str) -> str:
     return hmac.digest(secret.encode(), f"{purpose} {nonce}".encode(), "sha256").hex()
+
+
+def _is_proof(said: Message, secret: str, purpose: str, nonce: str) -> bool:
+    proof = str(said.fields.get("proof")).encode(errors="replace")
+    return hmac.compare_digest(proof, _proof(secret, purpose, nonce).encode())

@@ -70,7 +70,10 @@ class Wire:
         head_bytes, body_bytes = _SIZES.unpack(self._read(_SIZES.size))
         _check_sizes(head_bytes, body_bytes, max_object_bytes, max_vector_bytes)
         head, body = self._read(head_bytes), self._read(body_bytes)
-        values = json.loads(head)
+        try:
+            values = json.loads(head)
+        except RecursionError as error:
+            raise ValueError("a message is nested too deeply") from error
         if not isinstance(values, dict) or not isinstance(kind := values.pop("kind", None), str):
             raise ValueError(f"wanted a JSON object with a kind, got {head!r:.80}")
         return Message(kind, np.frombuffer(body, "<i4"), values)

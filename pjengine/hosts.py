@@ -29,7 +29,6 @@ from pjengine.config import EngineConfig
 from pjengine.draw import DrawLayout
 from pjengine.host_join import JOIN_S, Door, address_of, join
 from pjengine.host_messages import Message, Wire, layout_fields
-from pjengine.ray_hosts import RayCluster
 
 logger = logging.getLogger(__name__)
 
@@ -123,23 +122,25 @@ class Hosts:
             raise self.lost
         return message
 
-    def expect(self, peer: Peer, kind: str) -> Mapping[str, Any]:
-        """What a message holds that must come next.
+    def expect(self, kind: str) -> list[Mapping[str, Any]]:
+        """What each peer's next message holds, which must be of that kind.
 
         Raises:
           HostLostError: something else came, or nothing.
         """
-        message = self._next(peer)
-        if message.kind != kind:
-            raise HostLostError(f"{peer.name} said {message.kind!r}, where {kind!r} was wanted")
-        return message.fields
+        messages = [self._next(peer) for peer in self._peers]
+        for peer, message in zip(self._peers, messages, strict=True):
+            if message.kind != kind:
+                raise HostLostError(f"{peer.name} said {message.kind!r}, where {kind!r} was wanted")
+        return [message.fields for message in messages]
 
     def least(self, *own: int | None) -> tuple[int | None, ...]:
         """Of each number the least that any host has; None where the others have None, too."""
         if self._rank:
             self.tell("least", values=own)
-            return tuple(self.expect(self._peers[0], "least")["values"])
-        rows = [own, *(self.expect(peer, "least")["values"] for peer in self._peers)]
+            [agreed] = self.expect("least")
+            return tuple(agreed["values"])
+        rows = [own, *(theirs["values"] for theirs in self.expect("least"))]
         least = [
             min((value for value in column if value is not None), default=None)
             for column in zip(*rows, strict=True)
@@ -158,14 +159,13 @@ class Hosts:
         """
         if self._rank:
             self.tell("ready", facts=facts)
-            self.expect(self._peers[0], "go")
+            self.expect("go")
         else:
-            for peer in self._peers:
-                theirs = self.expect(peer, "ready")["facts"]
+            for peer, said in zip(self._peers, self.expect("ready"), strict=True):
                 for name, own in facts.items():
-                    if theirs.get(name) != own:
+                    if (theirs := said["facts"].get(name)) != own:
                         raise ValueError(
-                            f"{peer.name} has {name}={theirs.get(name)!s:.200}, and the head {own:.200}: "
+                            f"{peer.name} has {name}={theirs!s:.200}, and the head {own:.200}: "
                             "give all hosts the same model and options"
                         )
             self.tell("go")
@@ -328,24 +328,25 @@ def telling_failure(hosts: Hosts | None) -> Iterator[None]:
         raise
 
 
-def gather(config: EngineConfig) -> tuple[EngineConfig, Hosts | None]:
+def gather(
+    config: EngineConfig, start_workers: Callable[[Callable[[str], None]], None] | None = None
+) -> Hosts | None:
     """The head's start: waits for the workers, and joins all devices to one system; None where it is alone.
 
-    The settings that come back say where the hosts meet, if Ray knew that.
+    `start_workers` is called once workers can join, with what it may tell why they will not.
 
     Raises:
-      ValueError, OSError: the address cannot be had, workers are missing, or Ray cannot start them.
+      OSError: the address cannot be had, or workers are missing.
       RuntimeError: JAX has started its backend already.
     """
-    cluster = RayCluster(config) if config.distributed_executor_backend == "ray" else None
-    config = config if cluster is None else cluster.config
     if config.nnodes == 1:
-        return config, None
+        return None
     assert config.coordinator is not None
     door = Door(config)
     try:
-        if cluster is not None:
-            cluster.start_workers(door.give_up)
+        if start_workers is not None:
+            start_workers(door.give_up)
+        logger.info("%d other hosts are to join at %s", config.nnodes - 1, config.coordinator)
         peers = door.wait()
     except BaseException:
         door.close()
@@ -357,7 +358,7 @@ def gather(config: EngineConfig) -> tuple[EngineConfig, Hosts | None]:
             port = probe.getsockname()[1]
         hosts.tell("start", port=port)
         _initialize(config, host, port)
-    return config, hosts
+    return hosts
 
 
 def enlist(config: EngineConfig) -> Hosts:
@@ -365,9 +366,9 @@ def enlist(config: EngineConfig) -> Hosts:
     assert config.coordinator is not None
     hosts = Hosts(config.node_rank, {0: join(config)})
     with telling_failure(hosts):
-        port = hosts.expect(hosts._peers[0], "start")["port"]
+        [start] = hosts.expect("start")
         hosts.be_patient(LOADING_SILENCE_S)
-        _initialize(config, address_of(config.coordinator)[0], port)
+        _initialize(config, address_of(config.coordinator)[0], start["port"])
     return hosts
 
 

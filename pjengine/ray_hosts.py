@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from pjengine.config import EngineConfig, hosts_secret, set_hosts_secret
+from pjengine.follower import follow
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,6 @@ class _Worker:
     """What runs in an actor."""
 
     def follow(self, settings: dict[str, Any], secret: str) -> None:
-        from pjengine.follower import follow
-
         set_hosts_secret(secret)
         follow(EngineConfig(**settings))
 

@@ -53,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError) as error:
         return _refuse(error)
     except RuntimeError as error:
+        from pjengine.hosts import HostLostError
+
+        if isinstance(error, HostLostError):
+            print(f"pjengine: {error}", file=sys.stderr)
+            return 1
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _refuse(f"the device is out of memory: {str(error).splitlines()[0]}")

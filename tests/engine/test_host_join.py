@@ -2,6 +2,8 @@
 
 import json
 import socket
+import struct
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -31,6 +33,10 @@ def config(port: int, **more: Any) -> Any:
 
 def worker(door: Any, **more: Any) -> Any:
     return replace(door._config, **{"node_rank": 1, **more})
+
+
+def frame(text: str) -> bytes:
+    return struct.pack("<II", len(text.encode()), 0) + text.encode()
 
 
 def refusal(config: Any) -> str:
@@ -115,10 +121,12 @@ def test_a_worker_follows_no_head_without_the_secret() -> None:
     [
         b"GET / HTTP/1.1\r\n\r\n",
         b"\xff" * 8,
-        b"\x02\0\0\0\0\0\0\0[]",
-        b"\x10\0\0\0\0\0\0\0" + b'{"kind": "run"} ',
+        frame("[]"),
+        frame("[" * 60_000),
+        frame('{"kind": "run"}'),
+        frame('{"kind": "join", "proof": "é"}'),
     ],
-    ids=["http", "too large", "no object", "another kind"],
+    ids=["http", "too large", "no object", "nested", "another kind", "no proof"],
 )
 def test_what_is_no_handshake_is_hung_up_on_and_holds_nobody_up(door: Any, sent: bytes) -> None:
     from pjengine.host_join import join
@@ -152,6 +160,11 @@ def test_an_address_that_is_not_of_this_machine_is_refused() -> None:
     [
         ({"nnodes": 2, "tensor_parallel_size": 2}, "nnodes=2 needs coordinator='HOST:PORT'"),
         ({"nnodes": 2, "tensor_parallel_size": 2, "coordinator": "head"}, "needs coordinator='HOST:PORT'"),
+        ({"distributed_executor_backend": "mp"}, "must be None or 'ray', got 'mp'"),
+        (
+            {"nnodes": 2, "tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
+            "nnodes=2: leave it out, a Ray cluster says how many",
+        ),
         ({"node_rank": 1}, "node_rank=1 is of several hosts, and nnodes=1"),
         ({"coordinator": "a:1"}, "coordinator='a:1' is of several hosts"),
         ({"nnodes": 2, "tensor_parallel_size": 3, "coordinator": "a:1"}, "does not divide among nnodes=2"),
@@ -166,6 +179,14 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
 
     with pytest.raises(ValueError, match=reason):
         EngineConfig(model="demo", **settings)
+
+
+def test_ray_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pjengine import LLM
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"needs Ray: pip install 'pjengine\[ray\]'"):
+        LLM("demo", distributed_executor_backend="ray")
 
 
 def test_a_layout_travels_as_json_and_one_with_functions_does_not() -> None:

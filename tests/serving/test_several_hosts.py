@@ -46,6 +46,30 @@ while True:
 """
 
 
+# Two hosts with a network of their own between them, which is cut when a line comes. That needs no rights, in
+# a user namespace. Each host's name has the address of its network namespace, which gloo asks for.
+NAMESPACES = """
+set -e
+mount -t tmpfs tmpfs /run
+for n in 0 1; do ip netns add host$n; done
+ip link add eth0 netns host0 type veth peer name eth0 netns host1
+for n in 0 1; do
+    ip -n host$n addr add 10.0.0.$((n + 1))/24 dev eth0
+    ip -n host$n link set eth0 up
+    ip -n host$n link set lo up
+    echo "10.0.0.$((n + 1)) $(hostname)" > /run/hosts$n
+done
+run='mount --bind "$0" /etc/hosts; exec "$@"'
+ip netns exec host0 sh -c "$run" /run/hosts0 "$1" -c "$2" "$3" > "$5/0" 2>&1 &
+head=$!
+ip netns exec host1 sh -c "$run" /run/hosts1 "$1" -c "$2" "$4" > "$5/1" 2>&1 &
+worker=$!
+read _
+ip -n host0 link set eth0 down
+for process in $head $worker; do wait $process && echo 0 || echo $?; done
+"""
+
+
 def answers(llm: Any) -> list[Any]:
     """Of a few requests; and that one that cannot run leaves the engine well."""
     from pjengine import SamplingParams
@@ -64,9 +88,28 @@ def answers(llm: Any) -> list[Any]:
             llm.generate(prompt, SamplingParams(logits_processors=[never]), use_tqdm=False)
         except ValueError as error:
             refusal = str(error)
+        interrupt_a_step(llm.engine, prompt)
     again = llm.generate(prompt[:20], params[0], use_tqdm=False)
     texts = [[one.token_ids for one in output.outputs] for output in [*outputs, *again]]
     return [texts, streamed, refusal]
+
+
+def interrupt_a_step(engine: Any, prompt: list[int]) -> None:
+    """As Ctrl-C does: all hosts start over."""
+    advance = engine._advance
+
+    def interrupted() -> None:
+        advance()
+        raise KeyboardInterrupt
+
+    engine.add_request(prompt)
+    engine._advance = interrupted
+    try:
+        engine.step()
+        raise AssertionError("not interrupted")
+    except KeyboardInterrupt:
+        engine._advance = advance
+    assert not engine.has_unfinished_requests() and not engine.is_broken
 
 
 def never(token_ids: Any, logits: Any) -> Any:
@@ -216,6 +259,36 @@ def test_a_worker_whose_head_is_gone_ends(folder: Path, tmp_path: Path) -> None:
         head.process.kill()
         assert worker.wait(MUST_END_S) != 0
         assert "the head (127.0.0.1:" in worker.log and "is lost" in worker.log
+
+
+@pytest.mark.slow
+def test_a_network_that_is_cut_ends_both_sides(folder: Path, tmp_path: Path) -> None:
+    namespaces = ("unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child")
+    try:
+        subprocess.run([*namespaces, "ip", "link"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces on this machine, or no iproute2: {error}")
+    settings = {"model": str(folder), **SIZES, "tensor_parallel_size": 2, "nnodes": 2}
+    settings["coordinator"] = "10.0.0.1:29500"
+    each = [json.dumps({**settings, "node_rank": rank}) for rank in range(2)]
+    script = ["bash", "-c", NAMESPACES, "-", sys.executable, ENDLESS, *each, str(tmp_path)]
+    with subprocess.Popen(
+        [*namespaces, *script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as both:
+        head, worker = tmp_path / "0", tmp_path / "1"
+
+        def has_begun() -> bool:
+            assert both.poll() is None
+            return head.exists() and "chunk" in head.read_text()
+
+        try:
+            wait_until(has_begun, "tokens")
+            statuses, _ = both.communicate("\n", MUST_END_S)
+        finally:
+            both.kill()
+    assert statuses.split() == ["1", "1"]
+    assert "host 1 (10.0.0.2:" in head.read_text() and "it has said nothing for 10 s" in head.read_text()
+    assert "it has said nothing for 10 s" in worker.read_text()
 
 
 @contextmanager
