@@ -40,8 +40,8 @@ class Wire:
         self._socket = connection
         self._sending = threading.Lock()
 
-    def set_patience(self, seconds: float) -> None:
-        """How long a peer may be silent, or take nothing, before TimeoutError is raised."""
+    def set_patience(self, seconds: float | None) -> None:
+        """How long the next `send` and `receive` wait for the peer before TimeoutError is raised."""
         self._socket.settimeout(seconds)
 
     def send(self, kind: str, vector: Int[np.ndarray, " size"] = _NOTHING, **values: Any) -> None:

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ HEARTBEAT_S = 2.0
 SILENCE_S = 10.0  # after which a host is taken for lost
 LOADING_SILENCE_S = 60.0  # the same while weights are read, which may hold the interpreter's lock
 EXIT_S = 12.0  # for requests to be told of a loss and streams to end, before the process does
+_LOOK_S = 0.5
 _INITIALIZE_S = 120
 _SHUTDOWN_S = 10
 _NOTHING = np.empty(0, np.int32)
@@ -51,6 +53,7 @@ class Peer:
 
     name: str
     wire: Wire
+    heard_s: float = 0.0  # when it spoke last, on the monotonic clock
     inbox: SimpleQueue[Message | None] = field(default_factory=SimpleQueue)  # None: it is lost
 
 
@@ -77,17 +80,19 @@ class Hosts:
         self._is_lost, self._ended = threading.Event(), threading.Event()
         self.be_patient(JOIN_S if rank else LOADING_SILENCE_S)
         for peer in self._peers:
+            peer.wire.set_patience(None)  # its silence is watched from outside
             threading.Thread(target=self._listen, args=(peer,), name="pjengine-host", daemon=True).start()
         threading.Thread(target=self._beat, name="pjengine-heartbeat", daemon=True).start()
+        threading.Thread(target=self._watch, name="pjengine-silence", daemon=True).start()
         if rank == 0:
             threading.Thread(target=self._run_steps, name="pjengine-steps", daemon=True).start()
         atexit.register(self._exit_if_lost)
 
     def be_patient(self, seconds: float) -> None:
         """How long a peer may be silent from now on."""
-        self._patience_s = seconds
         for peer in self._peers:
-            peer.wire.set_patience(seconds)
+            peer.heard_s = time.monotonic()
+        self._patience_s = seconds
 
     def tell(self, kind: str, vector: Int[np.ndarray, "..."] = _NOTHING, **values: Any) -> None:
         """Sends a message to every peer.
@@ -242,10 +247,9 @@ class Hosts:
         while True:
             try:
                 message = peer.wire.receive()
-            except TimeoutError:
-                return self._lose(peer, f"it has said nothing for {self._patience_s:g} s")
             except (OSError, EOFError, ValueError) as error:
                 return self._lose(peer, f"its connection has ended ({error})")
+            peer.heard_s = time.monotonic()
             if message.kind == "failed":
                 return self._lose(peer, f"it has failed: {message.fields.get('reason')}")
             if message.kind == "stop":
@@ -260,6 +264,13 @@ class Hosts:
                     peer.wire.send("alive")
                 except OSError as error:
                     return self._lose(peer, f"its connection has ended ({error})")
+
+    def _watch(self) -> None:
+        """Not in the thread of the heartbeats: a peer that is stopped takes none in the end."""
+        while not self._ended.wait(_LOOK_S):
+            for peer in self._peers:
+                if time.monotonic() - peer.heard_s > self._patience_s:
+                    return self._lose(peer, f"it has said nothing for {self._patience_s:g} s")
 
     def _lose(self, peer: Peer, reason: str) -> None:
         with self._lock:
