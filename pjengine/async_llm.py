@@ -229,6 +229,8 @@ class _EngineThread:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="pjengine-compile")
         self._thread = threading.Thread(target=self._run, name="pjengine-engine", daemon=True)
         self._thread.start()
+        if not isinstance(engine, Replicas):  # which are of one host
+            engine.call_when_lost(lambda lost: self.inbox.put(partial(_raise, lost)))
         # JAX takes its backend down at exit: no step may be under way then.
         atexit.register(self.close, _EXIT_TIMEOUT_S)
 
@@ -449,6 +451,10 @@ class _EngineThread:
         except RuntimeError:
             for stream in streams:
                 self.release(stream)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _refuse(stream: _Stream, error: Exception) -> None:

@@ -65,7 +65,8 @@ def environment(devices: Sequence[jax.Device], options: Mapping[str, object]) ->
     return (
         (pjengine.__version__, SOURCES, jax.__version__, jaxlib.version.__version__),
         (device.platform, device.client.platform_version, [(each.device_kind, each.id) for each in devices]),
-        (device.client.device_count(), _processor() if device.platform == "cpu" else None),
+        (device.client.device_count(), device.client.process_index()),
+        _processor() if device.platform == "cpu" else None,
         sorted(options.items()),
         xla_flags(),
         [(name, getattr(jax.config, name, None)) for name in JAX_SETTINGS],

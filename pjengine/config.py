@@ -30,10 +30,12 @@ LIMITS = {
     "decode_steps": (1, 2**31),
     "tensor_parallel_size": (1, 2**16),
     "data_parallel_size": (1, 2**16),
+    "nnodes": (1, 2**16),
+    "node_rank": (0, 2**16),
     "max_logprobs": (-1, 2**31),
     "seed": (0, 2**63),
 }
-NEVER_NONE = ("max_logprobs", "seed", "tensor_parallel_size", "data_parallel_size")
+NEVER_NONE = ("max_logprobs", "seed", "tensor_parallel_size", "data_parallel_size", "nnodes", "node_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,10 @@ class EngineConfig:
     tensor_parallel_size: int = 1  # devices that compute each token together
     enable_expert_parallel: bool = False  # each of them has whole experts, and not a part of every one
     data_parallel_size: int = 1  # engines beside each other, each on as many devices as that
+    nnodes: int = 1  # hosts that the devices are divided among evenly, each with a process of its own
+    node_rank: int = 0  # of this one; 0 is the head, which takes the requests
+    coordinator: str | None = None  # HOST:PORT of the head's machine, where the others join it
+    distributed_executor_backend: str | None = None  # "ray": all nodes of its cluster, for these three
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
     max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
@@ -144,10 +150,42 @@ class EngineConfig:
                 "enable_expert_parallel=True divides experts among the devices of tensor_parallel_size, "
                 "which is 1: raise it, or leave enable_expert_parallel out"
             )
+        self._check_hosts()
         if self.tokenizer_revision is not None and self.tokenizer is None:
             raise ValueError(
                 f"tokenizer_revision={self.tokenizer_revision!r} is of the tokenizer that `tokenizer` names, "
                 "and none is named; the model's own comes with `revision`"
+            )
+
+    def _check_hosts(self) -> None:
+        """Raises ValueError where the settings of several hosts do not go together."""
+        backend = self.distributed_executor_backend
+        if backend not in (None, "ray"):
+            raise ValueError(f"distributed_executor_backend must be None or 'ray', got {backend!r:.80}")
+        if backend is not None and self.nnodes > 1:
+            raise ValueError(f"nnodes={self.nnodes}: leave it out, a Ray cluster says how many there are")
+        if self.data_parallel_size > 1 and (self.nnodes > 1 or backend is not None):
+            raise ValueError(
+                f"data_parallel_size={self.data_parallel_size} is of one host: run an engine on each, behind "
+                "a load balancer, or leave it out"
+            )
+        if self.nnodes == 1:
+            for name, neutral in (("node_rank", 0), ("coordinator", None)):
+                if getattr(self, name) != neutral:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is of several hosts, and nnodes=1")
+            return
+        host, _, port = (self.coordinator or "").rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ValueError(
+                f"nnodes={self.nnodes} needs coordinator='HOST:PORT', an address of the machine of "
+                f"node_rank=0; got {self.coordinator!r:.80}"
+            )
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank must be less than nnodes={self.nnodes}, got {self.node_rank}")
+        if self.tensor_parallel_size % self.nnodes:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} does not divide among "
+                f"nnodes={self.nnodes}: it is the number of all their devices, as many of each"
             )
 
 
@@ -213,7 +251,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("trust_remote_code", "enforce_eager", "enable_lora", "enable_sleep_mode"), (False,)),
     "disable_custom_all_reduce": (False,),
     **dict.fromkeys(("quantization", "quantization_config"), (None,)),
-    **dict.fromkeys(("code_revision", "distributed_executor_backend", "logits_processors"), (None,)),
+    **dict.fromkeys(("code_revision", "logits_processors"), (None,)),
     **dict.fromkeys(("kv_cache_dtype", "tokenizer_mode", "config_format"), ("auto",)),
     **dict.fromkeys(("cpu_offload_gb", "swap_space"), (0, 0.0)),
     "enable_chunked_prefill": (True, None),
@@ -288,6 +326,15 @@ def api_keys() -> tuple[str, ...]:
     return (key,) if key else ()
 
 
+def hosts_secret() -> str:
+    """What the processes of several hosts know each other by; empty: whoever reaches the port may join."""
+    return os.environ.get("PJENGINE_HOSTS_SECRET", "")
+
+
+def set_hosts_secret(secret: str) -> None:
+    os.environ["PJENGINE_HOSTS_SECRET"] = secret
+
+
 def client_api_key() -> str | None:
     """The key that clients send, as OpenAI's own read it."""
     return os.environ.get("OPENAI_API_KEY") or None
@@ -299,7 +346,7 @@ SHOWN_VARIABLES = (
     *("XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LD_LIBRARY_PATH"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "XDG_CACHE_HOME"),
 )
-SECRET_VARIABLES = ("PJENGINE_API_KEY", "OPENAI_API_KEY", "HF_TOKEN")
+SECRET_VARIABLES = ("PJENGINE_API_KEY", "PJENGINE_HOSTS_SECRET", "OPENAI_API_KEY", "HF_TOKEN")
 
 
 def shown_variables() -> dict[str, str]:

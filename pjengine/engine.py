@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import compress
 
@@ -11,13 +12,16 @@ from jaxtyping import Bool, Int
 from pjengine.beam_search import BeamStep, Candidate
 from pjengine.compile_cache import open_compile_cache
 from pjengine.config import EngineConfig, compile_cache_folder, is_whole
+from pjengine.follower import follow
 from pjengine.generation import NO_TOKEN, Completion, Generation
 from pjengine.hidden_states import states_to_host
+from pjengine.hosts import HostLostError, Hosts, gather, telling_failure
 from pjengine.loading import LoadedModel, load_model
 from pjengine.outputs import RequestOutput
 from pjengine.page_pool import PagePool
 from pjengine.preparation import Preparation, seed_source
 from pjengine.prompts import Prompt
+from pjengine.ray_hosts import RayCluster
 from pjengine.request import Request, request_id_for
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
@@ -45,15 +49,22 @@ class LLMEngine:
                 f"an LLMEngine is one engine, got data_parallel_size={config.data_parallel_size}: use LLM, "
                 "AsyncLLM or pjengine.replicas.start_engine"
             )
-        self.config = config
-        loaded = load_model(config) if loaded is None else loaded
+        if config.node_rank > 0:
+            raise SystemExit(follow(config))
+        self.config, hosts = _with_hosts(config)
+        with telling_failure(hosts):
+            self._start(hosts, loaded)
+
+    def _start(self, hosts: Hosts | None, loaded: LoadedModel | None) -> None:
+        config = self.config
+        loaded = load_model(config, hosts) if loaded is None else loaded
         self.model_config = loaded.model.config
         self.tokenizer = loaded.tokenizer
         self.max_model_len = loaded.runner_config.max_model_len
         self.memory_plan = loaded.memory_plan
         sizes = loaded.runner_config
         compile_cache = open_compile_cache(compile_cache_folder(config.compile_cache_dir))
-        self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache)
+        self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache, hosts)
         self.scheduler = self._new_scheduler()
         self.num_generation_tokens = 0
         self._in_flight: Launched | None = None
@@ -71,6 +82,8 @@ class LLMEngine:
         )
         self.is_broken = False  # a step failed, and so did starting over: nothing can run any more
         self.is_closed = False
+        if hosts is not None:
+            hosts.begin(loaded.facts)
         if config.warm_up:
             try:
                 self.runner.warm_up(use_tqdm=config.use_tqdm_on_load)
@@ -141,6 +154,10 @@ class LLMEngine:
         params = self.default_sampling_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
+        if params.logits_processors and self._hosts is not None:
+            raise ValueError(
+                "logits_processors are functions of this process: with nnodes > 1 leave them out"
+            )
         generation = self._preparation.generation(request_id_for(request_id), prompt, params, priority)
         self.scheduler.check_fits(generation.request)
         return generation
@@ -190,27 +207,27 @@ class LLMEngine:
         """
         with self._turns.take(is_waiting=False):
             self._check_open()
-            return self._advance()
+            try:
+                return self._advance() if self._hosts is None else self._hosts.run(self._advance)
+            except BaseException as error:
+                if isinstance(error, Exception):  # not Ctrl-C
+                    logger.error("a step failed: %r; aborted requests=%d", error, len(self._generations))
+                self._start_over(error)
+                raise
 
     def _advance(self) -> list[Generation]:
-        try:
-            schedule = self.scheduler.schedule()
-            launched = self.runner.launch(schedule) if schedule.num_seqs else None
-            self._in_flight, ended = launched, self._in_flight
-            if ended is None and self.scheduler.speculation is not None:
-                self.scheduler.speculation.pause()
-            refused = self._refuse(schedule)
-            if launched is ended is None and not refused:
-                self.runner.wait_for_programs()
-            grown = refused + (self._take_results(ended) if ended is not None else [])
-            if launched is not None and schedule.masked:
-                self.runner.draw(launched, self._masks(schedule))
-            return grown
-        except BaseException as error:
-            if isinstance(error, Exception):  # not Ctrl-C
-                logger.error("a step failed: %r; aborted requests=%d", error, len(self._generations))
-            self._start_over()
-            raise
+        schedule = self.scheduler.schedule()
+        launched = self.runner.launch(schedule) if schedule.num_seqs else None
+        self._in_flight, ended = launched, self._in_flight
+        if ended is None and self.scheduler.speculation is not None:
+            self.scheduler.speculation.pause()
+        refused = self._refuse(schedule)
+        if launched is ended is None and not refused:
+            self.runner.wait_for_programs()
+        grown = refused + (self._take_results(ended) if ended is not None else [])
+        if launched is not None and schedule.masked:
+            self.runner.draw(launched, self._masks(schedule))
+        return grown
 
     def _masks(self, schedule: Schedule) -> Masks:
         """What their grammars allow those requests of a step that have one and have not ended meanwhile."""
@@ -376,13 +393,26 @@ class LLMEngine:
                 if generation.is_finished:
                     self._generations.pop(generation.request.request_id, None)
 
-    def _start_over(self) -> None:
+    @property
+    def _hosts(self) -> Hosts | None:
+        return self.runner.compiler.hosts
+
+    def call_when_lost(self, call: Callable[[HostLostError], None]) -> None:
+        """Has something called, on another thread, when a host of several is lost: nothing can run then."""
+        if self._hosts is not None:
+            self._hosts.call_when_lost(call)
+
+    def _start_over(self, error: BaseException) -> None:
         self.is_broken = True  # until all of this has worked
         for generation in self._generations.values():
             generation.abort()
         self._generations.clear()
         self._completions.clear()
         self._in_flight = None
+        if self._hosts is not None:
+            if isinstance(error, Exception):  # nobody knows how far the other hosts are
+                return self._hosts.fail(error)
+            self._hosts.tell("reset")
         self.scheduler = self._new_scheduler()
         self.runner.reset()
         self.is_broken = False
@@ -413,4 +443,16 @@ class LLMEngine:
             self._abort(request_id)
         self._in_flight = None
         self._preparation.grammars.close()
+        if self._hosts is not None and self._hosts.lost is not None:
+            return  # its devices may wait for the lost one, and nothing ends that but the end of the process
+        if self._hosts is not None:
+            self._hosts.close()  # first: the runner waits for compilations
         self.runner.close()
+
+
+def _with_hosts(config: EngineConfig) -> tuple[EngineConfig, Hosts | None]:
+    """The settings, completed by Ray if it shall start the other hosts; and these, if there are others."""
+    if config.distributed_executor_backend is None:
+        return config, gather(config)
+    cluster = RayCluster(config)
+    return cluster.config, gather(cluster.config, cluster.start_workers)

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from pjengine.compile_cache import fingerprint
 from pjengine.config import EngineConfig, RunnerConfig, parse_length, reserve_device_memory
+from pjengine.hosts import Hosts
 from pjengine.memory import MemoryPlan, device_budget, plan_memory
 from pjengine.models.checkpoint import open_checkpoint
 from pjengine.models.config import ModelConfig
@@ -25,7 +27,7 @@ from pjengine.models.shapes import SHAPES
 from pjengine.models.share import widen
 from pjengine.pallas_kernels.dispatch import check_backend
 from pjengine.progress import progress_bar
-from pjengine.sharding.mesh import AXES, choose_device_groups, make_mesh, replicated
+from pjengine.sharding.mesh import AXES, choose_device_groups, make_mesh, own_device, replicated
 from pjengine.sharding.partition import copied, placed
 from pjengine.sizing import choose_decode_steps, choose_dtype, choose_sizes
 from pjengine.tokenizer import Tokenizer, load_tokenizer
@@ -45,6 +47,12 @@ class LoadedModel:
     sharding: NamedSharding  # of what every device has
     generation_config: Mapping[str, Any]  # what generation_config.json holds, if it counts
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all hosts, by name."""
+        sizes = {own.name: repr(getattr(self.runner_config, own.name)) for own in fields(self.runner_config)}
+        return {"model": fingerprint(self.model), **sizes}
+
 
 def load_replicas(config: EngineConfig) -> list[LoadedModel]:
     """Loads what `config` names once, and copies it from device to device for each further replica.
@@ -62,8 +70,10 @@ def load_replicas(config: EngineConfig) -> list[LoadedModel]:
     ]
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(config: EngineConfig, hosts: Hosts | None = None) -> LoadedModel:
     """Loads what `config` names, on the devices of the first replica, with a plan that all of them can hold.
+
+    Of several hosts this loads its own part.
 
     Raises:
       ValueError: the model or a setting is not possible; the text says which and what to change.
@@ -74,16 +84,20 @@ def load_model(config: EngineConfig) -> LoadedModel:
     folder, model_config = read_model_config(config)
     dtype = choose_dtype(config.dtype, model_config)
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, folder)
-    groups = choose_device_groups(config.data_parallel_size, config.tensor_parallel_size)
+    groups = choose_device_groups(config.data_parallel_size, config.tensor_parallel_size, config.nnodes)
     devices = groups[0]
-    device, mesh = devices[0], make_mesh(devices)
+    device, mesh = own_device(devices), make_mesh(devices)
     model, draft_folder = with_draft(config, build_model(model_config, dtype, len(devices)))
     stats = device.memory_stats() if device.platform == "gpu" else None
-    sizes = choose_sizes(config, model_config, stats["bytes_limit"] if stats else None)
+    limit = stats["bytes_limit"] if stats else None
     # Before the weights are loaded, so that what does not fit costs nothing.
     share = config.gpu_memory_utilization / reserved_fraction
-    budgets = [device_budget(own[0], share) for own in groups]
-    plan = make_plan(config, model, sizes, min((b for b in budgets if b is not None), default=None))
+    budgets = [device_budget(own_device(own), share) for own in groups]
+    budget = min((own for own in budgets if own is not None), default=None)
+    if hosts is not None:
+        limit, budget = hosts.least(limit, budget)
+    sizes = choose_sizes(config, model_config, limit)
+    plan = make_plan(config, model, sizes, budget)
     logger.info("memory plan\n%s", plan.table())
     if isinstance(model, Pair) and config.draft is not None:
         params: Params = {

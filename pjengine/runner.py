@@ -9,43 +9,40 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Int
 
-from pjengine.batching import (
-    Layout,
-    Rows,
-    pack,
-    page_updates,
-    update_page_table,
-)
+from pjengine.batching import Layout, pack, page_updates
 from pjengine.compile_cache import CompileCache
 from pjengine.config import RunnerConfig
+from pjengine.device_state import (
+    EARLY_UPDATES,
+    AnyLayout,
+    Program,
+    free,
+    new_state,
+    page_updater,
+    run_draw,
+    run_model,
+)
 from pjengine.divided_sampler import MANY
 from pjengine.draw import DrawLayout, Stages, Undrawn, pack_draw
 from pjengine.edit_sizes import has_token_states, num_states_for, prompt_top_for, sizes_for
 from pjengine.edits import past_prompts, without
+from pjengine.hosts import Hosts
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
-from pjengine.models.pair import empty_cache
-from pjengine.models.state import KVCache
 from pjengine.pooling import StepStates
 from pjengine.processors import NO_CHAINS, Chain, Chains
 from pjengine.programs import CompilationError, Programs
 from pjengine.progress import progress_bar
 from pjengine.schedule import NO_MASKS, Masks, Schedule, state_limit
-from pjengine.sharding.partition import KV_PAGES
 from pjengine.step import StepOutput
 from pjengine.step_compiler import StepCompiler
 
-type AnyLayout = Layout | DrawLayout
-type Program = Callable[..., Any]  # as `step`, `compute_logits` or `draw`, its settings bound
-
 PATIENCE = 32  # steps that run as larger ones before their own program is made
 MAX_EDITING = 64  # programs that depend on edits and are kept; each may take 10 MB of the host's memory
-EARLY_UPDATES = 1024  # page updates entered at once by the program that runs before a step
 
 
 @dataclass(slots=True)
@@ -75,18 +72,15 @@ class Runner:
         config: RunnerConfig,
         sharding: NamedSharding,
         compile_cache: CompileCache | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.params = params
-        self.cache, self.rows = self._new_state(sharding)
-        early = jax.ShapeDtypeStruct((3, EARLY_UPDATES), jnp.int32, sharding=sharding)
-        self._update_page_table = (
-            jax.jit(update_page_table, donate_argnums=0, out_shardings=sharding)
-            .lower(self.rows, early)
-            .compile()
-        )
-        self.compiler = StepCompiler(model, config, (params, self.cache, self.rows), sharding, compile_cache)
+        self.cache, self.rows = new_state(model, config, sharding)
+        self._enter_pages = page_updater(self.rows, sharding)
+        state = params, self.cache, self.rows
+        self.compiler = StepCompiler(model, config, state, sharding, compile_cache, hosts)
         self._programs: Programs[AnyLayout, Program] = Programs(
             self.compiler, num_threads=os.cpu_count() or 1
         )
@@ -98,21 +92,10 @@ class Runner:
         self._num_misses: Counter[Stages] = Counter()
         self._editing: dict[AnyLayout, None] = {}  # that depend on edits; those used last are at the end
 
-    def _new_state(self, sharding: NamedSharding) -> tuple[KVCache, Rows]:
-        config = self.config
-
-        def make() -> tuple[KVCache, Rows]:
-            cache = empty_cache(self.model, config.num_pages, config.page_size, config.window_group)
-            return cache, Rows.empty(config.max_num_seqs, config.num_groups * config.pages_per_seq)
-
-        pages = NamedSharding(sharding.mesh, KV_PAGES)
-        shardings: Any = (pages, pages, sharding, pages, pages)
-        return jax.jit(make, out_shardings=(KVCache(*shardings), sharding))()
-
     def reset(self) -> None:
         """Starts over with empty pages, after a step that failed half-way."""
-        self._free(self.cache, self.rows)
-        self.cache, self.rows = self._new_state(self.compiler.sharding)
+        free(self.cache, self.rows)
+        self.cache, self.rows = new_state(self.model, self.config, self.compiler.sharding)
 
     def launch(self, schedule: Schedule) -> Launched:
         """Starts a step and returns at once; the tokens follow by themselves, or, if some of its sequences
@@ -123,9 +106,7 @@ class Runner:
         if updates.shape[1] > layout.max_page_updates:
             updates = self._update_early(updates, layout.max_page_updates)
         blob = pack(schedule, updates, layout, self.model.config.vocab_size)
-        self.cache, self.rows, *results = self.programs[layout](
-            self.params, self.cache, self.rows, jax.device_put(blob, self.compiler.sharding)
-        )
+        results = run_model(self, layout, self.compiler.send(layout, blob))
         if draw_layout is None:
             _send_home(results)
             return Launched(schedule, *results)
@@ -142,12 +123,8 @@ class Runner:
         """
         layout, undrawn = launched.draw_layout, launched.undrawn
         assert layout is not None and undrawn is not None
-        blob = jax.device_put(pack_draw(launched.schedule, masks, layout), self.compiler.sharding)
-        program, beams, drafted = self.programs[layout], None, None
-        if layout.edits.num_beams:
-            self.cache, self.rows, tokens, logprobs, beams = program(self.cache, self.rows, undrawn, blob)
-        else:
-            self.rows, tokens, logprobs, drafted = program(self.rows, self.cache.token_ids, undrawn, blob)
+        blob = self.compiler.send(layout, pack_draw(launched.schedule, masks, layout))
+        tokens, logprobs, beams, drafted = run_draw(self, layout, undrawn, blob)
         launched.undrawn = None  # the logits take much memory
         of_prompts = launched.prompt_logprobs, launched.states
         launched.output = StepOutput(tokens, logprobs, *of_prompts, beams, drafted)
@@ -161,7 +138,7 @@ class Runner:
             now, updates = updates[:, :EARLY_UPDATES], updates[:, EARLY_UPDATES:]
             padded = np.full((3, EARLY_UPDATES), self.config.max_num_seqs, np.int32)
             padded[:, : now.shape[1]] = now
-            self.rows = self._update_page_table(self.rows, jax.device_put(padded, self.compiler.sharding))
+            self.rows = self._enter_pages(self.rows, self.compiler.send(None, padded))
         return updates
 
     def _wanted(self, schedule: Schedule) -> Stages:
@@ -289,6 +266,7 @@ class Runner:
             oldest = next(iter(self._editing))
             del self._editing[oldest]
             self._programs.drop(oldest)
+            self.compiler.forget(oldest)
             self._asked.discard(oldest)
             for stages in [own for own in self._num_misses if oldest in own.layouts]:
                 del self._num_misses[stages]
@@ -373,13 +351,7 @@ class Runner:
     def close(self) -> None:
         """Stops making programs and frees the device memory that the runner owns."""
         self._programs.close()
-        self._free(self.params, self.cache, self.rows)
-
-    @staticmethod
-    def _free(*trees: Any) -> None:
-        for leaf in jax.tree.leaves(trees):
-            if not leaf.is_deleted():
-                leaf.delete()
+        free(self.params, self.cache, self.rows)
 
 
 def _layouts_of(several: Sequence[Stages]) -> list[AnyLayout]:

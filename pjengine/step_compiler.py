@@ -9,15 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.stages import Compiled, Lowered
 from jax.tree_util import PyTreeDef
+from jaxtyping import Array, Int
 
 from pjengine.batching import Layout, Rows
 from pjengine.beam_selection import BeamOutput, draw_beams
 from pjengine.compile_cache import CompileCache, environment, fingerprint
 from pjengine.config import RunnerConfig
+from pjengine.device_state import AnyLayout, replicate
 from pjengine.draw import DrawLayout, Undrawn, draw
+from pjengine.hosts import Hosts
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.registry import is_ours
@@ -67,6 +71,7 @@ class StepCompiler:
         state: tuple[Params, KVCache, Rows],
         sharding: NamedSharding,
         cache: CompileCache | None,
+        hosts: Hosts | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -77,13 +82,36 @@ class StepCompiler:
         # A program is known by the sources of this package: of a class from outside nothing is known.
         self.cache = cache if is_ours(model) else None
         self.devices = list(sharding.mesh.devices.flat)
-        self.options = COMPILER_OPTIONS.get(self.devices[0].platform, {})
+        self.options = dict(COMPILER_OPTIONS.get(self.devices[0].platform, {}))
+        if not sharding.is_fully_addressable:
+            # Else hosts would wait for each other's choices of kernels, and they compile in no common order.
+            self.options["xla_gpu_shard_autotuning"] = False
+        self.hosts = hosts  # that launch what is sent here
 
     def load(self, layout: Layout | DrawLayout) -> Compiled | None:
         """The program for `layout` as an earlier run compiled it."""
+        if self.hosts is not None:
+            self.hosts.tell_layout("make", layout)
         if self.cache is None or not _is_kept(layout):
             return None
         return self.cache.load(self._key(layout), *self._trees(layout), self.devices)
+
+    def send(self, layout: AnyLayout | None, vector: Int[np.ndarray, "..."]) -> Int[Array, "..."]:
+        """Puts a vector on the devices, for the program of `layout`; None: for the one that enters pages.
+
+        That program must be launched next: other hosts are told to launch it.
+        """
+        if self.hosts is not None:
+            if layout is None:
+                self.hosts.tell("pages", vector)
+            else:
+                self.hosts.tell_layout("run", layout, vector)
+        return replicate(vector, self.sharding)
+
+    def forget(self, layout: AnyLayout) -> None:
+        """Has other hosts let go of a program."""
+        if self.hosts is not None:
+            self.hosts.tell_layout("drop", layout)
 
     def lower(self, layout: Layout | DrawLayout) -> Lowered:
         """The program for `layout`, traced and lowered; donates cache and rows, as far as it changes them."""

@@ -49,6 +49,10 @@ def _run_batch(args: argparse.Namespace) -> int:
     for name, path in (("--input-file", args.input_file), ("--output-file", args.output_file)):
         if "://" in path:
             raise ValueError(f"{name} must be a file of this machine, got {path!r:.200}")
+    if config.node_rank > 0:  # the head reads the requests
+        from pjengine.follower import follow
+
+        return follow(config)
     from pjengine.serving.batch import run_batch
 
     source, output = Path(args.input_file), Path(args.output_file)

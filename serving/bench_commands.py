@@ -13,7 +13,9 @@ from pjengine.config import EngineConfig, add_xla_flag
 from pjengine.sampling_params import SamplingParams
 from pjengine.serving.options import (
     ENGINE_OPTIONS,
+    HOST_OPTIONS,
     SAMPLING_OPTIONS,
+    Option,
     add_engine_options,
     add_options,
     given,
@@ -41,7 +43,9 @@ def add_bench(commands: Any) -> Any:
     return kinds
 
 
-def _add_bench(kinds: Any, name: str, run: Any, *, help: str, description: str) -> argparse.ArgumentParser:
+def _add_bench(
+    kinds: Any, name: str, run: Any, *more: Option, help: str, description: str
+) -> argparse.ArgumentParser:
     """What the kinds of benchmark share."""
     command: argparse.ArgumentParser = kinds.add_parser(
         name, help=help, description=description, usage="%(prog)s (--model MODEL | --shape SHAPE) [options]"
@@ -57,7 +61,7 @@ def _add_bench(kinds: Any, name: str, run: Any, *, help: str, description: str) 
         "opt-125m-llama or tiny",
     )
     command.add_argument("--output", metavar="FILE", help="append the results to this file too")
-    add_engine_options(command)
+    add_engine_options(command, *more)
     return command
 
 
@@ -66,6 +70,7 @@ def _add_throughput(kinds: Any) -> None:
         kinds,
         "throughput",
         _throughput,
+        *HOST_OPTIONS,
         help="requests and tokens per second of a workload",
         description="Submits all requests of a workload at once and measures until the last one is answered.",
     )
@@ -83,6 +88,7 @@ def _add_latency(kinds: Any) -> None:
         kinds,
         "latency",
         _latency,
+        *HOST_OPTIONS,
         help="time per output token of a batch",
         description="Times batches, greedy unless an option of sampling is given: "
         "TPOT = (T(output-len tokens) - T(1 token)) / (output-len - 1).",
@@ -351,7 +357,7 @@ def _bench_settings(args: argparse.Namespace) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "use_tqdm_on_load": sys.stderr.isatty(),
         "enable_prefix_caching": False,  # a prompt that is repeated is measured again
-        **given(args, ENGINE_OPTIONS),
+        **given(args, (*ENGINE_OPTIONS, *HOST_OPTIONS)),
     }
     if args.shape is not None:
         check_shape(args.shape)

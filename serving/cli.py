@@ -22,6 +22,7 @@ from pjengine.serving.chat_commands import add_chat, add_complete
 from pjengine.serving.collect_env_command import add_collect_env
 from pjengine.serving.options import (
     ENGINE_OPTIONS,
+    HOST_OPTIONS,
     SAMPLING_OPTIONS,
     TOKENIZER_OPTIONS,
     Parser,
@@ -52,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError) as error:
         return _refuse(error)
     except RuntimeError as error:
+        from pjengine.hosts import HostLostError
+
+        if isinstance(error, HostLostError):
+            print(f"pjengine: {error}", file=sys.stderr)
+            return 1
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _refuse(f"the device is out of memory: {str(error).splitlines()[0]}")
@@ -136,7 +142,7 @@ def _add_generate(commands: Any) -> None:
         "--stop", metavar="TEXT", action="append", help="end before this text; may be given several times"
     )
     add_options(sampling, SAMPLING_OPTIONS, SamplingParams)
-    engine = add_engine_options(command, *TOKENIZER_OPTIONS)
+    engine = add_engine_options(command, *TOKENIZER_OPTIONS, *HOST_OPTIONS)
     engine.add_argument(
         "--warm-up",
         action=argparse.BooleanOptionalAction,
@@ -145,13 +151,17 @@ def _add_generate(commands: Any) -> None:
     )
 
 
-def _generate(args: argparse.Namespace) -> None:
+def _generate(args: argparse.Namespace) -> int:
     asked = {**given(args, SAMPLING_OPTIONS), "max_tokens": args.max_tokens, "stop": args.stop}
     asked = {name: value for name, value in asked.items() if value is not None}
     SamplingParams(**asked)  # refuses before jax is loaded, as the next line does
-    settings = given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS))
+    settings = given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS, *HOST_OPTIONS))
     bars = sys.stderr.isatty()
     config = EngineConfig(model=args.model, warm_up=args.warm_up, use_tqdm_on_load=bars, **settings)
+    if config.node_rank > 0:  # the head's prompts count
+        from pjengine.follower import follow
+
+        return follow(config)
     prompts = args.prompt or [_read_prompt()]
     for prompt in prompts:
         check_utf8(prompt)
@@ -176,6 +186,7 @@ def _generate(args: argparse.Namespace) -> None:
         f"{num_tokens} tokens in {elapsed:.2f} s: {num_tokens / elapsed:.1f} tokens/s",
         file=sys.stderr,
     )
+    return 0
 
 
 def _laid_over(defaults: SamplingParams, asked: Mapping[str, Any]) -> SamplingParams:

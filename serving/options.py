@@ -126,6 +126,12 @@ ENGINE_OPTIONS = (
     Option("compile_cache_dir", str, "DIR", "keeps compiled programs (default: ~/.cache/pjengine; '': none)"),
     Option("kernel_backend", str, "NAME", "triton, jax_triton or reference (default: the best that fits)"),
 )
+HOST_OPTIONS = (
+    Option("nnodes", int, "N", "hosts whose devices compute together, each with a process like this one"),
+    Option("node_rank", int, "N", "of this process; 0 is the head, which takes the requests"),
+    Option("coordinator", str, "HOST:PORT", "address of the head's machine, where the others join it"),
+    Option("distributed_executor_backend", str, "NAME", "ray: let Ray start a process on each node it has"),
+)
 TOKENIZER_OPTIONS = (
     Option("tokenizer", str, "MODEL", "folder or Hub id of the tokenizer (default: the model's)"),
     Option("tokenizer_revision", str, "REV", "branch, tag or commit of that tokenizer (default: main)"),

@@ -10,6 +10,7 @@ from pjengine.config import EngineConfig, api_keys
 from pjengine.serving.options import (
     CHAT_TEMPLATE,
     ENGINE_OPTIONS,
+    HOST_OPTIONS,
     TOKENIZER_OPTIONS,
     Option,
     add_neutral_options,
@@ -117,7 +118,7 @@ _LOGS = (
     Option("disable_uvicorn_access_log", _SWITCH, "", "do without a line for each answer"),
 )
 _SERVER_OPTIONS = (*_NETWORK, *_ACCESS, *API_OPTIONS, *_LOGS)
-MODEL_OPTIONS = (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS, *_SERVED_MODEL)
+MODEL_OPTIONS = (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS, *HOST_OPTIONS, *_SERVED_MODEL)
 
 
 def add_serve(commands: Any) -> None:
@@ -160,6 +161,10 @@ def _serve(args: argparse.Namespace) -> int:
     if "api_keys" in options and api_keys():
         logger.warning("--api-key takes the place of PJENGINE_API_KEY, whose key lets nobody in")
     config = ServerConfig(**{"api_keys": api_keys(), **options})
+    if engine_config.node_rank > 0:
+        from pjengine.follower import follow
+
+        return follow(engine_config)
     from pjengine.serving.server import serve
 
     return serve(engine_config, config)

@@ -31,6 +31,7 @@ STATS_INTERVAL_S = 10.0
 _WATCH_INTERVAL_S = 0.5
 _SAMPLE_INTERVAL_S = 1.0  # for the dashboard
 _LAST_WORDS_S = 10  # after the last request was ended, for the ends of its stream
+_LAST_HEALTH_S = 1.0  # for load balancers to read that the engine has failed
 _CLOSE_S = 3.0  # after that, for the engine; a step, a prompt or a compilation may take longer
 
 
@@ -157,6 +158,7 @@ class _Server(uvicorn.Server):
                 before, before_s = now, now_s
         if service.llm.errored:
             logger.error("the engine has failed: the server ends")
+            await asyncio.sleep(_LAST_HEALTH_S)
             self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -10,12 +10,14 @@ DATA, TENSOR = "data", "tensor"
 AXES = (DATA, TENSOR)
 
 
-def choose_devices(count: int) -> list[jax.Device]:
-    """The first `count` devices of this process.
+def choose_devices(count: int, num_hosts: int = 1) -> list[jax.Device]:
+    """The first `count` devices of this process; of several hosts as many of each, host after host.
 
     Raises:
       ValueError: there are fewer.
     """
+    if num_hosts > 1:
+        return _of_each_host(count // num_hosts, num_hosts)
     devices = jax.local_devices()
     if len(devices) < count:
         raise ValueError(
@@ -25,14 +27,34 @@ def choose_devices(count: int) -> list[jax.Device]:
     return devices[:count]
 
 
-def choose_device_groups(num_groups: int, num_devices: int) -> list[list[jax.Device]]:
+def _of_each_host(count: int, num_hosts: int) -> list[jax.Device]:
+    chosen = []
+    for host in range(num_hosts):
+        own = [device for device in jax.devices() if device.process_index == host]
+        if len(own) < count:
+            raise ValueError(
+                f"tensor_parallel_size={count * num_hosts} on {num_hosts} hosts needs {count} devices of "
+                f"each; the one of node_rank={host} has {len(own)}"
+            )
+        chosen += own[:count]
+    return chosen
+
+
+def own_device(devices: Sequence[jax.Device]) -> jax.Device:
+    """The first of `devices` that is of this process."""
+    return next(device for device in devices if device.process_index == jax.process_index())
+
+
+def choose_device_groups(num_groups: int, num_devices: int, num_hosts: int = 1) -> list[list[jax.Device]]:
     """The devices of each replica, `num_devices` for each: the first of this process, in their order.
+
+    A single one may be of several hosts, as `choose_devices` says.
 
     Raises:
       ValueError: there are fewer.
     """
     if num_groups == 1:
-        return [choose_devices(num_devices)]
+        return [choose_devices(num_devices, num_hosts)]
     devices = jax.local_devices()
     if len(devices) < num_groups * num_devices:
         raise ValueError(

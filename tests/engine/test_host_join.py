@@ -1,0 +1,205 @@
+"""The head takes in one worker of each rank that is like it, and says to all others why not."""
+
+import json
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def door() -> Iterator[Any]:
+    from pjengine.host_join import Door
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    door = Door(config(port))
+    yield door
+    door.close()
+
+
+def config(port: int, **more: Any) -> Any:
+    from pjengine.config import EngineConfig
+
+    some = {"model": "demo", "tensor_parallel_size": 3, "nnodes": 3, "coordinator": f"127.0.0.1:{port}"}
+    return EngineConfig(**{**some, **more})
+
+
+def worker(door: Any, **more: Any) -> Any:
+    return replace(door._config, **{"node_rank": 1, **more})
+
+
+def frame(text: str) -> bytes:
+    return struct.pack("<II", len(text.encode()), 0) + text.encode()
+
+
+def refusal(config: Any) -> str:
+    from pjengine.host_join import RefusedError, join
+
+    with pytest.raises(RefusedError) as caught:
+        join(config)
+    return str(caught.value)
+
+
+def test_all_ranks_join_in_any_order_and_speak_with_the_head(door: Any) -> None:
+    from pjengine.host_join import join
+
+    numbers = np.arange(5, dtype=np.int32)
+    joined = {rank: join(worker(door, node_rank=rank))[0] for rank in (2, 1)}
+    found = door.wait()
+    assert list(found) == [1, 2]
+    for rank, wire in joined.items():
+        wire.send("rank", numbers * rank, rank=rank)
+        message = found[rank][0].receive()
+        assert (message.kind, message.fields) == ("rank", {"rank": rank})
+        np.testing.assert_array_equal(message.vector, numbers * rank)
+    for wire in [*joined.values(), *(wire for wire, _ in found.values())]:
+        wire.close()
+
+
+def test_a_second_worker_of_a_rank_and_a_late_one_are_refused(door: Any) -> None:
+    from pjengine.host_join import join
+
+    wires = [join(worker(door))[0]]
+    assert "node_rank=1 has joined already, from 127.0.0.1:" in refusal(worker(door))
+    wires.append(join(worker(door, node_rank=2))[0])
+    assert "it is late: all hosts had joined" in refusal(worker(door))
+    for wire in [*wires, *(wire for wire, _ in door.wait().values())]:
+        wire.close()
+
+
+def test_another_version_is_refused(door: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pjengine.host_join
+
+    own = pjengine.host_join.versions()
+    both = iter([{**own, "jax": "0.1"}, own])  # what the worker says, and what the head has
+    monkeypatch.setattr(pjengine.host_join, "versions", lambda: next(both))
+    text = refusal(worker(door))
+    assert f"it has jax 0.1, and the head {own['jax']}: all hosts need the same" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"max_num_seqs": 8}, "it has max_num_seqs=8, and the head null: start both alike"),
+        ({"nnodes": 5, "tensor_parallel_size": 5, "node_rank": 4}, "it has nnodes=5, and the head 3"),
+    ],
+    ids=["sizes", "hosts"],
+)
+def test_other_settings_are_refused(door: Any, more: dict[str, Any], reason: str) -> None:
+    assert reason in refusal(worker(door, **more))
+
+
+def test_a_worker_without_the_secret_is_refused(door: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PJENGINE_HOSTS_SECRET", "another")
+    assert "its secret is another: set PJENGINE_HOSTS_SECRET alike" in refusal(worker(door))
+
+
+def test_a_worker_follows_no_head_without_the_secret() -> None:
+    from pjengine.host_join import RefusedError, join
+    from pjengine.host_messages import Wire
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(join, config(listener.getsockname()[1], node_rank=1))
+        wire = Wire(listener.accept()[0])
+        wire.send("hello", nonce="1")
+        wire.receive()
+        wire.send("welcome", proof="guessed")
+        with pytest.raises(RefusedError, match="does not know the secret"):
+            joining.result()
+        wire.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff" * 8,
+        frame("[]"),
+        frame("[" * 60_000),
+        frame('{"kind": "run"}'),
+        frame('{"kind": "join", "proof": "é"}'),
+    ],
+    ids=["http", "too large", "no object", "nested", "another kind", "no proof"],
+)
+def test_what_is_no_handshake_is_hung_up_on_and_holds_nobody_up(door: Any, sent: bytes) -> None:
+    from pjengine.host_join import join
+
+    with socket.create_connection(door._listener.getsockname(), timeout=10) as stranger:
+        stranger.sendall(sent)
+        with socket.create_connection(door._listener.getsockname(), timeout=10):  # who says nothing
+            join(worker(door))[0].close()
+            while stranger.recv(4096):
+                pass
+
+
+def test_the_head_says_which_worker_is_missing(door: Any) -> None:
+    with pytest.raises(TimeoutError, match=r"no worker of node_rank 1, 2 has joined .* --coordinator 127"):
+        door.wait(timeout_s=0)
+
+
+def test_an_address_that_is_not_of_this_machine_is_refused() -> None:
+    from pjengine.config import EngineConfig
+    from pjengine.host_join import Door
+
+    far = EngineConfig(model="demo", tensor_parallel_size=2, nnodes=2, coordinator="192.0.2.1:4000")
+    with pytest.raises(
+        OSError, match=r"node_rank=0 cannot listen there: .* must be an address of its machine"
+    ):
+        Door(far)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"nnodes": 2, "tensor_parallel_size": 2}, "nnodes=2 needs coordinator='HOST:PORT'"),
+        ({"nnodes": 2, "tensor_parallel_size": 2, "coordinator": "head"}, "needs coordinator='HOST:PORT'"),
+        ({"distributed_executor_backend": "mp"}, "must be None or 'ray', got 'mp'"),
+        (
+            {"nnodes": 2, "tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
+            "nnodes=2: leave it out, a Ray cluster says how many",
+        ),
+        ({"node_rank": 1}, "node_rank=1 is of several hosts, and nnodes=1"),
+        ({"coordinator": "a:1"}, "coordinator='a:1' is of several hosts"),
+        ({"nnodes": 2, "tensor_parallel_size": 3, "coordinator": "a:1"}, "does not divide among nnodes=2"),
+        (
+            {"nnodes": 2, "tensor_parallel_size": 2, "coordinator": "a:1", "node_rank": 2},
+            "node_rank must be less than nnodes=2",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], reason: str) -> None:
+    from pjengine.config import EngineConfig
+
+    with pytest.raises(ValueError, match=reason):
+        EngineConfig(model="demo", **settings)
+
+
+def test_ray_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pjengine import LLM
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"needs Ray: pip install 'pjengine\[ray\]'"):
+        LLM("demo", distributed_executor_backend="ray")
+
+
+def test_a_layout_travels_as_json_and_one_with_functions_does_not() -> None:
+    from pjengine.batching import Layout
+    from pjengine.draw import DrawLayout
+    from pjengine.edit_sizes import EditSizes
+    from pjengine.host_messages import layout_fields, read_layout
+
+    for layout in (Layout(32, 4, 16, True, num_prompt_top=2), DrawLayout(4, EditSizes(num_bias=2), 2)):
+        assert read_layout(json.loads(json.dumps(layout_fields(layout)))) == layout
+    with pytest.raises(ValueError, match="logits processors cannot be named to other hosts"):
+        layout_fields(DrawLayout(4, EditSizes(chains=((print,),))))
+    all_damaged: list[Any] = [{}, [], {**layout_fields(Layout(32, 4, 16, True)), "num_tokens": "32"}]
+    for damaged in all_damaged:
+        with pytest.raises(ValueError, match=r"wanted the fields of Layout|must be a number"):
+            read_layout(damaged)
