@@ -165,6 +165,7 @@ def test_an_address_that_is_not_of_this_machine_is_refused() -> None:
             {"nnodes": 2, "tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
             "nnodes=2: leave it out, a Ray cluster says how many",
         ),
+        ({"nnodes": 2, "data_parallel_size": 2}, "data_parallel_size=2 is of one host"),
         ({"node_rank": 1}, "node_rank=1 is of several hosts, and nnodes=1"),
         ({"coordinator": "a:1"}, "coordinator='a:1' is of several hosts"),
         ({"nnodes": 2, "tensor_parallel_size": 3, "coordinator": "a:1"}, "does not divide among nnodes=2"),
