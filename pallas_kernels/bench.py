@@ -330,7 +330,7 @@ def product_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool)
     Each by the kernels as a step calls them (`form` says what belongs to the product then), by
     `skinny_linear` without that, and by the library.
     """
-    counts = (1,) if is_tiny else (1, 8, 32, 64)
+    counts = (1,) if is_tiny else (1, 8, 32)
     for (product, (k, n)), num_rows in itertools.product(PRODUCTS.get(name, {}).items(), counts):
         num_layers = layers_for(2 * k * n, is_tiny=is_tiny)
         weights = jax.random.normal(jax.random.key(0), (num_layers, k, n), jnp.bfloat16)

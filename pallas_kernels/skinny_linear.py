@@ -178,8 +178,11 @@ class SkinnyTiles:
         Raises:
           NotImplementedError: k or n is no multiple of a block.
         """
-        is_narrow = num_rows <= 4
-        if is_gated and n < MIN_PROGRAMS * 128:  # as on each of two devices
+        is_narrow, is_large = (
+            num_rows <= 4,
+            k * n >= 2**23,
+        )  # the halves are; of smaller ones nothing is known
+        if is_gated and is_large and n < MIN_PROGRAMS * 128:
             warps = 4 if is_narrow else 8
             tiles = cls(block_n=64, block_k=64, num_warps=warps, num_stages=6)
         elif is_gated and is_narrow:
@@ -194,8 +197,8 @@ class SkinnyTiles:
         else:
             block_k, num_splits = 128 if is_narrow else 64, 1
             while num_splits < 8 and n // 64 * num_splits < 192 and k % (2 * num_splits * block_k) == 0:
-                if n // 64 * num_splits >= MIN_PROGRAMS and k >= 2048 > k // num_splits:
-                    break  # splits of fewer than 1,024 rows, of products that are not small
+                if is_large and n // 64 * num_splits >= MIN_PROGRAMS and k // num_splits < 2048:
+                    break  # the next splits would have fewer than 1,024 rows
                 num_splits *= 2
             stages = 4 if is_narrow else 6
             tiles = cls(block_n=64, block_k=block_k, num_splits=num_splits, num_stages=stages)

@@ -128,7 +128,7 @@ def choose_tiles(num_rows: int, k: int, n: int, head_dim: int) -> SkinnyTiles:
     """
     tiles = SkinnyTiles.choose(num_rows=num_rows, k=k, n=n, is_gated=False)
     num_splits, num_blocks = tiles.num_splits, n // tiles.block_n
-    while num_blocks * num_splits > MIN_PROGRAMS and 2048 <= k < 2048 * num_splits:
+    while k * n >= 2**23 and num_blocks * num_splits > MIN_PROGRAMS and k < 2048 * num_splits:
         num_splits //= 2
     return replace(tiles, block_n=min(tiles.block_n, head_dim), num_splits=num_splits)
 
