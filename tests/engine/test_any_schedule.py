@@ -39,7 +39,7 @@ class Whim(Speculation):
         return self.rng.random() < 0.5
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     num_pages=st.integers(8, 32),

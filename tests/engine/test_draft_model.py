@@ -154,6 +154,7 @@ def test_all_drafts_of_the_model_itself_hold(same: Any, case: dict[str, Any]) ->
     assert num_tried > 200 and speculation.num_accepted_tokens - before[1] == num_tried
 
 
+@pytest.mark.slow
 def test_any_schedule_keeps_its_pages_and_its_tokens(plain: Any, other: Any) -> None:
     from pjengine import SamplingParams
 

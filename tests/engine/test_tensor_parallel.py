@@ -44,7 +44,7 @@ def alone(folder: Path) -> Iterator[tuple[Any, Any]]:
         yield llm.engine.memory_plan, answers(llm)
 
 
-@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("num_devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_every_way_to_decode_gives_the_tokens_of_one_device(
     num_devices: int, folder: Path, alone: tuple[Any, Any]
 ) -> None:
