@@ -6,6 +6,9 @@ from typing import Any
 MAPS = ("$defs", "definitions", "properties", "patternProperties")  # of names to schemas
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 SINGLE = ("items", "additionalProperties")
+LITERALS = ("const", "enum")
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+ANNOTATIONS = ("default", "examples")  # what they hold is not looked at
 
 
 def position_of(schema: Mapping[str, Any], reason: str, error_of: Callable[[dict[str, Any]], str]) -> str:
@@ -22,6 +25,35 @@ def position_of(schema: Mapping[str, Any], reason: str, error_of: Callable[[dict
                 break
         else:
             return pointer
+
+
+def inexact_number(schema: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Where a whole number is that llguidance would make another one of, and that number; None: nowhere.
+
+    It reads numbers as float64, and puts them down as int64.
+    """
+    left: list[tuple[str, str, Any]] = [("schema", "#", schema)]  # a stack: schemas are nested deeply
+    while left:
+        kind, pointer, value = left.pop()
+        if isinstance(value, int) and not isinstance(value, bool):
+            if kind == "literal" and (abs(value) >= 2**63 or int(float(value)) != value):
+                return pointer, value
+        elif isinstance(value, Mapping):
+            left += [(_kind(kind, key), f"{pointer}/{_escaped(key)}", own) for key, own in value.items()]
+        elif isinstance(value, list):
+            left += [(kind, f"{pointer}/{i}", own) for i, own in enumerate(value)]
+    return None
+
+
+def _kind(outer: str, key: str) -> str:
+    """What is under a key of a schema, of "names" of schemas or of a "literal", where numbers count."""
+    if outer != "schema":
+        return "schema" if outer == "names" else outer
+    if key in MAPS:
+        return "names"
+    if key in ANNOTATIONS:
+        return "annotation"
+    return "literal" if key in LITERALS + BOUNDS else "schema"
 
 
 def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

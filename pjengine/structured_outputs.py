@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pjengine.schema_position import inexact_number
+
 MAX_SOURCE_CHARS = 1_000_000  # of a schema, a grammar, an expression or all choices together
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -96,6 +98,12 @@ class StructuredOutputsParams:
             raise ValueError(f"json must be a JSON schema, got {self.json!r:.80}: {error}") from error
         if not isinstance(schema, dict):
             raise ValueError(f"json must be a JSON schema that is an object, got {self.json!r:.80}")
+        if (found := inexact_number(schema)) is not None:
+            pointer, number = found
+            raise ValueError(
+                "json must hold whole numbers that a float64 keeps exactly, below 2**63: leave out or round "
+                f"the one at {pointer}; got {number!r:.80}"
+            )
 
     def _check_whitespace(self) -> None:
         if not isinstance(self.disable_any_whitespace, bool):

@@ -20,6 +20,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"json": "[]"}, r"json must be a JSON schema that is an object, got '\[\]'"),
     ({"json": {"const": float("nan")}}, "json must be a JSON schema, got .*nan"),
     ({"json": {"const": {1}}}, "json must be a JSON schema, got .*set"),
+    ({"json": {"const": 2**53 + 1}}, "json must hold whole numbers .* at #/const; got 9007199254740993"),
+    ({"json": {"enum": [1, {"a": [2**64]}]}}, "at #/enum/1/a/0; got 18446744073709551616"),
+    ({"json": '{"items": {"maximum": 1234567890123456789}}'}, "at #/items/maximum; got 1234567890123456789"),
+    ({"json": {"properties": {"enum": {"minimum": -(2**53) - 1}}}}, "at #/properties/enum/minimum; got -90"),
     ({"json": "[" * 100_000}, "json must be a JSON schema"),
     ({"regex": ""}, "regex must be a text that is not empty, got ''"),
     ({"regex": b"a"}, "regex must be a text that is not empty, got b'a'"),
@@ -49,6 +53,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_a_form_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StructuredOutputsParams(**fields)
+
+
+def test_a_schema_may_hold_large_numbers_that_stay_as_they_are() -> None:
+    big = 2**53 + 1
+    schema = {"const": 10**18, "maximum": 2**62, "default": big, "properties": {"const": {"examples": [big]}}}
+    assert StructuredOutputsParams(json=schema).json == schema
 
 
 def test_a_form_does_not_change_with_the_schema_that_it_was_made_of() -> None:
