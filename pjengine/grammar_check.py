@@ -24,6 +24,7 @@ STACK_BYTES = 512 * 2**20  # address space; definitions that refer to each other
 MAX_START_S = 120.0  # of the process, which reads the tokenizer
 MAX_ERROR_CHARS = 500
 OVER_LIMIT = "it takes more than"  # how such errors begin
+_NO_TOKEN = "NoExtensionBias"  # how llguidance says that none may come
 NUM_TRIED = 2  # tokens
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
@@ -51,6 +52,9 @@ def compile_grammar(tokenizer: Any, grammar: str) -> tuple[Any, str]:
     if not matcher.is_error():
         ahead = matcher.deep_copy()
         mask = ahead.compute_bitmask()
+        error = error_of(ahead)
+        if error and error != _NO_TOKEN:  # such as a limit
+            return matcher, error
         if ahead.is_stopped() and not ahead.is_accepting():
             return matcher, "no output satisfies it"
         for _ in range(NUM_TRIED):  # many a grammar turns out to be too large with its first tokens

@@ -222,6 +222,13 @@ def nested(depth: int) -> dict[str, Any]:
     return schema
 
 
+def ring(length: int) -> str:
+    """A grammar whose rules all go on with the next one, and may all come first."""
+    first = " | ".join(f'"{i}" r{i}' for i in range(length))
+    rules = (f'r{i} ::= [a-z]{{1,9}} "{i}" | r{(i + 1) % length}' for i in range(length))
+    return "\n".join([f"root ::= {first}", *rules])
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no type": ({"json": {"type": "strin"}}, r"outputs.json='{\"type\": \"strin\"}' .*Invalid type"),
     "unsupported": ({"json": {"not": {}}}, r"Unimplemented keys: \[\"not\"\]"),
@@ -238,13 +245,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "many definitions": ({"json": chain(10_000)}, "structured_outputs.json="),
     "regex": ({"regex": "(a"}, r"structured_outputs.regex='\(a' .*(\n.*)*unclosed group"),
     "look ahead": ({"regex": "(?=a)b"}, "look-around"),
-    "nothing": ({"regex": r"[^\x{0}-\x{10ffff}]"}, "cannot be followed"),
+    "nothing": ({"regex": r"[^\x{0}-\x{10ffff}]"}, "no output satisfies it"),
+    "nothing in common": ({"grammar": "start: A\nA: /a/ & /b/"}, "no output satisfies it"),
     "repetitions": ({"regex": "a{1000000000}"}, "too many expressions"),
     "repeated repetitions": ({"regex": "(((a{1000}){1000}){1000})"}, "cannot be followed"),
     "lark": ({"grammar": "start: foo"}, "structured_outputs.grammar='start: foo' .*unknown name"),
     "ebnf": ({"grammar": 'root ::= "a"\nb ::= ("c"'}, r"grammar=.* followed: Expected '\)' at line 2"),
     "no root": ({"grammar": 'foo ::= "a"'}, "No 'root' rule"),
     "no such rule": ({"grammar": "root ::= foo"}, "'foo' not found"),
+    "many items": ({"grammar": ring(300)}, "Too many items"),
     "no start": ({"grammar": 'foo: "a"'}, "start"),
     "memory": ({"json": {"type": "integer", "multipleOf": 999_983}}, "make it smaller"),
 }  # fmt: skip
