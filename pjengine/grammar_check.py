@@ -6,6 +6,7 @@ it is known to be harmless. The process runs this file as a script: it imports n
 """
 
 import json
+import re
 import resource
 import select
 import subprocess
@@ -33,6 +34,7 @@ LIMITS: dict[str, Any] = {
     "max_lexer_states": 50_000,  # of 1 to 2 kB
 }
 
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 _stack_lock = threading.Lock()  # of the size that new threads get
 
 
@@ -72,11 +74,22 @@ def lark_of(ebnf: str) -> tuple[str, str]:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
-        return gbnf_to_lark(ebnf), ""
+        return gbnf_to_lark(_ESCAPE.sub(_unescaped, ebnf)), ""
     except RecursionError:
         return "", "it is nested too deeply"
     except Exception as error:  # the converter has no class of its own for all of them
         return "", str(error)[:MAX_ERROR_CHARS]
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    """What an escape of GBNF stands for, where the converter or Lark's language has not the same."""
+    digits = found[1] or found[2]
+    if digits is None:
+        return found[0]
+    code = int(digits, 16)
+    if code > sys.maxunicode or 0xD800 <= code < 0xE000:
+        raise ValueError(f"{found[0]} is no character")
+    return chr(code) if code >= 0x80 else f"\\x{code:02x}"
 
 
 def error_of(matcher: Any) -> str:

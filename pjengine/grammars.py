@@ -32,6 +32,11 @@ from pjengine.tokenizer import Tokenizer
 MAX_CACHED = 64  # compiled grammars, of a few megabytes at most
 MAX_PLACE_S = 2.0  # to find the part of a schema that is refused
 _WHITESPACE = r"[ \t\r\n]{1,64}"  # bounded: some models would go on with it for ever
+# The head of a rule in Lark's language: its name, its attributes, and texts and expressions among those.
+_LARK_TEXT = r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])*/'
+_LARK_HEAD = re.compile(
+    rf'^[ \t]*[?!]?([\w:.-]+)[ \t]*\[((?:{_LARK_TEXT}|[^\]"/\n])*)\][ \t]*:', re.MULTILINE
+)
 _NO_TOKEN = "<|an end that no model has|>"
 
 
@@ -248,8 +253,15 @@ def is_ebnf(grammar: str | None) -> bool:
 
 
 def _lark(grammar: str) -> str:
+    """ValueError: a rule has a temperature, which llguidance leaves to the sampler."""
     from llguidance import LLMatcher
 
+    for name, attributes in _LARK_HEAD.findall(grammar):
+        if re.search(r"\btemperature\s*=", re.sub(_LARK_TEXT, "", attributes)):
+            raise ValueError(
+                f"rule {name} has a temperature, and here an output has one throughout: "
+                "leave it out, and set that of the request"
+            )
     return LLMatcher.grammar_from_lark(grammar)
 
 

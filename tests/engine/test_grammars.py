@@ -43,8 +43,14 @@ LANGUAGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "grammar": ({"grammar": 'start: "f" body\nbody: "(" body? ")" | /x[0-3]/'}, {
         f"f{'(' * n}{middle}{')' * n}" for n in range(1, 40) for middle in ("", "x0", "x1", "x2", "x3")
     } | {f"fx{i}" for i in range(4)}),
+    "attributes": ({"grammar": 'start: x "."\nx[capture="temperature=1"]: /[ab]{2}/'}, {
+        f"{a}{b}." for a in "ab" for b in "ab"
+    }),
     "ebnf": ({"grammar": 'root ::= "f" body # as llama.cpp has it\nbody ::= "(" body ")" | "x" [0-3]?\n'}, {
         f"f{'(' * n}x{digit}{')' * n}" for n in range(40) for digit in ("", *"0123")
+    }),
+    "escapes": ({"grammar": r'root ::= "\u0022\U0001f600\\u0041" [\u00e9\u005d-\u005f]' + "\n"}, {
+        f'"😀\\u0041{char}' for char in "é]^_"
     }),
     "json": (
         {
@@ -250,7 +256,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "repetitions": ({"regex": "a{1000000000}"}, "too many expressions"),
     "repeated repetitions": ({"regex": "(((a{1000}){1000}){1000})"}, "cannot be followed"),
     "lark": ({"grammar": "start: foo"}, "structured_outputs.grammar='start: foo' .*unknown name"),
+    "temperature": (
+        {"grammar": 'start: x\nx[capture="]", temperature=2.0]: /[a-z]+/'},
+        "followed: rule x has a temperature, .*: leave it out",
+    ),
     "ebnf": ({"grammar": 'root ::= "a"\nb ::= ("c"'}, r"grammar=.* followed: Expected '\)' at line 2"),
+    "no character": ({"grammar": r'root ::= "\ud800"'}, r"followed: \\ud800 is no character"),
     "no root": ({"grammar": 'foo ::= "a"'}, "No 'root' rule"),
     "no such rule": ({"grammar": "root ::= foo"}, "'foo' not found"),
     "many items": ({"grammar": ring(300)}, "Too many items"),
