@@ -117,13 +117,13 @@ class Grammars:
         if not error:
             state, error = with_deep_stack(lambda: compile_grammar(tokenizer, grammar))
         if error:
-            raise _refusal(wanted, f"{self._position(wanted, error)}{error}")
+            raise _refusal(wanted, self._placed(wanted, error))
         return Matcher(state, _name(wanted))
 
-    def _position(self, wanted: StructuredOutputsParams, error: str) -> str:
-        """Where in a JSON schema the error is. Of other grammars llguidance says it."""
+    def _placed(self, wanted: StructuredOutputsParams, error: str) -> str:
+        """An error, and where in a JSON schema it is. Of other grammars llguidance says it."""
         if wanted.json is None or error.startswith(OVER_LIMIT):
-            return ""
+            return error
 
         end = time.monotonic() + MAX_PLACE_S
 
@@ -131,7 +131,8 @@ class Grammars:
             left_s = end - time.monotonic()
             return self._check.error(_source(replace(wanted, json=part)), left_s) if left_s > 0 else ""
 
-        return f"at {position_of(json.loads(wanted.json_text), error, error_of)}: "
+        pointer, error = position_of(json.loads(wanted.json_text), error, error_of)
+        return f"at {pointer}: {error}"
 
     @cached_property
     def _setup(self) -> tuple[str, list[int]]:

@@ -1,5 +1,6 @@
 """Where in a JSON schema the part is that cannot be followed. Plain Python."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,20 +12,34 @@ BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipl
 ANNOTATIONS = ("default", "examples")  # what they hold is not looked at
 
 
-def position_of(schema: Mapping[str, Any], reason: str, error_of: Callable[[dict[str, Any]], str]) -> str:
-    """A JSON pointer to the smallest part that is refused for the same reason by itself; "#": the whole.
+def position_of(
+    schema: Mapping[str, Any], reason: str, error_of: Callable[[dict[str, Any]], str]
+) -> tuple[str, str]:
+    """A JSON pointer to the smallest part that the whole is refused for ("#": itself), and why that part is.
 
-    `error_of` says why a schema is refused.
+    It is refused for the same reason by itself, or for its own where the reason names it. `error_of` says why
+    a schema is refused.
     """
     definitions = {name: schema[name] for name in MAPS[:2] if name in schema}
     pointer, part = "#", schema
     while True:
-        for step, inner in _parts(part):
-            if error_of({**definitions, **inner}) == reason:
-                pointer, part = f"{pointer}/{step}", inner
+        blamed = _blamed(reason)
+        for step, inner in sorted(_parts(part), key=lambda own: own[0] != blamed):
+            error = error_of({**definitions, **inner})
+            if error and (step == blamed or error == reason):
+                pointer, part, reason = f"{pointer}/{step}", inner, error
                 break
         else:
-            return pointer
+            return pointer, reason
+
+
+def _blamed(reason: str) -> str | None:
+    """How a pointer goes on to the part that a reason names; None: it names none."""
+    if found := re.search(r"required property '(.*)' is unsatisfiable", reason, re.DOTALL):
+        return f"properties/{_escaped(found[1])}"
+    if found := re.search(r"prefixItems\[(\d+)\] is unsatisfiable", reason):
+        return f"prefixItems/{found[1]}"
+    return "items" if "required item is unsatisfiable" in reason else None
 
 
 def inexact_number(schema: Mapping[str, Any]) -> tuple[str, int] | None:

@@ -279,6 +279,13 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(grammars: Any, case:
     grammars.matcher(make(choice=["it goes on"]))
 
 
+EMPTY = {"type": "integer", "minimum": 5, "maximum": 3}
+
+
+def required(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
 BAD_PARTS: dict[str, dict[str, Any]] = {
     "at #: Invalid type: strin": {"type": "strin"},
     "at #/properties/a~1b/items/anyOf/1: Invalid type: strin": {
@@ -290,6 +297,22 @@ BAD_PARTS: dict[str, dict[str, Any]] = {
     'at #/$defs/x/prefixItems/0: Unimplemented keys: ["not"]': {
         "$defs": {"x": {"prefixItems": [{"not": {}}]}},
         "allOf": [{"$ref": "#/$defs/x"}],
+    },
+    "at #/properties/a~1b/items/prefixItems/1/properties/a: Unsatisfiable schema: minimum (5) is": {
+        "properties": {
+            "c": required(a=EMPTY),
+            "a/b": {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "type": "array",
+                    "minItems": 2,
+                    "prefixItems": [{}, required(a=EMPTY)],
+                },
+            },
+        },
+        "required": ["a/b"],
+        "type": "object",
     },
     "at #/additionalProperties: regex parse error": {"additionalProperties": {"pattern": "(a"}},
 }
