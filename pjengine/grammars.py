@@ -82,7 +82,8 @@ class Grammars:
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._compiled: OrderedDict[str, Matcher] = OrderedDict()  # those used last are at its end
-        self._lock = threading.Lock()  # one at a time is compiled
+        self._lock = threading.Lock()  # of what is compiled
+        self._compiling = threading.Lock()  # held by the one who compiles, while others take what there is
         self._is_closed = False
 
     def matcher(self, wanted: StructuredOutputsParams) -> Matcher:
@@ -97,14 +98,27 @@ class Grammars:
             grammar = _source(wanted)
         except ValueError as error:
             raise _refusal(wanted, str(error)) from error
+        if (matcher := self._kept(grammar)) is not None:
+            return matcher
+        with self._compiling:
+            if (matcher := self._kept(grammar)) is not None:  # compiled in the meantime
+                return matcher
+            found = self._compile(wanted, grammar)
+            matcher = found.fork()
+            with self._lock:
+                self._compiled[grammar] = found
+                if len(self._compiled) > MAX_CACHED:
+                    self._compiled.popitem(last=False)
+            return matcher
+
+    def _kept(self, grammar: str) -> Matcher | None:
+        """A matcher of a grammar that is compiled already; None: it is not. RuntimeError: closed."""
         with self._lock:
             self._check_open()
             found = self._compiled.pop(grammar, None)
             if found is None or found.is_spent:
-                found = self._compile(wanted, grammar)
+                return None
             self._compiled[grammar] = found
-            if len(self._compiled) > MAX_CACHED:
-                self._compiled.popitem(last=False)
             return found.fork()
 
     def _compile(self, wanted: StructuredOutputsParams, grammar: str) -> Matcher:
@@ -116,9 +130,18 @@ class Grammars:
         self._check_open()
         if not error:
             state, error = with_deep_stack(lambda: compile_grammar(tokenizer, grammar))
+        if error and (own := self._whitespace_error(wanted)):
+            raise _refusal(wanted, own, "whitespace_pattern")
         if error:
             raise _refusal(wanted, self._placed(wanted, error))
         return Matcher(state, _name(wanted))
+
+    def _whitespace_error(self, wanted: StructuredOutputsParams) -> str:
+        """Why no grammar could have its expression for whitespace; empty: it is not to blame."""
+        from llguidance import LLMatcher
+
+        pattern = wanted.whitespace_pattern
+        return "" if pattern is None else self._check.error(LLMatcher.grammar_from_regex(pattern))
 
     def _placed(self, wanted: StructuredOutputsParams, error: str) -> str:
         """An error, and where in a JSON schema it is. Of other grammars llguidance says it."""
@@ -207,7 +230,7 @@ class Grammars:
         self._is_closed = True
         if "_check" in self.__dict__:
             self._check.interrupt()
-        with self._lock:
+        with self._compiling, self._lock:
             if "_check" in self.__dict__:
                 self._check.close()
             self._compiled.clear()
@@ -222,13 +245,15 @@ def num_words(num_tokens: int) -> int:
     return -(-num_tokens // 32)
 
 
-def _refusal(wanted: StructuredOutputsParams, reason: str) -> ValueError:
-    return ValueError(f"{_name(wanted)} cannot be followed: {reason}")
+def _refusal(wanted: StructuredOutputsParams, reason: str, field: str | None = None) -> ValueError:
+    return ValueError(f"{_name(wanted, field)} cannot be followed: {reason}")
 
 
-def _name(wanted: StructuredOutputsParams) -> str:
-    source = wanted.json_text if wanted.kind == "json" else getattr(wanted, wanted.kind)
-    return f"structured_outputs.{wanted.kind}={source!r:.80}"
+def _name(wanted: StructuredOutputsParams, field: str | None = None) -> str:
+    """How an error names a field; None: the one that says what form is wanted."""
+    field = field or wanted.kind
+    source = wanted.json_text if field == "json" else getattr(wanted, field)
+    return f"structured_outputs.{field}={source!r:.80}"
 
 
 def _source(wanted: StructuredOutputsParams) -> str:

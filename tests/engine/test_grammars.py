@@ -253,6 +253,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "look ahead": ({"regex": "(?=a)b"}, "look-around"),
     "nothing": ({"regex": r"[^\x{0}-\x{10ffff}]"}, "no output satisfies it"),
     "nothing in common": ({"grammar": "start: A\nA: /a/ & /b/"}, "no output satisfies it"),
+    "whitespace": ({"json": {}, "whitespace_pattern": "("}, r"whitespace_pattern='\(' .*(\n.*)*unclosed"),
+    "schema and whitespace": ({"json": {"not": {}}, "whitespace_pattern": " ?"}, r"outputs.json=.*\"not\""),
     "repetitions": ({"regex": "a{1000000000}"}, "too many expressions"),
     "repeated repetitions": ({"regex": "(((a{1000}){1000}){1000})"}, "cannot be followed"),
     "lark": ({"grammar": "start: foo"}, "structured_outputs.grammar='start: foo' .*unknown name"),
@@ -367,13 +369,27 @@ def test_closing_does_not_wait_for_a_grammar_under_way(tokenizers: dict[str, Any
 
     thread = threading.Thread(target=compile_)
     thread.start()
-    while not grammars._lock.locked():
+    while not grammars._compiling.locked():
         time.sleep(0.001)
     grammars.close()
     thread.join(30)
     assert [str(error) for error in errors] == ["this engine is closed; create another"]
     with pytest.raises(RuntimeError, match="closed"):
         grammars.matcher(make(choice=["a"]))
+
+
+def test_what_is_compiled_does_not_wait_for_what_is_not(grammars: Any) -> None:
+    grammars.matcher(make(choice=["a"]))
+    slow = threading.Thread(target=lambda: grammars.matcher(make(choice=["not there yet"])))
+    with grammars._compiling:
+        slow.start()
+        found = list[Any]()
+        quick = threading.Thread(target=lambda: found.append(grammars.matcher(make(choice=["a"]))))
+        quick.start()
+        quick.join(30)
+        assert slow.is_alive() and len(found) == 1
+    slow.join()
+    quick.join()
 
 
 def test_compiled_grammars_are_kept_up_to_a_number(tokenizers: dict[str, Any], monkeypatch: Any) -> None:
