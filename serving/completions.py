@@ -15,7 +15,7 @@ from pjengine.serving.infill import Infill, find_infill
 from pjengine.serving.logprobs import CompletionLogprobs, Spelling, prompt_logprobs
 from pjengine.serving.prompt_reader import GivenPrompt
 from pjengine.serving.protocol import CompletionRequest
-from pjengine.serving.ranking import candidates, likeliest
+from pjengine.serving.ranking import candidates, likeliest, mean_logprob
 from pjengine.serving.replies import CompletionReply, generated
 from pjengine.serving.request_id import request_id_of
 from pjengine.serving.service import Call, Service, service_of
@@ -116,7 +116,7 @@ class _CompletionForm(Form):
                 completion.finish_reason, completion.stop_reason = "length", None
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[index] = output.prompt_logprobs
-        chosen = likeliest(output.outputs, self._body.n or 1)
+        chosen = likeliest(output.outputs, self._body.n or 1, mean_logprob)
         choices = [self._choice(index, output, completion) for completion in chosen]
         return [choice for choice in choices if choice is not None]
 

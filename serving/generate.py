@@ -12,7 +12,7 @@ from pjengine.outputs import RequestOutput
 from pjengine.sampling_params import RequestOutputKind
 from pjengine.serving.errors import ERRORS
 from pjengine.serving.protocol import GenerateRequest
-from pjengine.serving.ranking import candidates, likeliest
+from pjengine.serving.ranking import candidates, likeliest, summed_logprob
 from pjengine.serving.replies import GenerateReply, generated
 from pjengine.serving.request_id import request_id_of
 from pjengine.serving.service import Call, Service, service_of
@@ -50,7 +50,7 @@ async def _objects(service: Service, call: Call) -> AsyncGenerator[bytes, None]:
 async def _whole(service: Service, call: Call, n: int) -> dict[str, Any]:
     async with aclosing(service.outputs(call)) as outputs:
         [(_, output)] = [item async for item in outputs]
-    output.outputs = likeliest(output.outputs, n)
+    output.outputs = likeliest(output.outputs, n, summed_logprob)
     return _texts(output)
 
 

@@ -1,6 +1,6 @@
 """`best_of`: more continuations are generated than are shown, and the likeliest are shown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pjengine.outputs import CompletionOutput
@@ -31,19 +31,27 @@ def candidates(body: SamplingFields, defaults: SamplingParams) -> dict[str, Any]
     return {"n": best_of, "logprobs": 0}  # 0: of the token itself
 
 
-def likeliest(completions: Sequence[CompletionOutput], n: int) -> list[CompletionOutput]:
-    """Those `n` with the highest mean logprob of a token, the highest first, numbered in that order.
+def likeliest(
+    completions: Sequence[CompletionOutput], n: int, rank: Callable[[CompletionOutput], float]
+) -> list[CompletionOutput]:
+    """Those `n` that rank highest, the highest first, numbered in that order.
 
     All of them, as they are, if there are no more.
     """
     if len(completions) <= n:
         return list(completions)
-    chosen = sorted(completions, key=_mean_logprob, reverse=True)[:n]
+    chosen = sorted(completions, key=rank, reverse=True)[:n]
     for index, completion in enumerate(chosen):
         completion.index = index
     return chosen
 
 
-def _mean_logprob(completion: CompletionOutput) -> float:
+def mean_logprob(completion: CompletionOutput) -> float:
+    """Of a token, as OpenAI's API ranks."""
+    return summed_logprob(completion) / len(completion.token_ids)
+
+
+def summed_logprob(completion: CompletionOutput) -> float:
+    """Of all tokens, as `LLM.generate` ranks."""
     assert completion.cumulative_logprob is not None
-    return completion.cumulative_logprob / len(completion.token_ids)
+    return completion.cumulative_logprob

@@ -34,7 +34,7 @@ def test_the_likeliest_of_all_come_first(client: Client) -> None:
 def test_length_counts_by_the_token(client: Client) -> None:
     """A short continuation has a higher sum, and here not the higher mean."""
     from pjengine.outputs import CompletionOutput
-    from pjengine.serving.ranking import likeliest
+    from pjengine.serving.ranking import likeliest, mean_logprob, summed_logprob
 
     def continuation(index: int, cumulative: float, length: int) -> CompletionOutput:
         return CompletionOutput(
@@ -42,7 +42,8 @@ def test_length_counts_by_the_token(client: Client) -> None:
         )
 
     short, long = continuation(0, -4.0, 2), continuation(1, -6.0, 6)
-    assert likeliest([short, long], 1) == [long] and long.index == 0
+    assert likeliest([short, long], 1, mean_logprob) == [long] and long.index == 0
+    assert likeliest([short, long], 1, summed_logprob) == [short]
 
 
 def test_logprobs_that_nobody_asked_for_are_not_shown(client: Client) -> None:
@@ -61,10 +62,14 @@ def test_each_prompt_has_its_own_best(client: Client) -> None:
     assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
 
 
-def test_generate_has_it_too(client: Client) -> None:
-    choices = client.answer(PATH, **SAMPLED, n=2, best_of=4)["choices"]
-    wanted = [SAMPLED["prompt"] + choice["text"] for choice in choices]
-    assert client.answer("/generate", **SAMPLED, n=2, best_of=4) == {"text": wanted}
+def test_generate_ranks_by_the_sum(client: Client) -> None:
+    """As Python does; here one continuation is short, and the likeliest only by its sum."""
+    fields = {**SAMPLED, "stop": "by"}
+    choices = client.answer(PATH, **fields, n=4, logprobs=0)["choices"]
+    ranked = sorted(choices, key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+    assert ranked[0] is not max(choices, key=mean_logprob)
+    wanted = [SAMPLED["prompt"] + choice["text"] for choice in ranked[:2]]
+    assert client.answer("/generate", **fields, n=2, best_of=4) == {"text": wanted}
 
 
 def test_best_of_n_is_n(client: Client) -> None:
