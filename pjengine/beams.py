@@ -1,5 +1,6 @@
 """What `LLM.beam_search` takes and gives back, under vLLM's names. Plain Python."""
 
+import math
 from dataclasses import dataclass, field
 
 from pjengine.beam_search import MAX_BEAM_WIDTH
@@ -54,7 +55,7 @@ class BeamSearchSequence:
     """One sequence that a search has found."""
 
     tokens: list[int]  # of the prompt and of what was generated
-    cum_logprob: float  # the sum over the generated tokens, the one that ended it among them
+    cum_logprob: float  # summed over the generated tokens, with the one that ended it; after an error -inf
     text: str | None = None  # of all tokens, special ones too; None: there is no tokenizer
     finish_reason: str | None = None  # "stop", "length" or "error"
     stop_reason: int | str | None = None
@@ -75,7 +76,7 @@ def beam_search_output(
         tokens = output.prompt_token_ids + (found.token_ids[:-1] if is_cut else found.token_ids)
         return BeamSearchSequence(
             tokens=tokens,
-            cum_logprob=found.cumulative_logprob or 0.0,
+            cum_logprob=-math.inf if found.cumulative_logprob is None else found.cumulative_logprob,
             text=None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=False),
             finish_reason=found.finish_reason,
             stop_reason=found.stop_reason,
