@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,20 @@ def test_text_goes_to_stdout_and_speed_to_stderr(
     out, err = capsys.readouterr()
     assert out == expected[0] + "\n"
     assert "8 tokens in" in err and "tokens/s" in err and "start-up" in err
+
+
+def commands_of_readme() -> list[str]:
+    text = (ROOT / "README.md").read_text().replace("\\\n", "")
+    found = re.findall(r"^    (pjengine (?:bench|plan|generate) .*)", text, re.MULTILINE)
+    assert len(found) > 10
+    return found
+
+
+@pytest.mark.parametrize("command", commands_of_readme())
+def test_the_commands_of_the_readme_have_options_that_there_are(command: str) -> None:
+    from pjengine.serving.cli import _parser
+
+    assert _parser().parse_args(shlex.split(command)[1:]).run
 
 
 @pytest.mark.parametrize("mode", [(), ("--stream",)], ids=["at once", "streamed"])
