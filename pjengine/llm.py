@@ -129,6 +129,12 @@ class LLM:
         """
         if not isinstance(params, BeamSearchParams):
             raise TypeError(f"params must be BeamSearchParams, got {params!r:.80}")
+        most = self.engine.runner.config.max_num_seqs
+        if params.beam_width > most:
+            raise ValueError(
+                f"beam_width must be at most max_num_seqs={most}, got {params.beam_width}: ask for fewer, or "
+                "create the engine with a higher max_num_seqs"
+            )
         outputs = self.generate(prompts, params.sampling_params, use_tqdm=use_tqdm)
         return [beam_search_output(output, params, self.engine.tokenizer) for output in outputs]
 

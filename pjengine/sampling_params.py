@@ -111,10 +111,9 @@ class SamplingParams:
         if self.use_beam_search:
             self._check_beams()
         elif self.is_greedy and self.num_sequences > 1:
-            name = "n" if self.best_of is None else "best_of"
             raise ValueError(
-                f"{name}={self.num_sequences} greedy continuations are all the same: raise temperature, got "
-                f"{self.temperature}"
+                f"{self.num_field}={self.num_sequences} greedy continuations are all the same: raise "
+                f"temperature, got {self.temperature}"
             )
         for name in ("length_penalty", "early_stopping"):
             if not self.use_beam_search and getattr(self, name) != _DEFAULTS[name]:
@@ -137,18 +136,27 @@ class SamplingParams:
     def _check_beams(self) -> None:
         """Raises ValueError for what a beam search has no use for, or does not do."""
         if self.num_sequences > MAX_BEAM_WIDTH:
-            raise ValueError(f"best_of must be at most {MAX_BEAM_WIDTH} beams, got {self.num_sequences}")
+            raise ValueError(
+                f"{self.num_field} must be at most {MAX_BEAM_WIDTH} beams, got {self.num_sequences}"
+            )
         for name, neutral in _WITH_BEAMS.items():
             if (value := getattr(self, name)) not in neutral:
+                remedy = "set temperature=0" if name == "temperature" else "leave it out"
+                got = value.kind if isinstance(value, StructuredOutputsParams) else shown(value)
                 raise ValueError(
                     f"{name} must be {neutral[0]!r} with use_beam_search, whose beams are chosen by their "
-                    f"logprobs alone: leave it out; got {shown(value)}"
+                    f"logprobs alone: {remedy}; got {got}"
                 )
 
     @property
     def num_sequences(self) -> int:
         """How many are generated; `n` of them are given back."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def num_field(self) -> str:
+        """The field that says so."""
+        return "n" if self.best_of is None else "best_of"
 
     @property
     def is_chosen(self) -> bool:

@@ -118,8 +118,8 @@ class Scheduler:
         num_rows = len(request.row_requests)
         if num_rows > self.max_num_seqs:
             raise ValueError(
-                f"best_of={num_rows} beams run at once, and max_num_seqs={self.max_num_seqs}: ask for fewer, "
-                "or create the engine with a higher max_num_seqs"
+                f"{request.params.num_field}={num_rows} beams run at once, and max_num_seqs="
+                f"{self.max_num_seqs}: ask for fewer, or create the engine with a higher max_num_seqs"
             )
         for most, pool in self._pages.most_held(request.max_total_tokens - 1):
             num_shared = len(request.prompt_token_ids) // self.page_size if pool is self.pool else 0

@@ -93,7 +93,14 @@ class SamplingFields(Body):
         try:
             return dataclasses.replace(defaults, **{"output_kind": kind, **given, **more})
         except (ValueError, TypeError) as error:
-            raise bad_request(error, type(self).model_fields) from error
+            raise bad_request(
+                error, type(self).model_fields, {"structured_outputs": self.form_field}
+            ) from error
+
+    @property
+    def form_field(self) -> str:
+        """The field that says what form the answer must have."""
+        return "structured_outputs"
 
     def _form(self) -> StructuredOutputsParams | None:
         return form_of(None, self.structured_outputs)
@@ -131,7 +138,6 @@ class GenerationFields(SamplingFields):
 
     @property
     def form_field(self) -> str:
-        """The field that says what form the answer must have."""
         return "response_format" if self.structured_outputs is None else "structured_outputs"
 
     def _form(self) -> StructuredOutputsParams | None:

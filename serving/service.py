@@ -150,11 +150,12 @@ class Service:
         if num_sequences == 0:
             raise ApiError(400, "prompt is empty: at least one is needed", param="prompt")
         if num_sequences > (limit := self.max_sequences_per_request):
+            name = call.params.num_field
             raise ApiError(
                 400,
-                f"n: prompts x n is {num_sequences}, and this server takes at most {limit} in one request "
-                "(--max-sequences-per-request)",
-                param="n",
+                f"{name}: prompts x {name} is {num_sequences}, and this server takes at most {limit} in one "
+                "request (--max-sequences-per-request)",
+                param=name,
             )
         most = self.config.max_waiting
         if most is not None:

@@ -165,7 +165,7 @@ def test_a_search_that_is_not_possible_is_refused(fields: dict[str, Any], messag
 def test_a_search_wider_than_the_engine_is_refused(llm: Any) -> None:
     from pjengine import BeamSearchParams, SamplingParams
 
-    with pytest.raises(ValueError, match="17 beams run at once, and max_num_seqs=16"):
+    with pytest.raises(ValueError, match="beam_width must be at most max_num_seqs=16, got 17"):
         llm.beam_search([[3, 4]], BeamSearchParams(beam_width=17, max_tokens=2))
     with pytest.raises(TypeError, match="params must be BeamSearchParams"):
         llm.beam_search([[3, 4]], SamplingParams())
@@ -263,14 +263,18 @@ def test_a_search_with_few_tokens_to_choose_from_finds_the_sequences_that_there_
 def test_nan_ends_a_search_and_nothing_else(llm: Any) -> None:
     import jax
 
+    from pjengine import BeamSearchParams
+
     runner = llm.engine.runner
     params, broken = runner.params, jax.tree.map(lambda leaf: leaf * np.float32("nan"), runner.params)
     try:
         runner.params = broken
         [output] = llm.generate([3, 4, 5], beams(4), use_tqdm=False)
+        [found] = llm.beam_search([[3, 4, 5]], BeamSearchParams(beam_width=4, max_tokens=MAX_TOKENS))
     finally:
         runner.params = params
     assert output.outputs[0].finish_reason == "error" and "NaN" in output.outputs[0].stop_reason
+    assert found.sequences[0].finish_reason == "error" and found.sequences[0].cum_logprob == -np.inf
     settle(llm.engine)
 
 

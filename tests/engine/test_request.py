@@ -100,6 +100,8 @@ BAD_PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"n": 2, "temperature": 0}, "n=2 greedy"),
     ({"n": 3, "best_of": 2}, "best_of must be at least n=3, got 2"),
     ({"best_of": 2, "temperature": 0}, "best_of=2 greedy"),
+    ({"use_beam_search": True, "best_of": 4}, "temperature must be 0 .* set temperature=0; got 1.0"),
+    ({"use_beam_search": True, "n": 65, "temperature": 0}, "n must be at most 64 beams, got 65"),
     ({"best_of": 2, "output_kind": RequestOutputKind.DELTA}, "must not be DELTA"),
     (
         {"use_beam_search": True, "temperature": 0, "output_kind": RequestOutputKind.DELTA},

@@ -33,7 +33,14 @@ def test_conversations_have_beams_too(client: Client) -> None:
 @pytest.mark.parametrize(
     ("changes", "param", "message"),
     [
-        ({"n": 5}, "best_of", "best_of=5 beams run at once, and max_num_seqs=4"),
+        ({"n": 5}, "n", "n=5 beams run at once, and max_num_seqs=4"),
+        ({"best_of": 5}, "best_of", "best_of=5 beams run at once"),
+        (
+            {"response_format": {"type": "json_object"}},
+            "response_format",
+            "response_format must be None with use_beam_search, whose beams are chosen by their logprobs "
+            "alone: leave it out; got json_object",
+        ),
         ({"n": 3, "best_of": 2}, "best_of", "at least n=3"),
         ({"stop": "a"}, "stop", "stop must be None with use_beam_search"),
         ({"stream": True}, "use_beam_search", "not streamed"),

@@ -56,7 +56,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
         "20000, and this server takes at most 128",
     ),
     "too many of one": (COMPLETIONS, {"n": 129}, "n", "prompts x n is 129"),
-    "too many to choose from": (COMPLETIONS, {"n": 1, "best_of": 129}, "n", "at most 128"),
+    "too many to choose from": (COMPLETIONS, {"n": 1, "best_of": 129}, "best_of", "x best_of is 129"),
     "text for number": (COMPLETIONS, {"temperature": "1"}, "temperature", "valid number"),
     "flag for number": (COMPLETIONS, {"max_tokens": True}, "max_tokens", "valid integer"),
     "fraction": (COMPLETIONS, {"n": 1.5}, "n", "valid integer"),

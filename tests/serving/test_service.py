@@ -117,6 +117,8 @@ def test_a_request_takes_as_many_continuations_as_the_operator_says(llm: Any) ->
     assert client.post(PATH, **fields, n=3).status_code == 200
     status, error = client.error(PATH, **fields, n=4)
     assert (status, error["param"]) == (400, "n") and "prompts x n is 8" in error["message"]
+    status, error = client.error(PATH, **fields, best_of=4)
+    assert (status, error["param"]) == (400, "best_of") and "prompts x best_of is 8" in error["message"]
     client.assert_idle()
 
 
