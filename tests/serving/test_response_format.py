@@ -122,7 +122,7 @@ def test_a_grammar_that_takes_long_to_compile_holds_up_nobody_else(llm: Any) -> 
 
     async def main() -> None:
         plain, form = SamplingParams(max_tokens=4), StructuredOutputsParams(choice=["slow"])
-        with llm.engine._preparation.grammars._lock:  # as while one is compiled
+        with llm.engine._preparation.grammars._compiling:  # as while one is compiled
             waiting = asyncio.create_task(last(SamplingParams(structured_outputs=form)))
             assert (await last(plain)).finished
             assert not waiting.done()
@@ -145,6 +145,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": json_schema(schema=3)}, "response_format", "schema"),
     ({"response_format": json_schema(strikt=True)}, "response_format", "strikt"),
     ({"response_format": json_schema({"type": "strin"})}, "response_format", "Invalid type: strin"),
+    (
+        {"response_format": json_schema({"const": 2**53 + 1})},
+        "response_format",
+        "at #/const; got 90071992547",
+    ),
+    (
+        {"structured_outputs": {"json": {"enum": [2**64]}}},
+        "structured_outputs",
+        "at #/enum/0; got 18446744073",
+    ),
     ({"response_format": json_schema({"not": {}})}, "response_format", 'Unimplemented keys: ["not"]'),
     (
         {"response_format": {"type": "structural_tag", "structures": [], "triggers": []}},
