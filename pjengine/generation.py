@@ -282,10 +282,15 @@ class Generation:
 
 
 def _likeliest(outputs: list[CompletionOutput], params: SamplingParams) -> list[CompletionOutput]:
-    """Those `n` with the highest cumulative logprob, best first, where `best_of` asks for more."""
+    """Those `n` with the highest cumulative logprob, best first, where `best_of` asks for more.
+
+    What ended in an error comes last, whose sum is short.
+    """
     if params.use_beam_search or params.num_sequences == params.n:  # beams are in order
         return outputs
-    chosen = sorted(outputs, key=lambda output: -(output.cumulative_logprob or 0.0))[: params.n]
+    chosen = sorted(
+        outputs, key=lambda output: (output.finish_reason == "error", -(output.cumulative_logprob or 0.0))
+    )[: params.n]
     for index, output in enumerate(chosen):
         output.index = index
     return chosen

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pjengine.generation import Completion, Generation
-from pjengine.outputs import RequestMetrics, merge_metrics
+from pjengine.generation import Completion, Generation, _likeliest
+from pjengine.outputs import CompletionOutput, RequestMetrics, merge_metrics
 from pjengine.request import Request
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
 from pjengine.token_logprobs import FlatLogprobs, Logprob, LogprobArrays, position_logprobs
@@ -264,3 +264,14 @@ def test_flat_logprobs_are_indexed_like_a_list() -> None:
     assert flat.token_ids.tolist() == [3, 1, 7]
     with pytest.raises(IndexError):
         flat[3]
+
+
+def test_a_continuation_that_failed_is_not_the_likeliest() -> None:
+    """It has fewer tokens, whose logprobs add up to more."""
+    failed, whole = (
+        CompletionOutput(
+            index=i, text="", token_ids=[1] * i, cumulative_logprob=-1.0 * i, finish_reason=reason
+        )
+        for i, reason in enumerate(("error", "length"))
+    )
+    assert _likeliest([failed, whole], SamplingParams(best_of=2)) == [whole]
