@@ -8,7 +8,12 @@ MAPS = ("$defs", "definitions", "properties", "patternProperties")  # of names t
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 SINGLE = ("items", "additionalProperties")
 LITERALS = ("const", "enum")
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+BOUNDS = {
+    **dict.fromkeys(("maximum", "exclusiveMaximum"), "upper"),
+    **dict.fromkeys(("minimum", "exclusiveMinimum"), "lower"),
+    "multipleOf": "literal",
+}
+INT64_MAX = 2**63 - 1
 ANNOTATIONS = ("default", "examples")  # what they hold is not looked at
 
 
@@ -45,13 +50,16 @@ def _blamed(reason: str) -> str | None:
 def inexact_number(schema: Mapping[str, Any]) -> tuple[str, int] | None:
     """Where a whole number is that llguidance would make another one of, and that number; None: nowhere.
 
-    It reads numbers as float64, and puts them down as int64.
+    It reads numbers as float64, and puts them down as int64: bounds at the ends of that, or beyond, become
+    its ends, which forbids nothing that it could write.
     """
     left: list[tuple[str, str, Any]] = [("schema", "#", schema)]  # a stack: schemas are nested deeply
     while left:
         kind, pointer, value = left.pop()
         if isinstance(value, int) and not isinstance(value, bool):
-            if kind == "literal" and (abs(value) >= 2**63 or int(float(value)) != value):
+            is_end = (kind == "upper" and value >= INT64_MAX) or (kind == "lower" and value <= -INT64_MAX)
+            is_read = kind in ("literal", "upper", "lower") and not is_end
+            if is_read and (abs(value) > INT64_MAX or int(float(value)) != value):
                 return pointer, value
         elif isinstance(value, Mapping):
             left += [(_kind(kind, key), f"{pointer}/{_escaped(key)}", own) for key, own in value.items()]
@@ -61,14 +69,16 @@ def inexact_number(schema: Mapping[str, Any]) -> tuple[str, int] | None:
 
 
 def _kind(outer: str, key: str) -> str:
-    """What is under a key of a schema, of "names" of schemas or of a "literal", where numbers count."""
+    """What is under a key of a schema, of "names" of schemas, or of what has numbers that count."""
     if outer != "schema":
         return "schema" if outer == "names" else outer
     if key in MAPS:
         return "names"
     if key in ANNOTATIONS:
         return "annotation"
-    return "literal" if key in LITERALS + BOUNDS else "schema"
+    if key in BOUNDS:
+        return BOUNDS[key]
+    return "literal" if key in LITERALS else "schema"
 
 
 def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

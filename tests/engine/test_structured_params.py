@@ -24,6 +24,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"json": {"enum": [1, {"a": [2**64]}]}}, "at #/enum/1/a/0; got 18446744073709551616"),
     ({"json": '{"items": {"maximum": 1234567890123456789}}'}, "at #/items/maximum; got 1234567890123456789"),
     ({"json": {"properties": {"enum": {"minimum": -(2**53) - 1}}}}, "at #/properties/enum/minimum; got -90"),
+    ({"json": {"minimum": 2**63 - 1}}, "at #/minimum; got 9223372036854775807"),
+    ({"json": {"const": 2**63 - 1}}, "at #/const; got 9223372036854775807"),
     ({"json": "[" * 100_000}, "json must be a JSON schema"),
     ({"regex": ""}, "regex must be a text that is not empty, got ''"),
     ({"regex": b"a"}, "regex must be a text that is not empty, got b'a'"),
@@ -58,6 +60,12 @@ def test_a_form_that_makes_no_sense_is_refused(fields: dict[str, Any], message: 
 def test_a_schema_may_hold_large_numbers_that_stay_as_they_are() -> None:
     big = 2**53 + 1
     schema = {"const": 10**18, "maximum": 2**62, "default": big, "properties": {"const": {"examples": [big]}}}
+    assert StructuredOutputsParams(json=schema).json == schema
+
+
+@pytest.mark.parametrize("largest", [2**63 - 1, 2**63, 2**64 - 1])
+def test_a_schema_may_bound_numbers_by_the_ends_of_their_type(largest: int) -> None:
+    schema = {"type": "integer", "minimum": 1 - 2**63, "maximum": largest, "exclusiveMinimum": -(2**63)}
     assert StructuredOutputsParams(json=schema).json == schema
 
 
