@@ -1,5 +1,6 @@
 # Two commands set a fresh machine up: `make demo` and `make test`.
 VENV := .venv
+TEST_EXTRAS := test
 # The first of these that is new enough; `make PYTHON=/path/to/python demo` takes another.
 PYTHON ?= $(firstword $(foreach name,python3 python3.12 python3.13 python3.14,$(shell \
 	$(name) -c 'import sys; sys.version_info < (3, 12) or print("$(name)")' 2>/dev/null)))
@@ -15,7 +16,7 @@ CUDA_COMPILER := $(if $(CUDA_EXTRA),,$(if $(filter Linux,$(shell uname -s)),jax-
 # Of two processes on one GPU, the first would take its memory.
 TWO_AT_ONCE := $(if $(CUDA_EXTRA),,-n 2 --dist loadfile --no-loadscope-reorder)
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all test-jax-triton jax-triton-tests check clean
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/pjengine generate demo --prompt 'def fibonacci(n):' --stream \
 		--temperature 0.6 --top-p 0.95 --sampling-seed 115
@@ -26,6 +27,13 @@ test: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler) check
 # What CI runs.
 test-all: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler) check
 	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE)
+
+# The `jax_triton` kernels work with an older JAX than the other tests have: in a virtual environment of their own.
+test-jax-triton:
+	$(MAKE) VENV=$(VENV)-jax-triton TEST_EXTRAS=test,triton jax-triton-tests
+
+jax-triton-tests: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler)
+	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) tests/compile/test_jax_triton.py tests/kernels/test_jax_triton_attention.py
 
 check: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
@@ -41,7 +49,7 @@ $(VENV)/installed-demo: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install -q -e '.[test$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))]'
+	$(VENV)/bin/python -m pip install -q -e '.[$(TEST_EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))]'
 	touch $@
 
 $(VENV)/cuda-compiler: $(VENV)/installed-test
@@ -50,4 +58,4 @@ $(VENV)/cuda-compiler: $(VENV)/installed-test
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-jax-triton build dist *.egg-info
