@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.golden import golden as goldens
+from tests.models.test_architectures import CASES
 
 SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "skip_tokenizer_init": True}
 SIZES |= {"dtype": "float32", "warm_up": False, "decode_steps": 1, "kv_cache_memory_bytes": 2**20}
@@ -123,6 +124,24 @@ def test_a_draft_model_is_divided_as_the_model_is(
     assert [own.outputs for own in found] == [own.outputs for own in wanted]
     assert 0 < speculation.num_draft_tokens == speculation.num_accepted_tokens
     assert len(held) == 2 and held[0][1] == 1  # KV head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_devices_that_divide_any_architecture_generate_what_transformers_does(
+    name: str, num_devices: int, tmp_path: Path
+) -> None:
+    """One device does, too: `tests/models/test_architectures.py`."""
+    from pjengine import LLM, SamplingParams
+
+    golden = goldens.load(name)
+    folder = goldens.write_checkpoint(golden, tmp_path)
+    sizes = SIZES | {"kv_cache_memory_bytes": 2**22, "compile_cache_dir": ""}
+    with LLM(folder, tensor_parallel_size=num_devices, **sizes) as llm:
+        params = SamplingParams(temperature=0, max_tokens=len(golden.tokens), ignore_eos=True)
+        [output] = llm.generate([golden.prompt], params, use_tqdm=False)
+    assert output.outputs[0].token_ids == golden.tokens
 
 
 @pytest.mark.parametrize(
