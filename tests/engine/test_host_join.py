@@ -7,10 +7,13 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.golden import golden
 
 
 @pytest.fixture
@@ -71,6 +74,31 @@ def test_a_second_worker_of_a_rank_and_a_late_one_are_refused(door: Any) -> None
     wires.append(join(worker(door, node_rank=2))[0])
     assert "it is late: all hosts had joined" in refusal(worker(door))
     for wire in [*wires, *(wire for wire, _ in door.wait().values())]:
+        wire.close()
+
+
+def test_a_host_with_other_weights_of_the_same_shapes_is_refused(door: Any, tmp_path: Path) -> None:
+    from pjengine.host_join import join
+    from pjengine.hosts import Hosts
+    from pjengine.loading import weights_digest
+
+    case = golden.load("tied")
+    own, other = (golden.write_checkpoint(case, tmp_path / name) for name in ("own", "other"))
+    path = other / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4096:] = content[-4096:][::-1]  # part of one tensor
+    path.write_bytes(content)
+    digests = {folder: weights_digest(door._config, folder) for folder in (own, other)}
+
+    wires = [join(worker(door, node_rank=rank))[0] for rank in (1, 2)]
+    hosts = Hosts(0, door.wait(), door)
+    for wire, folder in zip(wires, (own, other), strict=True):
+        wire.send("ready", facts={"weights": digests[folder]})
+    told = rf"host 2 .* has weights={digests[other]}, and the head {digests[own]}: give all hosts the same"
+    with pytest.raises(ValueError, match=told):
+        hosts.begin({"weights": digests[own]})
+    hosts._close()
+    for wire in wires:
         wire.close()
 
 
