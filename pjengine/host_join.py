@@ -27,6 +27,7 @@ HANDSHAKE_S = 10.0  # how long one may take to say who it is
 MAX_HANDSHAKE_BYTES = 2**16
 MAX_VISITORS = 32  # connections that say at one time who they are
 _RETRY_S = 0.2
+_LOOK_S = 0.5  # how often the head looks whether those that have joined are still there
 
 # Of the settings, those by which every host must compute: they shape programs, or say what the weights are.
 SHARED = (
@@ -67,6 +68,7 @@ class Door:
         self._config = config
         self._secret = hosts_secret()
         self._joined: dict[int, tuple[Wire, str]] = {}
+        self._is_over = False  # all have joined, and are handed on
         self._failure: str | None = None  # why it is of no use to wait
         self._changed = threading.Condition()  # guards what has joined
         self._visitors = threading.Semaphore(MAX_VISITORS)
@@ -88,18 +90,32 @@ class Door:
           TimeoutError: some have not come.
           OSError: they will not come.
         """
-        ranks = range(1, self._config.nnodes)
+        begun_s = time.monotonic()
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or len(self._joined) == len(ranks), timeout_s)
-            if len(self._joined) == len(ranks):
-                return dict(sorted(self._joined.items()))
-            if self._failure is not None:
-                raise OSError(self._failure)
-            missing = [rank for rank in ranks if rank not in self._joined]
+            while True:
+                self._drop_those_gone()
+                missing = [rank for rank in range(1, self._config.nnodes) if rank not in self._joined]
+                if not missing:
+                    self._is_over = True
+                    return dict(sorted(self._joined.items()))
+                if self._failure is not None:
+                    raise OSError(self._failure)
+                waited_s = time.monotonic() - begun_s
+                if waited_s >= timeout_s:
+                    break
+                self._changed.wait(min(_LOOK_S, timeout_s - waited_s))
         raise TimeoutError(
             f"no worker of node_rank {', '.join(map(str, missing))} has joined within {timeout_s:g} s: start "
             f"it with --nnodes {self._config.nnodes} --coordinator {self._config.coordinator}"
         )
+
+    def _drop_those_gone(self) -> None:
+        """Frees the ranks of workers that have joined and left while others are awaited."""
+        for rank, (wire, name) in list(self._joined.items()):
+            if wire.has_ended():
+                logger.warning("the worker at %s has left: node_rank=%d is awaited again", name, rank)
+                wire.close()
+                del self._joined[rank]
 
     def give_up(self, reason: str) -> None:
         """Ends the wait for workers, if there still is one."""
@@ -151,6 +167,8 @@ class Door:
             reason = self._objection(said.fields)
         rank: Any = said.fields.get("rank")
         with self._changed:
+            if not self._is_over:
+                self._drop_those_gone()
             if reason is None and rank in self._joined:
                 other = self._joined[rank][1]
                 is_full = len(self._joined) == self._config.nnodes - 1

@@ -134,7 +134,7 @@ def load_model(config: EngineConfig, hosts: Hosts | None = None) -> LoadedModel:
 
 
 def weights_digest(config: EngineConfig, folder: Path | None, draft_folder: Path | None = None) -> str:
-    """What hosts compare of the weights that they read, each for itself: the model's, and the draft model's."""
+    """What hosts compare of the weights that they read: the model's, and the draft model's."""
     if config.load_format == "dummy":
         own = f"dummy of seed {config.seed}"
     else:

@@ -77,6 +77,22 @@ def test_a_second_worker_of_a_rank_and_a_late_one_are_refused(door: Any) -> None
         wire.close()
 
 
+def test_a_worker_that_leaves_before_all_have_joined_frees_its_rank(door: Any) -> None:
+    from pjengine.host_join import join
+
+    gone, _ = join(worker(door))
+    gone.send("alive")
+    gone.close()
+    wires = [join(worker(door, node_rank=rank))[0] for rank in (1, 2)]
+    found = door.wait()
+    wires[0].send("second")
+    assert found[1][0].receive().kind == "second"
+    wires[1].close()
+    assert "it is late: all hosts had joined" in refusal(worker(door, node_rank=2))
+    for wire in [*wires, *(wire for wire, _ in found.values())]:
+        wire.close()
+
+
 def test_a_host_with_other_weights_of_the_same_shapes_is_refused(door: Any, tmp_path: Path) -> None:
     from pjengine.host_join import join
     from pjengine.hosts import Hosts
