@@ -28,7 +28,7 @@ from jaxtyping import Int
 from pjengine.batching import Layout
 from pjengine.config import EngineConfig
 from pjengine.draw import DrawLayout
-from pjengine.host_join import JOIN_S, Door, address_of, join
+from pjengine.host_join import JOIN_S, Door, address_of, join, shown
 from pjengine.host_messages import Message, Wire, layout_fields
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Hosts:
                 for name, own in facts.items():
                     if (theirs := said["facts"].get(name)) != own:
                         raise ValueError(
-                            f"{peer.name} has {name}={theirs!s:.200}, and the head {own:.200}: "
+                            f"{peer.name} has {name}={shown(theirs, 200)}, and the head {own:.200}: "
                             "give all hosts the same model and options"
                         )
             self.tell("go")
@@ -251,7 +251,7 @@ class Hosts:
                 return self._lose(peer, f"its connection has ended ({error})")
             peer.heard_s = time.monotonic()
             if message.kind == "failed":
-                return self._lose(peer, f"it has failed: {message.fields.get('reason')}")
+                return self._lose(peer, f"it has failed: {shown(message.fields.get('reason'), 2000)}")
             if message.kind == "stop":
                 self._is_closing = True
             if message.kind != "alive":

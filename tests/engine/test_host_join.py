@@ -122,10 +122,10 @@ def test_another_version_is_refused(door: Any, monkeypatch: pytest.MonkeyPatch) 
     import pjengine.host_join
 
     own = pjengine.host_join.versions()
-    both = iter([{**own, "jax": "0.1"}, own])  # what the worker says, and what the head has
+    both = iter([{**own, "jax": "0.1\nwell"}, own])  # what the worker says, and what the head has
     monkeypatch.setattr(pjengine.host_join, "versions", lambda: next(both))
     text = refusal(worker(door))
-    assert f"it has jax 0.1, and the head {own['jax']}: all hosts need the same" in text
+    assert rf"it has jax 0.1\nwell, and the head {own['jax']}: all hosts need the same" in text
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,78 @@ def test_what_is_no_handshake_is_hung_up_on_and_holds_nobody_up(door: Any, sent:
             join(worker(door))[0].close()
             while stranger.recv(4096):
                 pass
+
+
+def test_who_does_not_say_who_it_is_is_named_so_in_the_log(
+    door: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pjengine.host_join.HANDSHAKE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()):
+            assert door._visitors.acquire(blocking=False)
+            door._meet(listener.accept()[0], "there")
+    assert caplog.messages == ["a connection from there was no worker: it did not say within 0.1 s who it is"]
+
+
+def test_a_worker_comes_again_where_too_many_are_at_the_door(
+    door: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pjengine.host_join import MAX_VISITORS, join
+
+    at, silent = door._listener.getsockname(), []
+    for _ in range(MAX_VISITORS):
+        silent.append(socket.create_connection(at, timeout=10))
+        assert silent[-1].recv(1)  # its hello
+    for _ in range(2):
+        with socket.create_connection(at, timeout=10) as one_more:
+            assert one_more.recv(1) == b""
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(join, worker(door))
+        for stranger in silent:
+            stranger.close()
+        joining.result()[0].close()
+    assert sum("connections do not say who they are: more are" in text for text in caplog.messages) == 1
+
+
+def test_who_waits_says_once_for_whom(
+    door: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pjengine.host_join import join
+
+    monkeypatch.setattr("pjengine.host_join.PATIENCE_S", 0)
+    with pytest.raises(TimeoutError):
+        door.wait(timeout_s=0.7)
+    assert [text.partition(":")[0] for text in caplog.messages] == ["waiting up to 0.7 s for node_rank 1, 2"]
+    caplog.clear()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with pytest.raises(OSError, match=rf"coordinator 127.0.0.1:{port}: no answer within 0.3 s \(.* refused"):
+        join(config(port, node_rank=1), timeout_s=0.3)
+    [text] = caplog.messages
+    assert text.startswith(f"waiting up to 0.3 s for the head at 127.0.0.1:{port} (Connection refused): ")
+
+
+@pytest.mark.parametrize("name", ["a b", "x" * 64])
+def test_a_worker_does_not_wait_for_a_name_that_is_none(name: str) -> None:
+    from pjengine.host_join import join
+
+    with pytest.raises(OSError, match=rf"coordinator {name}:1: this machine does not know that name"):
+        join(config(1, node_rank=1, coordinator=f"{name}:1"))
+
+
+@pytest.mark.parametrize("said", [b"SSH-2.0-OpenSSH\r\n", b"", frame("[]"), frame('{"kind": "hello"}')])
+def test_what_is_no_head_is_told_with_its_address(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pjengine.host_join import join
+
+    monkeypatch.setattr("pjengine.host_join.HANDSHAKE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        port = listener.getsockname()[1]
+        joining = pool.submit(join, config(port, node_rank=1))
+        with listener.accept()[0] as other:
+            other.sendall(said)
+            told = f"coordinator 127.0.0.1:{port}: what answers there is no pjengine head "
+            with pytest.raises(OSError, match=told):
+                joining.result()
 
 
 def test_the_head_says_which_worker_is_missing(door: Any) -> None:
