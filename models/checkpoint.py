@@ -1,5 +1,6 @@
 """Checkpoint folders: every tensor by name, memory-mapped, nothing read until it is looked at."""
 
+import hashlib
 import json
 import math
 import reprlib
@@ -20,6 +21,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_SAMPLES = 4096  # of a checkpoint, or one of each tensor: so many pages are read for a digest
+_SAMPLE_SIZE = 32  # elements
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -61,6 +64,21 @@ class Checkpoint:
     def tensor(self, name: str) -> np.ndarray:
         """Returns a read-only view of the file, not always contiguous. The file must stay as it is."""
         return self.tensors[name]
+
+    def digest(self) -> str:
+        """A hash of all names, types and shapes, and of samples of every tensor's elements.
+
+        Tells checkpoints apart that were trained apart; it is no proof that two are the same.
+        """
+        found = hashlib.blake2b(digest_size=16)
+        num_samples = max(1, _SAMPLES // max(1, len(self.tensors)))
+        for name, tensor in sorted(self.tensors.items()):
+            found.update(repr((name, tensor.dtype.name, tensor.shape)).encode())
+            last = max(0, tensor.size - _SAMPLE_SIZE)
+            # Not from the first element on: a table often begins with tokens that no training touches.
+            for begin in sorted({last * (2 * i + 1) // (2 * num_samples) for i in range(num_samples)}):
+                found.update(tensor.flat[begin : begin + _SAMPLE_SIZE].tobytes())
+        return found.hexdigest()
 
 
 def open_checkpoint(folder: Path, load_format: str = "auto") -> Checkpoint:

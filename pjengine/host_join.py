@@ -23,10 +23,12 @@ from pjengine.host_messages import Message, Wire
 logger = logging.getLogger(__name__)
 
 JOIN_S = 600.0  # how long hosts wait for each other at the start
+PATIENCE_S = 10.0  # after which one who waits says for whom
 HANDSHAKE_S = 10.0  # how long one may take to say who it is
 MAX_HANDSHAKE_BYTES = 2**16
 MAX_VISITORS = 32  # connections that say at one time who they are
 _RETRY_S = 0.2
+_LOOK_S = 0.5  # how often the head looks whether those that have joined are still there
 
 # Of the settings, those by which every host must compute: they shape programs, or say what the weights are.
 SHARED = (
@@ -55,6 +57,11 @@ def address_of(coordinator: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def shown(said: object, max_size: int) -> str:
+    """What a peer has said, as a part of one line: what does not print is escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(said)[:max_size])
+
+
 class Door:
     """Where the head takes workers in: one of each rank. Those that come later are told so.
 
@@ -67,6 +74,7 @@ class Door:
         self._config = config
         self._secret = hosts_secret()
         self._joined: dict[int, tuple[Wire, str]] = {}
+        self._is_over = False  # all have joined, and are handed on
         self._failure: str | None = None  # why it is of no use to wait
         self._changed = threading.Condition()  # guards what has joined
         self._visitors = threading.Semaphore(MAX_VISITORS)
@@ -88,18 +96,35 @@ class Door:
           TimeoutError: some have not come.
           OSError: they will not come.
         """
-        ranks = range(1, self._config.nnodes)
+        begun_s, has_said = time.monotonic(), False
+        start = f"start it with --nnodes {self._config.nnodes} --coordinator {self._config.coordinator}"
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or len(self._joined) == len(ranks), timeout_s)
-            if len(self._joined) == len(ranks):
-                return dict(sorted(self._joined.items()))
-            if self._failure is not None:
-                raise OSError(self._failure)
-            missing = [rank for rank in ranks if rank not in self._joined]
-        raise TimeoutError(
-            f"no worker of node_rank {', '.join(map(str, missing))} has joined within {timeout_s:g} s: start "
-            f"it with --nnodes {self._config.nnodes} --coordinator {self._config.coordinator}"
-        )
+            while True:
+                self._drop_those_gone()
+                missing = [rank for rank in range(1, self._config.nnodes) if rank not in self._joined]
+                if not missing:
+                    self._is_over = True
+                    return dict(sorted(self._joined.items()))
+                if self._failure is not None:
+                    raise OSError(self._failure)
+                waited_s = time.monotonic() - begun_s
+                ranks = ", ".join(map(str, missing))
+                if waited_s >= timeout_s:
+                    raise TimeoutError(
+                        f"no worker of node_rank {ranks} has joined within {timeout_s:g} s: {start}"
+                    )
+                if waited_s >= PATIENCE_S and not has_said:
+                    has_said = True
+                    logger.warning("waiting up to %g s for node_rank %s: %s", timeout_s, ranks, start)
+                self._changed.wait(min(_LOOK_S, timeout_s - waited_s))
+
+    def _drop_those_gone(self) -> None:
+        """Frees the ranks of workers that have joined and left while others are awaited."""
+        for rank, (wire, name) in list(self._joined.items()):
+            if wire.has_ended():
+                logger.warning("the worker at %s has left: node_rank=%d is awaited again", name, rank)
+                wire.close()
+                del self._joined[rank]
 
     def give_up(self, reason: str) -> None:
         """Ends the wait for workers, if there still is one."""
@@ -112,19 +137,27 @@ class Door:
         self._listener.close()
 
     def _listen(self) -> None:
+        is_crowded = False
         while True:
             try:
                 connection, address = self._listener.accept()
             except OSError:  # closed
                 return
             if not self._visitors.acquire(blocking=False):
+                if not is_crowded:
+                    logger.warning(
+                        "%d connections do not say who they are: more are hung up on, %s:%d first",
+                        *(MAX_VISITORS, *address[:2]),
+                    )
+                is_crowded = True
                 connection.close()
                 continue
+            is_crowded = False
             name = f"{address[0]}:{address[1]}"
             threading.Thread(target=self._meet, args=(connection, name), daemon=True).start()
 
     def _meet(self, connection: socket.socket, name: str) -> None:
-        wire = Wire(connection)
+        wire, begun_s = Wire(connection), time.monotonic()
         wire.set_patience(HANDSHAKE_S)
         watch = threading.Timer(HANDSHAKE_S, wire.close)  # who sends a byte now and then is not silent
         watch.daemon = True
@@ -133,7 +166,9 @@ class Door:
         try:
             is_in = self._admit(wire, name)
         except (OSError, EOFError, ValueError) as error:
-            logger.warning("a connection from %s was no worker: %s", name, error)
+            is_late = time.monotonic() - begun_s >= HANDSHAKE_S  # and `watch` may have closed it
+            reason = f"it did not say within {HANDSHAKE_S:g} s who it is" if is_late else error
+            logger.warning("a connection from %s was no worker: %s", name, reason)
         finally:
             watch.cancel()
             self._visitors.release()
@@ -151,6 +186,8 @@ class Door:
             reason = self._objection(said.fields)
         rank: Any = said.fields.get("rank")
         with self._changed:
+            if not self._is_over:
+                self._drop_those_gone()
             if reason is None and rank in self._joined:
                 other = self._joined[rank][1]
                 is_full = len(self._joined) == self._config.nnodes - 1
@@ -173,13 +210,17 @@ class Door:
         """Why the head and this worker cannot compute together."""
         for name, own in versions().items():
             if said.get(name) != own:
-                return f"it has {name} {said.get(name)!s:.40}, and the head {own}: all hosts need the same"
+                return (
+                    f"it has {name} {shown(said.get(name), 40)}, and the head {own}: all hosts need the same"
+                )
         theirs = said.get("settings")
         if not isinstance(theirs, dict):
             return "it says no settings"
         for name, own in shared_settings(self._config).items():
             if theirs.get(name) != own:
-                return f"it has {name}={theirs.get(name)!s:.80}, and the head {own:.80}: start both alike"
+                return (
+                    f"it has {name}={shown(theirs.get(name), 80)}, and the head {own:.80}: start both alike"
+                )
         rank = said.get("rank")
         if type(rank) is not int or not 1 <= rank < self._config.nnodes:
             return f"node_rank must be from 1 to {self._config.nnodes - 1}, got {rank!r:.20}"
@@ -191,46 +232,71 @@ def join(config: EngineConfig, timeout_s: float = JOIN_S) -> tuple[Wire, str]:
 
     Raises:
       RefusedError: the head does not take this host.
-      OSError: nobody answers.
+      OSError: nobody answers, or who does is no head.
     """
     assert config.coordinator is not None
     logger.info("host %d joins the head at %s", config.node_rank, config.coordinator)
     secret, nonce = hosts_secret(), secrets.token_hex(32)
-    wire = Wire(_connect(config.coordinator, timeout_s))
-    wire.set_patience(HANDSHAKE_S)
+    wire, drawn = _find_head(config.coordinator, timeout_s)
     try:
-        drawn = str(_handshake(wire, "hello").fields.get("nonce"))
         who: dict[str, Any] = {"rank": config.node_rank, "settings": shared_settings(config), **versions()}
         wire.send("join", proof=_proof(secret, "join", drawn), nonce=nonce, **who)
         said = _handshake(wire, "welcome", "refused")
         if said.kind == "refused":
             raise RefusedError(
                 f"the head at {config.coordinator} refused this host (node_rank={config.node_rank}): "
-                f"{said.fields.get('reason')}"
+                f"{shown(said.fields.get('reason'), 1000)}"
             )
         if not _is_proof(said, secret, "welcome", nonce):
             raise RefusedError(f"who answers at {config.coordinator} does not know the secret of the hosts")
-    except EOFError as error:
+    except BaseException as error:
         wire.close()
-        raise OSError(f"coordinator {config.coordinator}: {error}") from error
-    except BaseException:
-        wire.close()
-        raise
+        if isinstance(error, RefusedError) or not isinstance(error, OSError | EOFError | ValueError):
+            raise
+        if isinstance(error, TimeoutError | ValueError):
+            raise _no_head(config.coordinator, error) from error
+        raise OSError(f"coordinator {config.coordinator}: the head has hung up ({error})") from error
     return wire, config.coordinator
 
 
-def _connect(coordinator: str, timeout_s: float) -> socket.socket:
-    end_s = time.monotonic() + timeout_s
+def _find_head(coordinator: str, timeout_s: float) -> tuple[Wire, str]:
+    """A connection to who has said hello, and the nonce that was drawn there."""
+    begun_s, has_said = time.monotonic(), False
     while True:
+        wire = None
         try:
-            return socket.create_connection(address_of(coordinator), HANDSHAKE_S)
-        except OSError as error:
-            if time.monotonic() > end_s:
+            wire = Wire(socket.create_connection(address_of(coordinator), HANDSHAKE_S))
+            wire.set_patience(HANDSHAKE_S)
+            return wire, str(_handshake(wire, "hello").fields.get("nonce"))
+        except (OSError, EOFError, ValueError) as error:
+            if wire is not None:
+                wire.close()
+                if isinstance(error, TimeoutError | ValueError):
+                    raise _no_head(coordinator, error) from error
+            elif isinstance(error, socket.gaierror | UnicodeError):
                 raise OSError(
-                    f"coordinator {coordinator}: no answer within {timeout_s:g} s "
-                    f"({error.strerror or error}): start the process of node_rank=0 there"
+                    f"coordinator {coordinator}: this machine does not know that name ({error}): give the "
+                    "address of the machine of node_rank=0, or a name that all machines know"
                 ) from error
+            # A head that is not there yet refuses, or is crowded and hangs up.
+            reason = getattr(error, "strerror", None) or error
+            waited_s = time.monotonic() - begun_s
+            if waited_s >= timeout_s:
+                raise OSError(
+                    f"coordinator {coordinator}: no answer within {timeout_s:g} s ({reason}): start the "
+                    "process of node_rank=0 there"
+                ) from error
+            if waited_s >= PATIENCE_S and not has_said:
+                has_said = True
+                logger.warning(
+                    "waiting up to %g s for the head at %s (%s): start the process of node_rank=0 there",
+                    *(timeout_s, coordinator, reason),
+                )
         time.sleep(_RETRY_S)
+
+
+def _no_head(coordinator: str, error: Exception) -> OSError:
+    return OSError(f"coordinator {coordinator}: what answers there is no pjengine head ({error})")
 
 
 def _handshake(wire: Wire, *kinds: str) -> Message:

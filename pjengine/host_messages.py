@@ -5,6 +5,7 @@ UTF-8, then the numbers, little-endian.
 """
 
 import json
+import select
 import socket
 import struct
 import threading
@@ -87,6 +88,14 @@ class Wire:
                 raise EOFError("the connection was closed")
             view = view[num_read:]
         return content
+
+    def has_ended(self) -> bool:
+        """Whether this side or the peer has closed it, even if the peer has said more before."""
+        if self._socket.fileno() < 0:
+            return True
+        look = select.poll()
+        look.register(self._socket, select.POLLRDHUP)  # which a peek at what comes next would not show
+        return bool(look.poll(0))
 
     def close(self) -> None:
         """Wakes whoever sends or receives. Safe to call twice."""

@@ -28,7 +28,7 @@ from jaxtyping import Int
 from pjengine.batching import Layout
 from pjengine.config import EngineConfig
 from pjengine.draw import DrawLayout
-from pjengine.host_join import JOIN_S, Door, address_of, join
+from pjengine.host_join import JOIN_S, Door, address_of, join, shown
 from pjengine.host_messages import Message, Wire, layout_fields
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ _LOOK_S = 0.5
 _INITIALIZE_S = 120
 _SHUTDOWN_S = 10
 _NOTHING = np.empty(0, np.int32)
+_MENDABLE = (ValueError, OSError, NotImplementedError)  # by the caller, if they come before the first step
 
 
 class HostLostError(RuntimeError):
@@ -60,8 +61,9 @@ class Peer:
 class Hosts:
     """The head's workers, or a worker's head.
 
-    `lost` says which of them is lost, once one is. Then the process ends with status 1: a worker's at once,
-    the head's when it exits by itself, or after EXIT_S.
+    `lost` says which of them is lost, once one is. Then the process ends with status 1, or 2 if one could not
+    start for a reason that the caller can mend: a worker's at once, the head's when it exits by itself, or
+    after EXIT_S.
     """
 
     def __init__(self, rank: int, peers: Mapping[int, tuple[Wire, str]], door: Door | None = None) -> None:
@@ -72,7 +74,8 @@ class Hosts:
             for rank, (wire, name) in peers.items()
         ]
         self._door = door
-        self._is_closing = False
+        self._is_closing = self._has_begun = False
+        self._status = 1  # of this process's end, if something is lost
         self._lock = threading.Lock()  # of `lost`, `_running` and `_when_lost`
         self._running: Future[Any] | None = None
         self._steps: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
@@ -170,10 +173,11 @@ class Hosts:
                 for name, own in facts.items():
                     if (theirs := said["facts"].get(name)) != own:
                         raise ValueError(
-                            f"{peer.name} has {name}={theirs!s:.200}, and the head {own:.200}: "
+                            f"{peer.name} has {name}={shown(theirs, 200)}, and the head {own:.200}: "
                             "give all hosts the same model and options"
                         )
             self.tell("go")
+        self._has_begun = True
         self.be_patient(SILENCE_S)
 
     def run[T](self, function: Callable[[], T]) -> T:
@@ -213,9 +217,11 @@ class Hosts:
             if self.lost is not None or self._is_closing:
                 return
             self.lost = HostLostError(f"this host has failed: {error!r:.2000}")
+            if isinstance(error, _MENDABLE) and not self._has_begun:
+                self._status = 2
         for peer in self._peers:
             try:
-                peer.wire.send("failed", reason=f"{error!r:.2000}")
+                peer.wire.send("failed", reason=f"{error!r:.2000}", status=self._status)
             except OSError:
                 pass  # it knows already
         self._ended.set()
@@ -251,7 +257,9 @@ class Hosts:
                 return self._lose(peer, f"its connection has ended ({error})")
             peer.heard_s = time.monotonic()
             if message.kind == "failed":
-                return self._lose(peer, f"it has failed: {message.fields.get('reason')}")
+                if self.lost is None and message.fields.get("status") == 2:
+                    self._status = 2
+                return self._lose(peer, f"it has failed: {shown(message.fields.get('reason'), 2000)}")
             if message.kind == "stop":
                 self._is_closing = True
             if message.kind != "alive":
@@ -281,8 +289,8 @@ class Hosts:
         self._is_lost.set()
         logger.error("%s. This process ends", self.lost)
         if self._rank:
-            _end()
-        watchdog = threading.Timer(EXIT_S, _end)
+            _end(self._status)
+        watchdog = threading.Timer(EXIT_S, _end, (self._status,))
         watchdog.daemon = True
         watchdog.start()
         for own in self._peers:
@@ -306,7 +314,7 @@ class Hosts:
     def _exit_if_lost(self) -> None:
         """Before JAX takes its backend down, which would wait for the devices."""
         if self.lost is not None:
-            _end()
+            _end(self._status)
 
 
 def _settle(call: Future[Any], result: Any = None, error: BaseException | None = None) -> None:
@@ -319,13 +327,13 @@ def _settle(call: Future[Any], result: Any = None, error: BaseException | None =
         pass
 
 
-def _end() -> None:
+def _end(status: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
             pass
-    os._exit(1)
+    os._exit(status)
 
 
 @contextmanager

@@ -46,12 +46,13 @@ class LoadedModel:
     memory_plan: MemoryPlan
     sharding: NamedSharding  # of what every device has
     generation_config: Mapping[str, Any]  # what generation_config.json holds, if it counts
+    weights: str = ""  # tells them apart from others of the same shapes; of several hosts only
 
     @property
     def facts(self) -> dict[str, str]:
         """What must be the same on all hosts, by name."""
         sizes = {own.name: repr(getattr(self.runner_config, own.name)) for own in fields(self.runner_config)}
-        return {"model": fingerprint(self.model), **sizes}
+        return {"model": fingerprint(self.model), "weights": self.weights, **sizes}
 
 
 def load_replicas(config: EngineConfig) -> list[LoadedModel]:
@@ -128,7 +129,20 @@ def load_model(config: EngineConfig, hosts: Hosts | None = None) -> LoadedModel:
         memory_plan=plan,
         sharding=replicated(mesh),
         generation_config=read_generation_config(config, folder),
+        weights="" if hosts is None else weights_digest(config, folder, draft_folder),
     )
+
+
+def weights_digest(config: EngineConfig, folder: Path | None, draft_folder: Path | None = None) -> str:
+    """What hosts compare of the weights that they read: the model's, and the draft model's."""
+    if config.load_format == "dummy":
+        own = f"dummy of seed {config.seed}"
+    else:
+        assert folder is not None
+        own = open_checkpoint(folder, config.load_format).digest()
+    if config.draft is None:
+        return own
+    return f"{own} with {weights_digest(config.draft, draft_folder)}"
 
 
 def with_draft(

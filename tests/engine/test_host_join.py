@@ -7,10 +7,13 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.golden import golden
 
 
 @pytest.fixture
@@ -74,14 +77,55 @@ def test_a_second_worker_of_a_rank_and_a_late_one_are_refused(door: Any) -> None
         wire.close()
 
 
+def test_a_worker_that_leaves_before_all_have_joined_frees_its_rank(door: Any) -> None:
+    from pjengine.host_join import join
+
+    gone, _ = join(worker(door))
+    gone.send("alive")
+    gone.close()
+    wires = [join(worker(door, node_rank=rank))[0] for rank in (1, 2)]
+    found = door.wait()
+    wires[0].send("second")
+    assert found[1][0].receive().kind == "second"
+    wires[1].close()
+    assert "it is late: all hosts had joined" in refusal(worker(door, node_rank=2))
+    for wire in [*wires, *(wire for wire, _ in found.values())]:
+        wire.close()
+
+
+def test_a_host_with_other_weights_of_the_same_shapes_is_refused(door: Any, tmp_path: Path) -> None:
+    from pjengine.host_join import join
+    from pjengine.hosts import Hosts
+    from pjengine.loading import weights_digest
+
+    case = golden.load("tied")
+    own, other = (golden.write_checkpoint(case, tmp_path / name) for name in ("own", "other"))
+    path = other / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4096:] = content[-4096:][::-1]  # part of one tensor
+    path.write_bytes(content)
+    digests = {folder: weights_digest(door._config, folder) for folder in (own, other)}
+
+    wires = [join(worker(door, node_rank=rank))[0] for rank in (1, 2)]
+    hosts = Hosts(0, door.wait(), door)
+    for wire, folder in zip(wires, (own, other), strict=True):
+        wire.send("ready", facts={"weights": digests[folder]})
+    told = rf"host 2 .* has weights={digests[other]}, and the head {digests[own]}: give all hosts the same"
+    with pytest.raises(ValueError, match=told):
+        hosts.begin({"weights": digests[own]})
+    hosts._close()
+    for wire in wires:
+        wire.close()
+
+
 def test_another_version_is_refused(door: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import pjengine.host_join
 
     own = pjengine.host_join.versions()
-    both = iter([{**own, "jax": "0.1"}, own])  # what the worker says, and what the head has
+    both = iter([{**own, "jax": "0.1\nwell"}, own])  # what the worker says, and what the head has
     monkeypatch.setattr(pjengine.host_join, "versions", lambda: next(both))
     text = refusal(worker(door))
-    assert f"it has jax 0.1, and the head {own['jax']}: all hosts need the same" in text
+    assert rf"it has jax 0.1\nwell, and the head {own['jax']}: all hosts need the same" in text
 
 
 @pytest.mark.parametrize(
@@ -137,6 +181,78 @@ def test_what_is_no_handshake_is_hung_up_on_and_holds_nobody_up(door: Any, sent:
             join(worker(door))[0].close()
             while stranger.recv(4096):
                 pass
+
+
+def test_who_does_not_say_who_it_is_is_named_so_in_the_log(
+    door: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pjengine.host_join.HANDSHAKE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()):
+            assert door._visitors.acquire(blocking=False)
+            door._meet(listener.accept()[0], "there")
+    assert caplog.messages == ["a connection from there was no worker: it did not say within 0.1 s who it is"]
+
+
+def test_a_worker_comes_again_where_too_many_are_at_the_door(
+    door: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pjengine.host_join import MAX_VISITORS, join
+
+    at, silent = door._listener.getsockname(), []
+    for _ in range(MAX_VISITORS):
+        silent.append(socket.create_connection(at, timeout=10))
+        assert silent[-1].recv(1)  # its hello
+    for _ in range(2):
+        with socket.create_connection(at, timeout=10) as one_more:
+            assert one_more.recv(1) == b""
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(join, worker(door))
+        for stranger in silent:
+            stranger.close()
+        joining.result()[0].close()
+    assert sum("connections do not say who they are: more are" in text for text in caplog.messages) == 1
+
+
+def test_who_waits_says_once_for_whom(
+    door: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pjengine.host_join import join
+
+    monkeypatch.setattr("pjengine.host_join.PATIENCE_S", 0)
+    with pytest.raises(TimeoutError):
+        door.wait(timeout_s=0.7)
+    assert [text.partition(":")[0] for text in caplog.messages] == ["waiting up to 0.7 s for node_rank 1, 2"]
+    caplog.clear()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with pytest.raises(OSError, match=rf"coordinator 127.0.0.1:{port}: no answer within 0.3 s \(.* refused"):
+        join(config(port, node_rank=1), timeout_s=0.3)
+    [text] = caplog.messages
+    assert text.startswith(f"waiting up to 0.3 s for the head at 127.0.0.1:{port} (Connection refused): ")
+
+
+@pytest.mark.parametrize("name", ["a b", "x" * 64])
+def test_a_worker_does_not_wait_for_a_name_that_is_none(name: str) -> None:
+    from pjengine.host_join import join
+
+    with pytest.raises(OSError, match=rf"coordinator {name}:1: this machine does not know that name"):
+        join(config(1, node_rank=1, coordinator=f"{name}:1"))
+
+
+@pytest.mark.parametrize("said", [b"SSH-2.0-OpenSSH\r\n", b"", frame("[]"), frame('{"kind": "hello"}')])
+def test_what_is_no_head_is_told_with_its_address(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pjengine.host_join import join
+
+    monkeypatch.setattr("pjengine.host_join.HANDSHAKE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        port = listener.getsockname()[1]
+        joining = pool.submit(join, config(port, node_rank=1))
+        with listener.accept()[0] as other:
+            other.sendall(said)
+            told = f"coordinator 127.0.0.1:{port}: what answers there is no pjengine head "
+            with pytest.raises(OSError, match=told):
+                joining.result()
 
 
 def test_the_head_says_which_worker_is_missing(door: Any) -> None:

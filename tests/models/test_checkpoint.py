@@ -38,6 +38,19 @@ def test_safetensors_are_mapped_whole_or_in_shards(tmp_path: Path, shards: int, 
         assert isinstance(checkpoint.tensor(name), np.memmap) and not checkpoint.tensor(name).flags.writeable
 
 
+def test_a_digest_tells_trained_weights_apart_and_not_how_files_divide_them(tmp_path: Path) -> None:
+    from pjengine.models.checkpoint import Checkpoint, open_checkpoint
+
+    case = golden.load("tied")
+    whole = open_checkpoint(golden.write_checkpoint(case, tmp_path / "whole"))
+    shards = open_checkpoint(golden.write_checkpoint(case, tmp_path / "shards", shards=3))
+    assert shards.digest() == whole.digest()
+    others = [{**whole.tensors, name: whole.tensor(name)[::-1]} for name in whole.names]
+    others.append({name: tensor for name, tensor in whole.tensors.items() if name != whole.names[0]})
+    digests = {Checkpoint(folder=tmp_path, tensors=tensors).digest() for tensors in others}
+    assert whole.digest() not in digests
+
+
 def test_file_of_the_safetensors_library_gives_every_dtype() -> None:
     from pjengine.models.checkpoint import read_safetensors
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -156,14 +157,17 @@ def serve_command(folder: Path, rank: int, coordinator: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def two_servers(folder: Path, tmp_path: Path, coordinator: str = "") -> Iterator[list[Server]]:
-    """`pjengine serve` on two hosts; first the head."""
+def two_servers(
+    folder: Path, tmp_path: Path, coordinator: str = "", *more: str, workers: Path | None = None
+) -> Iterator[list[Server]]:
+    """`pjengine serve` on two hosts; first the head. The worker may have a model of its own."""
     coordinator = coordinator or free_address()
     with ExitStack() as stack:
         started = []
         for rank in range(2):
             (own := tmp_path / str(rank)).mkdir()
-            command = serve_command(folder, rank, coordinator)
+            given = workers if rank and workers is not None else folder
+            command = (*serve_command(given, rank, coordinator), *more)
             started.append(stack.enter_context(start_server(own, *command, module="pjengine.serving.cli")))
         yield started
 
@@ -209,6 +213,32 @@ def test_a_server_on_two_hosts_answers_takes_no_late_host_and_ends_both_on_sigte
         assert head.wait(30) in (0, -signal.SIGTERM), head.log
         assert worker.wait(30) == 0, worker.log
         assert "lost" not in head.log + worker.log
+
+
+@pytest.mark.slow
+def test_hosts_that_cannot_start_together_end_with_status_2_and_the_reason(
+    folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    path = other / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4096:] = content[-4096:][::-1]
+    path.write_bytes(content)
+    cases: list[tuple[Path, list[str], str]] = [
+        (
+            folder,
+            ["--tensor-parallel-size=60"],
+            "=60 on 2 hosts needs 30 devices of each; the one of node_rank",
+        ),
+        (other, [], r"host 1 \(\S+\) has weights=\w+, and the head \w+: give all hosts the same model"),
+    ]
+    for number, (workers, more, reason) in enumerate(cases):
+        (own := tmp_path / str(number)).mkdir()
+        with two_servers(folder, own, "", *more, workers=workers) as (head, worker):
+            assert head.wait(60) == 2, head.log
+            assert worker.wait(30) == 2, worker.log
+            assert re.search(reason, head.log) and re.search(reason, worker.log), head.log + worker.log
 
 
 def test_a_worker_killed_while_it_streams_ends_requests_with_its_name_and_the_head(
