@@ -94,7 +94,8 @@ class Wire:
         if self._socket.fileno() < 0:
             return True
         look = select.poll()
-        look.register(self._socket, select.POLLRDHUP)  # which a peek at what comes next would not show
+        # Of Linux, and not shown by a peek at what comes next; elsewhere what the peer has said hides its end.
+        look.register(self._socket, getattr(select, "POLLRDHUP", select.POLLHUP))
         return bool(look.poll(0))
 
     def close(self) -> None:
