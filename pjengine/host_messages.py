@@ -94,7 +94,7 @@ class Wire:
         if self._socket.fileno() < 0:
             return True
         look = select.poll()
-        # Of Linux, and not shown by a peek at what comes next; elsewhere what the peer has said hides its end.
+        # Of Linux, and not shown by a peek at what comes next; elsewhere what was said before hides the end.
         look.register(self._socket, getattr(select, "POLLRDHUP", select.POLLHUP))
         return bool(look.poll(0))
 

@@ -191,7 +191,8 @@ def test_who_does_not_say_who_it_is_is_named_so_in_the_log(
         with socket.create_connection(listener.getsockname()):
             assert door._visitors.acquire(blocking=False)
             door._meet(listener.accept()[0], "there")
-    assert caplog.messages == ["a connection from there was no worker: it did not say within 0.1 s who it is"]
+    reason = "a connection from there was no worker: it did not say within 0.1 s who it is"
+    assert reason in caplog.messages  # beside what others of this process log
 
 
 def test_a_worker_comes_again_where_too_many_are_at_the_door(
