@@ -155,6 +155,7 @@ def reference(
 
 
 MIN_PROGRAMS = 96  # fewer leave processors without work
+LARGE = 2**23  # weights of a product; of smaller ones than the halves that were measured nothing is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,10 +179,7 @@ class SkinnyTiles:
         Raises:
           NotImplementedError: k or n is no multiple of a block.
         """
-        is_narrow, is_large = (
-            num_rows <= 4,
-            k * n >= 2**23,
-        )  # the halves are; of smaller ones nothing is known
+        is_narrow, is_large = num_rows <= 4, k * n >= LARGE
         if is_gated and is_large and n < MIN_PROGRAMS * 128:
             warps = 4 if is_narrow else 8
             tiles = cls(block_n=64, block_k=64, num_warps=warps, num_stages=6)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from pjengine.pallas_kernels import rope_kv_write, skinny_linear
 from pjengine.pallas_kernels.dispatch import dispatch
 from pjengine.pallas_kernels.last_split import Counters, counters_for, finish_last
-from pjengine.pallas_kernels.skinny_linear import MIN_PROGRAMS, Normed, SkinnyTiles
+from pjengine.pallas_kernels.skinny_linear import LARGE, MIN_PROGRAMS, Normed, SkinnyTiles
 
 
 class Destination(NamedTuple):
@@ -128,7 +128,7 @@ def choose_tiles(num_rows: int, k: int, n: int, head_dim: int) -> SkinnyTiles:
     """
     tiles = SkinnyTiles.choose(num_rows=num_rows, k=k, n=n, is_gated=False)
     num_splits, num_blocks = tiles.num_splits, n // tiles.block_n
-    while k * n >= 2**23 and num_blocks * num_splits > MIN_PROGRAMS and k < 2048 * num_splits:
+    while k * n >= LARGE and num_blocks * num_splits > MIN_PROGRAMS and k < 2048 * num_splits:
         num_splits //= 2
     return replace(tiles, block_n=min(tiles.block_n, head_dim), num_splits=num_splits)
 

@@ -91,9 +91,7 @@ class Layout(Vector):
     num_states: int = 0  # layers whose hidden states are kept of prompts, where it ends in logits
     has_token_states: bool = False  # those of each token come down, not only pooled ones
     num_drafts: int = 0  # tokens of each sequence that are verified beside its last one, in decodes alone
-    has_filters: bool = (
-        True  # top_k, top_p or min_p; only where devices divide the vocabulary it may have none
-    )
+    has_filters: bool = True  # top_k, top_p, min_p; it has none only where devices divide the vocabulary
 
     @property
     def num_seqs(self) -> int:
