@@ -95,7 +95,7 @@ class Decoder:
             params["head_bias"] = jnp.zeros((c.vocab_size,), self.dtype)
         return params
 
-    def forward(
+    def run(
         self,
         params: Params,
         tokens: Int[Array, "*t"],
@@ -105,10 +105,10 @@ class Decoder:
         attend: Attend,
     ) -> tuple[Float[Array, "*t e"], KVCache | None]:
         """Token ids to final hidden states, before the last norm."""
-        hidden, cache, _ = self.forward_keeping(params, tokens, positions, rope_lens, cache, attend, None)
+        hidden, cache, _ = self.run_keeping(params, tokens, positions, rope_lens, cache, attend, None)
         return hidden, cache
 
-    def forward_keeping(
+    def run_keeping(
         self,
         params: Params,
         tokens: Int[Array, "*t"],
@@ -174,11 +174,11 @@ class Decoder:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else soft_cap(logits, c.logit_softcap)
 
-    def dense_logits(self, params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
+    def forward(self, params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits of whole sequences without a cache: for training and scoring, differentiable."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
         rope_lens = jnp.full(tokens.shape, tokens.shape[1], jnp.int32)
-        hidden, _ = self.forward(params, tokens, positions, rope_lens, None, dense_attend)
+        hidden, _ = self.run(params, tokens, positions, rope_lens, None, dense_attend)
         return self.logits(params, hidden)
 
     def normalize(self, params: Params, name: str, x: Float[Array, "*t e"]) -> Float[Array, "*t e"]:

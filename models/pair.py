@@ -35,7 +35,7 @@ class Pair(Decoder):
     def init(self, key: Array) -> Params:
         return {"target": self.target.init(key), "draft": self.draft.init(jax.random.fold_in(key, 1))}
 
-    def forward_keeping(
+    def run_keeping(
         self,
         params: Params,
         tokens: Int[Array, "*t"],
@@ -47,12 +47,12 @@ class Pair(Decoder):
     ) -> tuple[Float[Array, "*t e"], KVCache | None, KeptStates | None]:
         """As the target alone; over pages, the draft model writes its own K and V of the tokens."""
         inputs = tokens, positions, rope_lens
-        hidden, cache, kept = self.target.forward_keeping(params["target"], *inputs, cache, attend, kept)
+        hidden, cache, kept = self.target.run_keeping(params["target"], *inputs, cache, attend, kept)
         if cache is not None and isinstance(attend, PagedAttend):
-            _, cache = self.forward_draft(params, *inputs, cache, attend)
+            _, cache = self.run_draft(params, *inputs, cache, attend)
         return hidden, cache, kept
 
-    def forward_draft(
+    def run_draft(
         self,
         params: Params,
         tokens: Int[Array, " t"],
@@ -66,7 +66,7 @@ class Pair(Decoder):
         own = KVCache(cache.draft_k, cache.draft_v, cache.token_ids)
         # Its layers that see a window keep the pages before it, as those that see everything.
         attend = replace(attend, window_group=None)
-        hidden, updated = self.draft.forward(params["draft"], tokens, positions, rope_lens, own, attend)
+        hidden, updated = self.draft.run(params["draft"], tokens, positions, rope_lens, own, attend)
         assert updated is not None
         return hidden, cache._replace(draft_k=updated.k, draft_v=updated.v)
 

@@ -191,9 +191,9 @@ def run_model(
     attend = PagedAttend(batch, num_pages, backend, window_group)
     inputs, kept = (batch.tokens, batch.positions, batch.rope_lens), None
     if room is None:
-        hidden, updated = model.forward(params, *inputs, cache, attend)
+        hidden, updated = model.run(params, *inputs, cache, attend)
     else:
-        hidden, updated, kept = model.forward_keeping(params, *inputs, cache, attend, room)
+        hidden, updated, kept = model.run_keeping(params, *inputs, cache, attend, room)
     assert updated is not None
     return updated._replace(token_ids=write_tokens(updated.token_ids, batch)), hidden, kept
 

@@ -110,7 +110,7 @@ def init_params(model: Llama, key: Array) -> Params:
 def token_losses(model: Llama, params: Params, windows: Int[Array, "b t1"]) -> Float[Array, "b t"]:
     """Cross-entropy in nats of each token but the first of each window, computed in bfloat16."""
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    logits = model.dense_logits(low, windows[:, :-1])
+    logits = model.forward(low, windows[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
 
 
@@ -263,7 +263,7 @@ def _complete(
 
     def one_token(i: Array, tokens: Int[Array, "b t"]) -> Int[Array, "b t"]:
         logits = jax.lax.dynamic_index_in_dim(
-            model.dense_logits(params, tokens), i - 1, axis=1, keepdims=False
+            model.forward(params, tokens), i - 1, axis=1, keepdims=False
         )
         # Scaling the noise instead of the logits makes temperature 0 greedy.
         logits += temperature * jax.random.gumbel(jax.random.fold_in(jax.random.key(0), i), logits.shape)

@@ -146,11 +146,11 @@ class Plain(StepCompiler):
 class Sliced(Llama):
     """Takes every layer's weights out of the stack."""
 
-    def forward(self, params: Params, *args: Any) -> Any:
+    def run(self, params: Params, *args: Any) -> Any:
         def cut(stack: jax.Array) -> jax.Array:
             return jnp.stack([jax.lax.optimization_barrier(layer) for layer in stack])
 
-        return super().forward({**params, "layers": jax.tree.map(cut, params["layers"])}, *args)
+        return super().run({**params, "layers": jax.tree.map(cut, params["layers"])}, *args)
 
 
 EDITS = EditSizes(

@@ -39,7 +39,7 @@ def dense(llm: Any) -> Any:
     @jax.jit
     def forward(params: Any, tokens: Any) -> Any:
         room = KeptStates.empty(numbers, model.config, 96, model.dtype)
-        result = model.forward_keeping(params, tokens, positions, positions + 1, None, dense_attend, room)
+        result = model.run_keeping(params, tokens, positions, positions + 1, None, dense_attend, room)
         return result[2].wanted
 
     def states(tokens: list[int]) -> np.ndarray:

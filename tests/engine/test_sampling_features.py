@@ -49,7 +49,7 @@ def raw_logits(llm: Any, token_ids: list[int]) -> np.ndarray:
 
     model = llm.engine.runner.model
     if id(model) not in _DENSE:
-        _DENSE[id(model)] = jax.jit(model.dense_logits)
+        _DENSE[id(model)] = jax.jit(model.forward)
     padded = jnp.asarray([token_ids + [0] * (128 - len(token_ids))], jnp.int32)
     return np.asarray(_DENSE[id(model)](llm.params, padded))[0, : len(token_ids)].astype(np.float64)
 

@@ -30,7 +30,7 @@ def dense(llm: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    forward = jax.jit(llm.engine.runner.model.dense_logits)
+    forward = jax.jit(llm.engine.runner.model.forward)
 
     def logprobs(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
         padded = jnp.asarray([tokens + [0] * (96 - len(tokens))], jnp.int32)

@@ -52,7 +52,7 @@ def logits_of(
         slots = jnp.where(positions >= 0, slots, -1)
         batch = Batch(tokens, at, at + 1, slots, table, kv_lens, cu)
         attend = PagedAttend(batch, num_pages, backend)
-        hidden, cache = model.forward(params, tokens, at, at + 1, cache, attend)
+        hidden, cache = model.run(params, tokens, at, at + 1, cache, attend)
         last = hidden if cu is None else hidden[cu[1:] - 1]
         return model.logits(params, last), cache
 

@@ -42,7 +42,7 @@ def load(folder: Path, config: dict[str, Any]) -> tuple[Decoder, Any]:
 
 
 def last_logits(model: Decoder, params: Any, golden: goldens.Golden) -> np.ndarray:
-    logits = jax.jit(model.dense_logits)(params, jnp.asarray([golden.prompt], jnp.int32))
+    logits = jax.jit(model.forward)(params, jnp.asarray([golden.prompt], jnp.int32))
     return np.asarray(logits)[0, -4:, : golden.last_logits.shape[1]]
 
 
@@ -57,7 +57,7 @@ def test_every_architecture_has_golden_cases_and_a_published_size() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_dense_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+def test_forward_equals_transformers(name: str, tmp_path: Path) -> None:
     """From torch's own file, names without their prefix and with the buffers that old versions stored."""
     golden = goldens.load(name)
     weights = golden.weights()

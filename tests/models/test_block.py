@@ -70,7 +70,7 @@ def logits(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     model = Decoder(config, FLOAT32)
     params = random_params(model, scale=0.3)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, 28).astype(np.int32)
-    dense = jax.jit(model.dense_logits)(params, tokens[None])[0, -4:]
+    dense = jax.jit(model.forward)(params, tokens[None])[0, -4:]
     paged = logits_of(model, params, [tokens[:25]], tokens[25:, None], None)[:, 0]
     return np.asarray(dense), paged
 
@@ -117,7 +117,7 @@ def test_each_field_of_experts_counts() -> None:
             if name in params["layers"]:
                 bias = params["layers"][name]
                 params["layers"][name] = jax.random.normal(jax.random.key(1), bias.shape)
-        return np.asarray(model.dense_logits(params, jnp.arange(8, dtype=jnp.int32)[None]))
+        return np.asarray(model.forward(params, jnp.arange(8, dtype=jnp.int32)[None]))
 
     plain = first(EXPERTS)
     for name, change in fields.items():

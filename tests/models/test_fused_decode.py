@@ -46,7 +46,7 @@ def run(
         cu_q_lens=None,
     )
     attend = PagedAttend(batch, NUM_PAGES, backend)
-    hidden, after = model.forward(params, batch.tokens, positions, batch.rope_lens, cache, attend)
+    hidden, after = model.run(params, batch.tokens, positions, batch.rope_lens, cache, attend)
     assert after is not None
     return hidden, after
 
@@ -153,4 +153,4 @@ def test_gradients_never_meet_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(decoder, "fused_layers", refuse)
     model = Llama(CONFIG, jnp.dtype("bfloat16"))
     params = model.init(jax.random.key(0))
-    jax.grad(lambda params: model.dense_logits(params, jnp.ones((1, 4), jnp.int32)).sum())(params)
+    jax.grad(lambda params: model.forward(params, jnp.ones((1, 4), jnp.int32)).sum())(params)

@@ -46,7 +46,7 @@ def hidden(model: Llama, params: Any, num_tokens: int, backend: str | None) -> j
     attend = PagedAttend(batch, num_pages, backend)
 
     def forward(params: Any, cache: KVCache) -> jax.Array:
-        return model.forward(params, batch.tokens, positions, batch.rope_lens, cache, attend)[0]
+        return model.run(params, batch.tokens, positions, batch.rope_lens, cache, attend)[0]
 
     return jax.jit(forward)(params, cache)
 
@@ -87,7 +87,7 @@ def test_gradients_and_biases_never_meet_the_kernel(monkeypatch: pytest.MonkeyPa
     model = Llama(CONFIG, jnp.dtype("float32"))
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens = jnp.ones((1, 4), jnp.int32)
-    jax.eval_shape(jax.grad(lambda params: model.dense_logits(params, tokens).sum()), params)
+    jax.eval_shape(jax.grad(lambda params: model.forward(params, tokens).sum()), params)
     biased = Llama(dataclasses.replace(CONFIG, mlp_bias=True), jnp.dtype("float32"))
     params = jax.eval_shape(biased.init, jax.random.key(0))
     jax.eval_shape(lambda params: hidden(biased, params, 32, None), params)

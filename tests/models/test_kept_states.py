@@ -31,7 +31,7 @@ def test_hidden_states_equal_those_of_transformers(name: str, tmp_path: Path) ->
     room = KeptStates.empty(numbers, model.config, len(tokens), model.dtype)
     rope_lens = jnp.full_like(positions, len(tokens))
     _, _, kept = jax.jit(
-        lambda params, room: model.forward_keeping(
+        lambda params, room: model.run_keeping(
             params, tokens, positions, rope_lens, None, dense_attend, room
         )
     )(params, room)

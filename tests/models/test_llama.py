@@ -54,7 +54,7 @@ def test_paged_logits_equal_one_dense_forward(name: str, tmp_path: Path) -> None
             cu_q_lens=None if len(tokens) == 1 else jnp.asarray([0, len(tokens)], jnp.int32),
         )
         attend = PagedAttend(batch, num_pages=num_pages)
-        hidden, cache = model.forward(params, tokens, positions, batch.rope_lens, cache, attend)
+        hidden, cache = model.run(params, tokens, positions, batch.rope_lens, cache, attend)
         return model.logits(params, hidden), cache
 
     num_prompt = len(golden.prompt)
@@ -64,7 +64,7 @@ def test_paged_logits_equal_one_dense_forward(name: str, tmp_path: Path) -> None
         positions = jnp.arange(start, stop, dtype=jnp.int32)
         logits, cache = run(params, cache, tokens[start:stop], positions, start >= num_prompt)
         paged.append(np.asarray(logits))
-    dense = np.asarray(jax.jit(model.dense_logits)(params, tokens[None]))[0]
+    dense = np.asarray(jax.jit(model.forward)(params, tokens[None]))[0]
     np.testing.assert_allclose(np.concatenate(paged), dense, atol=1e-4, rtol=0)
 
 
@@ -74,7 +74,7 @@ def test_gradients_flow_through_the_serving_model(tmp_path: Path) -> None:
     tokens = jnp.asarray([golden.prompt], jnp.int32)
 
     def loss(params: Any) -> Any:
-        logits = jax.nn.log_softmax(model.dense_logits(params, tokens[:, :-1]))
+        logits = jax.nn.log_softmax(model.forward(params, tokens[:, :-1]))
         return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
 
     grads = jax.jit(jax.grad(loss))(params)

@@ -100,7 +100,7 @@ def test_packed_experts_are_loaded_as_those_they_stand_for(tmp_path: Path) -> No
     model, packed = load(tmp_path / "packed", packed_config)
     jax.tree.map(np.testing.assert_array_equal, packed, plain)
     assert dataclasses.replace(model.config, is_mxfp4=False) == plain_model.config
-    logits = model.dense_logits(packed, jnp.arange(40, dtype=jnp.int32)[None])
+    logits = model.forward(packed, jnp.arange(40, dtype=jnp.int32)[None])
     assert np.isfinite(np.asarray(logits)).all()
     with pytest.raises(ValueError, match="gate_up_proj_blocks"):
         load(tmp_path / "plain", packed_config)

@@ -86,7 +86,7 @@ def prompt_logits(model: Decoder, params: Any, mesh: Any, prompt: list[int]) -> 
         slots = positions + PAGE_SIZE
         batch = Batch(tokens, positions, lens, slots, table, cu_q_lens[1:], cu_q_lens)
         attend = PagedAttend(batch, width + 1)
-        hidden, _ = model.forward(params, tokens, positions, lens, cache, attend)
+        hidden, _ = model.run(params, tokens, positions, lens, cache, attend)
         return model.logits(params, hidden)
 
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
