@@ -77,6 +77,11 @@ class Pair(Decoder):
         return self.draft.logits(params["draft"], hidden)
 
 
+def target_of(model: Decoder) -> Decoder:
+    """Of a pair the target, else the model itself."""
+    return model.target if isinstance(model, Pair) else model
+
+
 def target_params(model: Decoder, params: Params) -> Params:
     """Of a pair the target's, else all."""
     own: Params = params["target"] if isinstance(model, Pair) else params

@@ -14,7 +14,8 @@ from pjengine.beams import BeamSearchOutput, BeamSearchParams, beam_search_outpu
 from pjengine.config import EngineConfig, known_settings
 from pjengine.embeddings import EmbeddingOutput, embedding_of, embedding_params
 from pjengine.generation import Generation
-from pjengine.models.pair import target_params
+from pjengine.models.decoder import Decoder
+from pjengine.models.pair import target_of, target_params
 from pjengine.outputs import RequestOutput
 from pjengine.prompts import Prompt
 from pjengine.replicas import Engine, Replicas, start_engine
@@ -75,6 +76,12 @@ class LLM:
         if self._engine is None:
             raise RuntimeError("this LLM is closed; create another")
         return self._engine
+
+    @property
+    def model(self) -> Decoder:
+        """What computes: pure functions over `params`, such as `forward` and `logits`."""
+        engine = self.engine.engines[0] if isinstance(self.engine, Replicas) else self.engine
+        return target_of(engine.runner.model)
 
     @property
     def params(self) -> Any:

@@ -94,9 +94,7 @@ def continue_with_model(
         row = jnp.where(index < parts["lengths"], parts["rows"], layout.num_rows)
         batch = unpack(rows, row, parts, layout, index)._replace(tokens=tokens[:, index])
         attend = PagedAttend(batch, num_pages, backend)
-        hidden, cache = model.run_draft(
-            params, batch.tokens, batch.positions, batch.rope_lens, cache, attend
-        )
+        hidden, cache = model.run_draft(params, batch.tokens, batch.positions, batch.rope_lens, cache, attend)
         logits, own = model.draft_logits(params, hidden), sampled_by(rows, row, batch.kv_lens)
         return cache, tokens.at[:, index + 1].set(sample(logits, backend=backend, **own))
 

@@ -262,9 +262,7 @@ def _complete(
     """Fills each row of `tokens` behind its prompt; recomputes the whole sequence for every token."""
 
     def one_token(i: Array, tokens: Int[Array, "b t"]) -> Int[Array, "b t"]:
-        logits = jax.lax.dynamic_index_in_dim(
-            model.forward(params, tokens), i - 1, axis=1, keepdims=False
-        )
+        logits = jax.lax.dynamic_index_in_dim(model.forward(params, tokens), i - 1, axis=1, keepdims=False)
         # Scaling the noise instead of the logits makes temperature 0 greedy.
         logits += temperature * jax.random.gumbel(jax.random.fold_in(jax.random.key(0), i), logits.shape)
         given = jax.lax.dynamic_index_in_dim(tokens, i, axis=1, keepdims=False)

@@ -31,9 +31,7 @@ def test_hidden_states_equal_those_of_transformers(name: str, tmp_path: Path) ->
     room = KeptStates.empty(numbers, model.config, len(tokens), model.dtype)
     rope_lens = jnp.full_like(positions, len(tokens))
     _, _, kept = jax.jit(
-        lambda params, room: model.run_keeping(
-            params, tokens, positions, rope_lens, None, dense_attend, room
-        )
+        lambda params, room: model.run_keeping(params, tokens, positions, rope_lens, None, dense_attend, room)
     )(params, room)
     states = np.asarray(kept.wanted)[::-1]
     found = np.concatenate([states[:, -4:], states.mean(axis=1, keepdims=True)], axis=1)
