@@ -241,6 +241,8 @@ class Hosts:
         self._close()
 
     def _close(self) -> None:
+        with self._lock:
+            self._is_closing = True  # so that what ends now is not lost
         self._ended.set()
         if self._door is not None:
             self._door.close()

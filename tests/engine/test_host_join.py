@@ -223,13 +223,15 @@ def test_who_waits_says_once_for_whom(
     monkeypatch.setattr("pjengine.host_join.PATIENCE_S", 0)
     with pytest.raises(TimeoutError):
         door.wait(timeout_s=0.7)
-    assert [text.partition(":")[0] for text in caplog.messages] == ["waiting up to 0.7 s for node_rank 1, 2"]
+    # Other threads of this process may log, too.
+    [text] = [text for text in caplog.messages if text.startswith("waiting")]
+    assert text.partition(":")[0] == "waiting up to 0.7 s for node_rank 1, 2"
     caplog.clear()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with pytest.raises(OSError, match=rf"coordinator 127.0.0.1:{port}: no answer within 0.3 s \(.* refused"):
         join(config(port, node_rank=1), timeout_s=0.3)
-    [text] = caplog.messages
+    [text] = [text for text in caplog.messages if text.startswith("waiting")]
     assert text.startswith(f"waiting up to 0.3 s for the head at 127.0.0.1:{port} (Connection refused): ")
 
 
