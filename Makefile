@@ -26,7 +26,7 @@ test: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler) check
 
 # What CI runs.
 test-all: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler) check
-	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE)
+	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) --durations=40
 
 # The `jax_triton` kernels work with an older JAX than the other tests have: in a virtual environment of their own.
 test-jax-triton:

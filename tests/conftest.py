@@ -44,6 +44,12 @@ def has_gpu() -> bool:
     return any(device.platform == "gpu" for device in jax.devices())
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Says at once what has failed: a run that is ended from outside has no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} ({report.when}, {report.duration:.0f} s)\n{report.longreprtext}\n", flush=True)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Runs `gpu` tests only where a GPU answers; says so otherwise."""
     if any(item.get_closest_marker("gpu") for item in items) and not has_gpu():
