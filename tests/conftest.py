@@ -47,7 +47,8 @@ def has_gpu() -> bool:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Says at once what has failed: a run that is ended from outside has no summary."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
-        print(f"\n{report.nodeid} ({report.when}, {report.duration:.0f} s)\n{report.longreprtext}\n", flush=True)
+        title = f"{report.nodeid} ({report.when}, {report.duration:.0f} s)"
+        print(f"\n{title}\n{report.longreprtext}\n", flush=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
