@@ -13,8 +13,8 @@ comma := ,
 # Tests compile for an H200. JAX's CUDA build can; elsewhere these two wheels of it are enough. They lie in a folder of
 # their own: among the other packages JAX would take them for a broken build, and say so at every start.
 CUDA_COMPILER := $(if $(CUDA_EXTRA),,$(if $(filter Linux,$(shell uname -s)),jax-cuda13-plugin jax-cuda13-pjrt))
-# Of two processes on one GPU, the first would take its memory.
-TWO_AT_ONCE := $(if $(CUDA_EXTRA),,-n 2 --dist loadfile --no-loadscope-reorder)
+# Of two processes on one GPU, the first would take its memory. After a crash xdist may wait for ever: it ends then.
+TWO_AT_ONCE := $(if $(CUDA_EXTRA),,-n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0)
 
 .PHONY: demo test test-all test-jax-triton jax-triton-tests check clean
 demo: $(VENV)/installed-demo

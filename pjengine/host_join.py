@@ -133,8 +133,13 @@ class Door:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Takes nobody any more."""
+        """Takes nobody any more, and hangs up on who has come if `wait` has not handed them on."""
         self._listener.close()
+        with self._changed:
+            if not self._is_over:
+                for wire, _ in self._joined.values():
+                    wire.close()
+                self._joined.clear()
 
     def _listen(self) -> None:
         is_crowded = False
