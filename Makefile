@@ -16,7 +16,7 @@ CUDA_COMPILER := $(if $(CUDA_EXTRA),,$(if $(filter Linux,$(shell uname -s)),jax-
 # Of two processes on one GPU, the first would take its memory. After a crash xdist may wait for ever: it ends then.
 TWO_AT_ONCE := $(if $(CUDA_EXTRA),,-n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0)
 
-.PHONY: demo test test-all test-jax-triton jax-triton-tests check clean
+.PHONY: demo test test-all test-jax-triton jax-triton-tests notebooks check clean
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/pjengine generate demo --prompt 'def fibonacci(n):' --stream \
 		--temperature 0.6 --top-p 0.95 --sampling-seed 115
@@ -34,6 +34,10 @@ test-jax-triton:
 
 jax-triton-tests: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler)
 	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) tests/compile/test_jax_triton.py tests/kernels/test_jax_triton_attention.py
+
+# Runs every notebook and keeps its outputs; one alone: python notebooks/run.py NAME
+notebooks: $(VENV)/installed-test
+	$(VENV)/bin/python notebooks/run.py
 
 check: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
