@@ -21,7 +21,6 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pjengine.pallas_kernels import skinny_qkv
 from pjengine.pallas_kernels.dispatch import check_hopper
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
 from pjengine.pallas_kernels.gated_linear import reference as gated_reference
@@ -39,6 +38,7 @@ from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
 from pjengine.pallas_kernels.shapes import EXPERTS, PRODUCTS, SHAPES, ExpertShape, HeadShape
 from pjengine.pallas_kernels.skinny_linear import Residual, SkinnyTiles, skinny_triton, start_norm
+from pjengine.pallas_kernels.skinny_qkv import Destination, choose_tiles, skinny_qkv_triton
 from pjengine.pallas_kernels.triton_extra import import_jax_triton
 
 type Row = dict[str, object]
@@ -398,7 +398,7 @@ def step_case(base: Case, product: str, tiles: SkinnyTiles, *, interpret: bool) 
 def qkv_case(base: Case, heads: HeadShape, *, interpret: bool) -> Case:
     """The product for queries, keys and values in a step. The state: KV pages and counters."""
     (x, counters), [weights] = base.state, base.args
-    tiles = skinny_qkv.choose_tiles(len(x), weights.shape[1], weights.shape[2], heads.head_dim)
+    tiles = choose_tiles(len(x), weights.shape[1], weights.shape[2], heads.head_dim)
     cache = Cache.make(heads, [heads.page_size] * len(x), num_layers=1)
     angle = jax.random.uniform(jax.random.key(2), (len(x), heads.head_dim // 2), jnp.float32)
     slots = cache.page_table[:, 0] * heads.page_size
@@ -406,8 +406,8 @@ def qkv_case(base: Case, heads: HeadShape, *, interpret: bool) -> Case:
     def call(state: State, index: int, weights: Array, x: Any, *where: Array) -> tuple[State, None]:
         k_pages, v_pages, counters = state
         layer, (cos, sin, slots) = jnp.int32(index % len(weights)), where
-        to = skinny_qkv.Destination(cos, sin, k_pages, v_pages, slots, jnp.int32(0))
-        _, *state = skinny_qkv.skinny_qkv_triton(
+        to = Destination(cos, sin, k_pages, v_pages, slots, jnp.int32(0))
+        _, *state = skinny_qkv_triton(
             x, weights, layer, to, None, counters, eps=EPS, tiles=tiles, interpret=interpret
         )
         return tuple(state), None

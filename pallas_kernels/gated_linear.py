@@ -34,10 +34,19 @@ def gated_linear(
     *,
     backend: str | None = None,
 ) -> Float[Array, "m n"]:
-    """`silu(x @ weights[layer, :, 0]) * (x @ weights[layer, :, 1])`, summed in float32. Has no derivative.
+    """`silu(x @ weights[layer, :, 0]) * (x @ weights[layer, :, 1])`, summed in float32.
+
+    The kernel has no derivative; `reference` has. Aliases nothing.
+
+    Args:
+      x: rows of tokens, already normalized.
+      weights: of all layers, gates and ups beside each other; no other layer than `layer` is read.
+      backend: None to let `dispatch` choose.
 
     Raises:
+      ValueError: no such backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
+    Source: Shazeer 2020 (SwiGLU).
     """
     args = (x, weights, jnp.asarray(layer, jnp.int32))
     return dispatch(

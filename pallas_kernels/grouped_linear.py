@@ -71,15 +71,20 @@ def routed_mlp(
 
     An expert computes `gate(x @ gate_up + gate_up_bias) @ down + down_bias`. Sums are float32, but for the
     rounding of what `gate` gives to x's dtype. A token without experts gives zeros. Equivalent to
-    `reference`, which has a derivative; the kernels have none.
+    `reference`, which has a derivative; the kernels have none. Aliases nothing.
 
     Args:
+      routing: of each token the ids of its experts and their weights.
+      weights: of all layers; no other layer than `layer` is read, and no expert that nobody chose.
       num_routed: experts that the router chooses from, where `weights` has some of them only. Ids count from
         the first that is there.
+      gate: what an expert does to its gates and ups.
+      backend: None to let `dispatch` choose.
 
     Raises:
       ValueError: shapes that do not belong together, or no such backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
+    Source: Gale et al. 2022 (MegaBlocks), with blocks of pairs in place of a sparse matrix.
     """
     check_shapes(x, routing, weights)
     args = (x, routing, weights, jnp.asarray(layer, jnp.int32))

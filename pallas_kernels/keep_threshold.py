@@ -1,4 +1,4 @@
-"""The smallest logit that min_p, top_k and top_p let a row keep, found without a sort."""
+"""Which logits min_p, top_k and top_p let a row keep, as a threshold that is found without a sort."""
 
 import functools
 from typing import Any
@@ -27,13 +27,24 @@ def keep_threshold(
     *,
     backend: str | None = None,
 ) -> Float[Array, " s"]:
-    """The smallest logit each row keeps: min_p first, then top_k, then top_p of what is left.
+    """What each row's logits must not be below to be kept: by min_p, then top_k, then top_p of what is left.
 
-    Ties with the last logit kept are kept. A row that filters nothing, or is greedy (temperature 0),
-    gets -inf and costs nothing: the choice is the device's, row by row.
+    Which of the floats between two logits it is, depends on the backend. Ties with the last logit kept are
+    kept. A row that filters nothing, or is greedy (temperature 0), gets -inf and costs nothing: the choice is
+    the device's, row by row. Bisects the floats between the lowest and the largest logit. Aliases nothing.
+    The kernel has no derivative.
+
+    Args:
+      temperature: divides the logits before probabilities are taken of them; at least 0.
+      top_k: how many tokens to keep, at least 1; v or more for all.
+      top_p: the share of what is left to keep, above 0; 1 for all.
+      min_p: least probability, as a share of the likeliest token's; 0 for all.
+      backend: None to let `dispatch` choose.
 
     Raises:
-      NotImplementedError: `backend` cannot do these shapes.
+      ValueError: no such backend.
+      NotImplementedError: `backend` is named and cannot do these dtypes.
+    Source: Fan et al. 2018 (top_k), Holtzman et al. 2020 (top_p), Nguyen et al. 2024 (min_p).
     """
     arguments = (logits, temperature, top_k, top_p, min_p)
     implementations = {

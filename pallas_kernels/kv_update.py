@@ -16,9 +16,10 @@ def write_kv(
     """Writes token t's key and value into slot `slots[t]` of one layer; returns the two caches.
 
     A slot is page * page_size + offset, its page counted from `page_offset`, the layer's first page. Tokens
-    with slot < 0 (padding) are dropped. No two tokens may share a slot. Casts to the dtype of the cache.
-    If the caches are donated they are updated in place. There is no kernel: XLA makes one scatter of each
-    write, the index arithmetic inside it.
+    with slot < 0 (padding) are dropped. No two tokens may share a slot, and none may lie past the last page:
+    neither is checked. Casts to the dtype of the cache. If the caches are donated they are updated in place,
+    else copied. There is no kernel, and so no backend to choose: XLA makes one scatter of each write, the
+    index arithmetic inside it.
     """
     num_pages, _, page_size, _ = k_pages.shape
     page = slots // page_size + jnp.asarray(page_offset, slots.dtype)

@@ -14,6 +14,7 @@ class Counters:
 
     One for a step, lent to its kernels in the order in which they are traced: each is given the array that
     the one before left, so that XLA updates it in place, and no two kernels count in it at the same time.
+    Made and used within one trace: `array` is then a value of that trace.
     """
 
     def __init__(self, size: int) -> None:

@@ -46,11 +46,14 @@ def paged_attention(
 
     Query head i reads KV head i // (h // hk). A row with kv_lens 0 (padding) gives zeros. Slots past
     kv_lens may hold anything, NaN too, and so may the null page and slots before the window. Sums in
-    float32. Equivalent to `reference`.
+    float32. Equivalent to `reference`. No backend has a derivative for training. Aliases nothing.
 
     Args:
+      q: the token's queries, rotated already.
+      k_pages, v_pages: n pages of p slots each, of all layers.
       page_table: pages of each sequence in order, counted from `page_offset`; any value past kv_lens, and
         for pages that end before the window.
+      kv_lens: in tokens, the one that attends included; at most w * p.
       page_offset: the layer's first page.
       scale: factor of the scores, greater than 0.
       variant: how the layer departs from plain attention.
@@ -61,6 +64,7 @@ def paged_attention(
       ValueError: h is not a multiple of hk, scale is not positive, a variant without meaning, or no such
         backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
+    Source: pages, Kwon et al. 2023; splits of one sequence, Dao et al. 2023 (Flash-Decoding).
     """
     check_attention_arguments(q.shape[-2], k_pages.shape[1], scale, variant)
     args = (q, k_pages, v_pages, page_table, kv_lens, jnp.asarray(page_offset, jnp.int32))

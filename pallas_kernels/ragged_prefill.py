@@ -49,9 +49,10 @@ def ragged_paged_attention(
 
     Sequence s owns tokens cu_q_lens[s]:cu_q_lens[s + 1], the last positions of its kv_lens[s] slots; it may
     own none. The token at position p sees slots 0..p. Tokens from cu_q_lens[-1] on (padding) give zeros.
-    Heads, page_table, page_offset, scale, variant and backend are as in `paged_attention`; so is what slots
-    past kv_lens may hold, and those before the window of a sequence's first token. Sums in float32.
-    Equivalent to `reference`.
+    Heads, pages, page_offset, scale, variant and backend are as in `paged_attention`; so is what slots
+    past kv_lens may hold, and those before the window of a sequence's first token. The tokens' own keys and
+    values must be in the pages already. Sums in float32. Equivalent to `reference`. No backend has a
+    derivative for training. Aliases nothing.
 
     Args:
       cu_q_lens: first token of each sequence and the end of the last one; starts at 0, never decreases.
@@ -60,6 +61,7 @@ def ragged_paged_attention(
       ValueError: h is not a multiple of hk, scale is not positive, a variant without meaning, or no such
         backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
+    Source: Dao 2023 (FlashAttention-2); on Hopper Shah et al. 2024 (FlashAttention-3).
     """
     check_attention_arguments(q.shape[-2], k_pages.shape[1], scale, variant)
     offset = jnp.asarray(page_offset, jnp.int32)

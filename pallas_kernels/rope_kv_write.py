@@ -28,11 +28,19 @@ def rope_kv_write(
     """Returns the rotated queries, and the two caches with token t's key and value in slot `slots[t]`.
 
     Of each KV head's g rows of `qkv` the last is the value, the one before it the key, the others its
-    queries. Dimension i is rotated together with i + r. Slots as in `write_kv`: negative ones are dropped, no
-    two tokens share one, donated caches are updated in place.
+    queries. Dimension i is rotated together with i + r, and 2r to d - 1 stay as they are. Slots as in
+    `write_kv`: negative ones are dropped, no two tokens share one, donated caches are updated in place.
+    Rotates in float32. Equivalent to `reference`, which has a derivative; the kernel has none.
+
+    Args:
+      cos, sin: of each token's position times each pair's frequency.
+      page_offset: the layer's first page.
+      backend: None to let `dispatch` choose.
 
     Raises:
+      ValueError: no such backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
+    Source: Su et al. 2021 (RoPE), in the order of GPT-NeoX.
     """
     args = (qkv, cos, sin, k_pages, v_pages, slots, jnp.asarray(page_offset, jnp.int32))
     return dispatch(

@@ -49,16 +49,20 @@ def skinny_linear(
     counters: Counters | None = None,
     backend: str | None = None,
 ) -> Float[Array, "m out"]:
-    """`x @ weights[layer] + biases[layer]`, summed in float32.
+    """`x @ weights[layer] + biases[layer]`, summed in float32. The kernel has no derivative.
 
     Args:
       x: rows, or rows whose norm the product finishes with `eps`.
+      weights: of all layers; no other layer than `layer` is read.
       is_gated: the first half of the n columns are gates: gives `silu(gates) * others`, n / 2 columns.
       counters: of the step, at least one for each block of columns; None for zeros of its own, which take a
         kernel.
+      backend: None to let `dispatch` choose.
 
     Raises:
+      ValueError: x and weights do not belong together, or no such backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
+    Source: RMSNorm, Zhang & Sennrich 2019; gates, Shazeer 2020 (SwiGLU).
     """
     (out,) = _dispatch(x, weights, layer, biases, None, counters, eps=eps, is_gated=is_gated, backend=backend)
     return out
@@ -76,9 +80,10 @@ def skinny_residual(
 ) -> tuple[Float[Array, "m n"], Normed]:
     """Adds `x @ weights[layer] + biases[layer]` to the residual rows, and starts the norm of the sum.
 
-    `counters` as in `skinny_linear`.
+    Returns the new rows, and what the next product takes. `counters` and `backend` as in `skinny_linear`.
 
     Raises:
+      ValueError: x and weights do not belong together, or no such backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
     """
     rows, scaled, squares = _dispatch(
@@ -213,7 +218,7 @@ class SkinnyTiles:
             raise NotImplementedError(f"{k} x {n} weights: wanted multiples of {self}")
 
 
-def check_kernel_can(
+def check_product_can(
     x: Array | Normed, weights: Array, residual: Residual | None, tiles: SkinnyTiles, *, is_gated: bool
 ) -> None:
     """Refuses what the kernel does not do.
@@ -256,13 +261,13 @@ def skinny_triton(
     share one trace: the layer is an operand, so the compiled kernel is one too.
 
     Raises:
-      NotImplementedError: see `check_kernel_can`.
+      NotImplementedError: see `check_product_can`.
       ValueError: fewer counters than blocks.
     """
     rows, squares = x if isinstance(x, Normed) else (x, None)
     num_rows, k, n = len(rows), weights.shape[1], weights.shape[2] // (1 + is_gated)
     tiles = tiles or SkinnyTiles.choose(num_rows=num_rows, k=k, n=n, is_gated=is_gated)
-    check_kernel_can(x, weights, residual, tiles, is_gated=is_gated)
+    check_product_can(x, weights, residual, tiles, is_gated=is_gated)
     extras = _extras_of(squares, biases, residual)
     operands = [layer[None], rows, weights, *extras.values()]
     outs = [jax.ShapeDtypeStruct((num_rows, n), rows.dtype)]

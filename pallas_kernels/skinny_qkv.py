@@ -11,10 +11,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pjengine.pallas_kernels import rope_kv_write, skinny_linear
 from pjengine.pallas_kernels.dispatch import dispatch
 from pjengine.pallas_kernels.last_split import Counters, counters_for, finish_last
-from pjengine.pallas_kernels.skinny_linear import LARGE, MIN_PROGRAMS, Normed, SkinnyTiles
+from pjengine.pallas_kernels.rope_kv_write import reference as rope_kv_write_reference
+from pjengine.pallas_kernels.rope_kv_write import rope_kv_write
+from pjengine.pallas_kernels.skinny_linear import (
+    LARGE,
+    MIN_PROGRAMS,
+    Normed,
+    SkinnyTiles,
+    add_splits,
+    check_product_can,
+    load_squares,
+    product_sums,
+    skinny_linear,
+)
+from pjengine.pallas_kernels.skinny_linear import reference as product_reference
 
 
 class Destination(NamedTuple):
@@ -54,18 +66,18 @@ def skinny_qkv(
     """`rope_kv_write` of `skinny_linear`: the rotated queries, and the caches with the rows' keys and values.
 
     Of the n columns, each KV head has its queries', its key's and its value's, in this order. One kernel, or
-    two where heads are no blocks. `counters` as in `skinny_linear`.
+    two where heads are no blocks. `counters` and `backend` as in `skinny_linear`; donated caches are updated
+    in place. Equivalent to `reference`, which has a derivative; the kernel has none.
 
     Raises:
+      ValueError: no such backend.
       NotImplementedError: `backend` is named and cannot do these shapes or dtypes.
     """
     if not destination.has_block_heads():
-        qkv = skinny_linear.skinny_linear(
-            x, weights, layer, biases=biases, eps=eps, counters=counters, backend=backend
-        )
+        qkv = skinny_linear(x, weights, layer, biases=biases, eps=eps, counters=counters, backend=backend)
         *where, page_offset = destination
         heads = destination.split_heads(qkv)
-        return rope_kv_write.rope_kv_write(heads, *where, page_offset=page_offset, backend=backend)
+        return rope_kv_write(heads, *where, page_offset=page_offset, backend=backend)
     args = (x, weights, jnp.asarray(layer, jnp.int32), destination, biases)
     lent = counters or Counters(weights.shape[2])
 
@@ -94,8 +106,8 @@ def reference(
     eps: float,
 ) -> Written:
     """The spec: one after the other."""
-    (qkv,) = skinny_linear.reference(x, weights, layer, biases, None, eps=eps, is_gated=False)
-    return rope_kv_write.reference(destination.split_heads(qkv), *destination)
+    (qkv,) = product_reference(x, weights, layer, biases, None, eps=eps, is_gated=False)
+    return rope_kv_write_reference(destination.split_heads(qkv), *destination)
 
 
 def check_kernel_can(x: Normed, weights: Array, destination: Destination, tiles: SkinnyTiles) -> None:
@@ -105,7 +117,7 @@ def check_kernel_can(x: Normed, weights: Array, destination: Destination, tiles:
       NotImplementedError: what `skinny_linear` refuses, caches of another dtype, heads that are no whole
         number of blocks, and dimensions that are not rotated.
     """
-    skinny_linear.check_kernel_can(x, weights, None, tiles, is_gated=False)
+    check_product_can(x, weights, None, tiles, is_gated=False)
     dtypes = {x.scaled.dtype, destination.k_pages.dtype, destination.v_pages.dtype}
     if len(dtypes) > 1:
         raise NotImplementedError(f"dtypes {', '.join(sorted(map(str, dtypes)))}: wanted one for all")
@@ -210,7 +222,7 @@ def _kernel(
     row, column = jnp.arange(block_m), block * tiles.block_n + jnp.arange(tiles.block_n)
     is_row = row < x_ref.shape[0]
     mask = is_row[:, None]
-    (sums,) = skinny_linear.product_sums(layer, x_ref, weights_ref, column, split, tiles, block_m)
+    (sums,) = product_sums(layer, x_ref, weights_ref, column, split, tiles, block_m)
     plt.store(partial_ref.at[0, split, row[:, None], column[None, :]], sums, mask=mask)
     blocks_per_head = head_dim // tiles.block_n
     head = lax.div(block, blocks_per_head)
@@ -218,13 +230,13 @@ def _kernel(
 
     def finish() -> None:
         i = jnp.arange(half)
-        squares = skinny_linear.load_squares(squares_ref, row, is_row)
+        squares = load_squares(squares_ref, row, is_row)
         cos, sin = (
             plt.load(ref.at[row[:, None], i[None, :]], mask=mask, other=0.0) for ref in (cos_ref, sin_ref)
         )
         slot = plt.load(slots_ref.at[row], mask=is_row, other=-1)
         columns = [head * head_dim + i, head * head_dim + half + i]
-        plain = [skinny_linear.add_splits(partial_ref, 0, row, column, mask) for column in columns]
+        plain = [add_splits(partial_ref, 0, row, column, mask) for column in columns]
         root = lax.rsqrt(squares.sum(axis=0) / x_ref.shape[1] + eps)
         plain = [part * root[:, None] for part in plain]
         if biases_ref:
