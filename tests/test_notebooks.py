@@ -52,6 +52,26 @@ def test_quickstart_runs_and_shows_what_it_promises(tmp_path: Path) -> None:
     assert "closed" in closed
 
 
+def test_a_kernel_is_written_and_its_test_finds_a_missing_mask(tmp_path: Path) -> None:
+    text = [shown for shown in execute("04_write_a_kernel.ipynb", tmp_path) if shown]
+    normed, table, spec, kernel, poisoned, op, library, lowered, limits = text
+    assert error_of(normed) < 1e-6
+    assert table.splitlines()[1] == " [ 0  0  0  0  0]"
+    assert spec == "True True\n"
+    assert kernel.startswith("finite: True") and error_of(kernel) < 1e-5
+    on_clean, on_poison = poisoned.splitlines()
+    assert error_of(on_clean) < 1e-5 and on_poison.endswith("NaN [0, 2, 3]")
+    assert op.splitlines() == ["triton_interpret True", "head_dim 24: wanted a power of 2"]
+    assert error_of(library) < 1e-5
+    assert "xla.gpu.triton" in lowered and "shape (48,)" in lowered
+    assert limits.splitlines()[0].endswith("9% of the copy rate") and len(limits.splitlines()) == 6
+
+
+def error_of(text: str) -> float:
+    """The last number of a line."""
+    return float(text.split()[-1])
+
+
 def test_an_architecture_from_outside_is_served(tmp_path: Path) -> None:
     *_, generated, compared, refused = execute("07_your_own_architecture.ipynb", tmp_path)
     assert [len(line.split(", ")) for line in generated.splitlines()] == [16, 16]
