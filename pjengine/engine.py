@@ -29,6 +29,7 @@ from pjengine.schedule import BROKEN, NO_MASKS, Decodes, Masks, Schedule
 from pjengine.scheduler import Scheduler
 from pjengine.speculation import Speculation
 from pjengine.step import StepOutput
+from pjengine.step_log import StepLog
 from pjengine.token_logprobs import to_host
 from pjengine.turns import Turns
 
@@ -60,12 +61,12 @@ class LLMEngine:
         loaded = load_model(config, hosts) if loaded is None else loaded
         self.model_config = loaded.model.config
         self.tokenizer = loaded.tokenizer
-        self.max_model_len = loaded.runner_config.max_model_len
         self.memory_plan = loaded.memory_plan
         sizes = loaded.runner_config
         compile_cache = open_compile_cache(compile_cache_folder(config.compile_cache_dir))
         self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache, hosts)
         self.scheduler = self._new_scheduler()
+        self.step_log = StepLog()
         self.num_generation_tokens = 0
         self._in_flight: Launched | None = None
         self._turns = Turns()  # to change what is below, and the scheduler
@@ -74,7 +75,7 @@ class LLMEngine:
         self._preparation = Preparation(
             model_config=self.model_config,
             tokenizer=self.tokenizer,
-            max_model_len=self.max_model_len,
+            max_model_len=sizes.max_model_len,
             max_logprobs=config.max_logprobs,
             history_len=sizes.pages_per_seq * sizes.page_size,
             generation_config=loaded.generation_config,
@@ -163,6 +164,11 @@ class LLMEngine:
         return generation
 
     @property
+    def max_model_len(self) -> int:
+        """Tokens of a request, prompt and output together."""
+        return self.runner.config.max_model_len
+
+    @property
     def default_sampling_params(self) -> SamplingParams:
         """What holds for requests without parameters: the model's generation_config.json says it."""
         return self._preparation.default_params
@@ -205,7 +211,7 @@ class LLMEngine:
         Raises:
           RuntimeError: the engine is closed, or another thread is in here; AsyncLLM is for several of them.
         """
-        with self._turns.take(is_waiting=False):
+        with self._turns.take(is_waiting=False), self.step_log.turn():
             self._check_open()
             try:
                 return self._advance() if self._hosts is None else self._hosts.run(self._advance)
@@ -216,8 +222,12 @@ class LLMEngine:
                 raise
 
     def _advance(self) -> list[Generation]:
-        schedule = self.scheduler.schedule()
-        launched = self.runner.launch(schedule) if schedule.num_seqs else None
+        with self.step_log.phase("schedule"):
+            schedule = self.scheduler.schedule()
+        with self.step_log.phase("launch"):
+            launched = self.runner.launch(schedule) if schedule.num_seqs else None
+        if launched is not None:
+            self.step_log.add(launched, self.scheduler, self.runner.compile_s)
         self._in_flight, ended = launched, self._in_flight
         if ended is None and self.scheduler.speculation is not None:
             self.scheduler.speculation.pause()
@@ -226,7 +236,8 @@ class LLMEngine:
             self.runner.wait_for_programs()
         grown = refused + (self._take_results(ended) if ended is not None else [])
         if launched is not None and schedule.masked:
-            self.runner.draw(launched, self._masks(schedule))
+            with self.step_log.phase("draw"):
+                self.runner.draw(launched, self._masks(schedule))
         return grown
 
     def _masks(self, schedule: Schedule) -> Masks:
@@ -253,7 +264,12 @@ class LLMEngine:
         return refused
 
     def _take_results(self, ended: Launched) -> list[Generation]:
-        schedule, output, now = ended.schedule, ended.read(), time.perf_counter()
+        with self.step_log.phase("read"):
+            output = ended.read()
+        with self.step_log.phase("output"):
+            return self._take(ended.schedule, output, time.perf_counter())
+
+    def _take(self, schedule: Schedule, output: StepOutput, now: float) -> list[Generation]:
         sampled = np.asarray(output.tokens)
         lengths = self._settle(schedule, output, now)
         arrays = None if output.logprobs is None else to_host(output.logprobs)
@@ -340,6 +356,7 @@ class LLMEngine:
         assert speculation is not None
         taken, drafted = np.asarray(output.drafted, np.int64)[:, : len(decodes.rows)]
         speculation.settle(self.scheduler.rows, schedule, taken, drafted)
+        self.step_log.settle(taken)
         return taken
 
     def _needs_look(
@@ -414,6 +431,7 @@ class LLMEngine:
                 return self._hosts.fail(error)
             self._hosts.tell("reset")
         self.scheduler = self._new_scheduler()
+        self.step_log = StepLog(self.step_log.num_steps)
         self.runner.reset()
         self.is_broken = False
 

@@ -3,7 +3,9 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,13 +15,15 @@ from tqdm import tqdm
 from pjengine.beams import BeamSearchOutput, BeamSearchParams, beam_search_output
 from pjengine.config import EngineConfig, known_settings
 from pjengine.embeddings import EmbeddingOutput, embedding_of, embedding_params
+from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
 from pjengine.models.decoder import Decoder
 from pjengine.models.pair import target_of, target_params
 from pjengine.outputs import RequestOutput
 from pjengine.prompts import Prompt
-from pjengine.replicas import Engine, Replicas, start_engine
+from pjengine.replicas import Engine, Replicas, engines_of, start_engine
 from pjengine.sampling_params import SamplingParams
+from pjengine.schedule_record import ScheduleRecord, explain_schedule
 from pjengine.scoring import (
     PerplexityOutput,
     ScoreOutput,
@@ -28,6 +32,7 @@ from pjengine.scoring import (
     prepare_windows,
     score_of,
 )
+from pjengine.trace import trace
 
 type Message = Mapping[str, Any]
 
@@ -297,6 +302,36 @@ class LLM:
         """Forgets the pages that requests could share, as after a change of the weights."""
         self.engine.reset_prefix_cache()
 
+    def explain_schedule(self, *, num_steps: int | None = None, engine: int | None = None) -> ScheduleRecord:
+        """The batch over time, of what has just run: which request had which tokens and pages in which step.
+
+        Engines keep their last steps (`step_log.MAX_STEPS`), so nothing has to be switched on before.
+
+        Args:
+          num_steps: so many of the last; None: those since the engine last had nothing to do.
+          engine: of several (`data_parallel_size`), which.
+
+        Raises:
+          ValueError: there has been no step yet, or one of several engines has to be named.
+        """
+        own = _one_of(engines_of(self.engine), engine)
+        return explain_schedule(own.step_log, own.scheduler, num_steps)
+
+    @contextmanager
+    def trace(self, folder: str | os.PathLike[str]) -> Iterator[Path]:
+        """Writes what host and devices do in it, for https://ui.perfetto.dev; gives the path of the file.
+
+        It is `perfetto_trace.json.gz` in `folder`, there when the block ends; one of that name is replaced.
+        Steps have the numbers that `explain_schedule` gives them. On a GPU, XLA launches the kernels of CUDA
+        graphs one by one while it is watched, unless XLA_FLAGS has, before JAX starts,
+        `--xla_enable_command_buffers_during_profiling=true`.
+
+        Raises:
+          RuntimeError: this process writes another profile already, or this LLM was closed.
+        """
+        with trace(folder, engines_of(self.engine)) as path:
+            yield path
+
     def _prepare(self, prompts: list[Prompt], params: Any, priority: int | Sequence[int]) -> list[Generation]:
         """Checks all requests before any is queued."""
         each = one_each("sampling_params", params, len(prompts))
@@ -399,6 +434,14 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _one_of(engines: Sequence[LLMEngine], index: int | None) -> LLMEngine:
+    if index is None and len(engines) > 1:
+        raise ValueError(f"each of {len(engines)} engines has steps of its own: explain_schedule(engine=0)")
+    if not 0 <= (index or 0) < len(engines):
+        raise ValueError(f"engine must be in 0..{len(engines) - 1}, got {index}")
+    return engines[index or 0]
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

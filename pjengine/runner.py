@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.profiler import TraceAnnotation
 from jax.sharding import NamedSharding
 from jaxtyping import Int
 
@@ -50,6 +51,7 @@ class Launched:
     """A step under way on the device."""
 
     schedule: Schedule
+    layout: Layout  # of the program that runs it
     output: StepOutput | None = None  # None: its tokens are not drawn yet
     undrawn: Undrawn | None = None
     draw_layout: DrawLayout | None = None
@@ -102,16 +104,18 @@ class Runner:
         have masks, after `draw`.
         """
         layout, draw_layout = self.stages_for(self._wanted(schedule))
-        updates = page_updates(schedule, self.config.pages_per_seq)
-        if updates.shape[1] > layout.max_page_updates:
-            updates = self._update_early(updates, layout.max_page_updates)
-        blob = pack(schedule, updates, layout, self.model.config.vocab_size)
-        results = run_model(self, layout, self.compiler.send(layout, blob))
+        with TraceAnnotation("pack"):
+            updates = page_updates(schedule, self.config.pages_per_seq)
+            if updates.shape[1] > layout.max_page_updates:
+                updates = self._update_early(updates, layout.max_page_updates)
+            blob = pack(schedule, updates, layout, self.model.config.vocab_size)
+        with TraceAnnotation("dispatch"):
+            results = run_model(self, layout, self.compiler.send(layout, blob))
         if draw_layout is None:
             _send_home(results)
-            return Launched(schedule, *results)
+            return Launched(schedule, layout, *results)
         undrawn, *of_prompts = results
-        launched = Launched(schedule, None, undrawn, draw_layout, *of_prompts)
+        launched = Launched(schedule, layout, None, undrawn, draw_layout, *of_prompts)
         if not schedule.masked:
             self.draw(launched, NO_MASKS)
         return launched
