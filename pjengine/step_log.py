@@ -221,8 +221,7 @@ class StepLog:
             page_changes=self._pages.look(scheduler.pool),
             beam_pages=[
                 (int(table.admissions[row]), table.owner(row).pages)
-                for beam in schedule.beams
-                for row in beam.rows
+                for row in np.flatnonzero(table.is_beam).tolist()
             ],
         )
         self._compile_s = compile_s

@@ -128,3 +128,12 @@ def test_the_plan_says_of_which_devices_it_is(capsys: pytest.CaptureFixture[str]
 
     assert main(["plan", "llama-8b", "--gpu", "h200", "-dp", "2", "-tp", "4"]) == 0
     assert "of 2 engines on 8 devices, each device as above" in capsys.readouterr().out
+
+
+def test_each_engine_explains_its_own_schedule(replicated: Any) -> None:
+    answers(replicated)
+    with pytest.raises(ValueError, match=r"2 engines has steps of its own: explain_schedule\(engine=0\)"):
+        replicated.explain_schedule()
+    records = [replicated.explain_schedule(engine=i, num_steps=1000) for i in (0, 1)]
+    ids = [{own.request_id for own in record.requests} for record in records]
+    assert all(ids) and not ids[0] & ids[1]
