@@ -7,7 +7,7 @@ from functools import partial
 from itertools import compress
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from pjengine.beam_search import BeamStep, Candidate
 from pjengine.compile_cache import open_compile_cache
@@ -15,17 +15,18 @@ from pjengine.config import EngineConfig, compile_cache_folder, is_whole
 from pjengine.follower import follow
 from pjengine.generation import NO_TOKEN, Completion, Generation
 from pjengine.hidden_states import states_to_host
-from pjengine.hosts import HostLostError, Hosts, gather, telling_failure
+from pjengine.hosts import HostLostError, Hosts, telling_failure
 from pjengine.loading import LoadedModel, load_model
+from pjengine.models.config import ModelConfig
 from pjengine.outputs import RequestOutput
 from pjengine.page_pool import PagePool
 from pjengine.preparation import Preparation, seed_source
 from pjengine.prompts import Prompt
-from pjengine.ray_hosts import RayCluster
+from pjengine.ray_hosts import gather_hosts
 from pjengine.request import Request, request_id_for
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
-from pjengine.schedule import BROKEN, NO_MASKS, Decodes, Masks, Schedule
+from pjengine.schedule import BROKEN, NO_MASKS, Masks, Schedule
 from pjengine.scheduler import Scheduler
 from pjengine.speculation import Speculation
 from pjengine.step import StepOutput
@@ -52,14 +53,13 @@ class LLMEngine:
             )
         if config.node_rank > 0:
             raise SystemExit(follow(config))
-        self.config, hosts = _with_hosts(config)
+        self.config, hosts = gather_hosts(config)
         with telling_failure(hosts):
             self._start(hosts, loaded)
 
     def _start(self, hosts: Hosts | None, loaded: LoadedModel | None) -> None:
         config = self.config
         loaded = load_model(config, hosts) if loaded is None else loaded
-        self.model_config = loaded.model.config
         self.tokenizer = loaded.tokenizer
         self.memory_plan = loaded.memory_plan
         sizes = loaded.runner_config
@@ -91,6 +91,15 @@ class LLMEngine:
             except BaseException:
                 self.runner.close()
                 raise
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its output together, at most."""
+        return self.runner.config.max_model_len
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.runner.model.config
 
     def _new_scheduler(self) -> Scheduler:
         sizes = self.runner.config
@@ -164,11 +173,6 @@ class LLMEngine:
         return generation
 
     @property
-    def max_model_len(self) -> int:
-        """Tokens of a request, prompt and output together."""
-        return self.runner.config.max_model_len
-
-    @property
     def default_sampling_params(self) -> SamplingParams:
         """What holds for requests without parameters: the model's generation_config.json says it."""
         return self._preparation.default_params
@@ -231,10 +235,12 @@ class LLMEngine:
         self._in_flight, ended = launched, self._in_flight
         if ended is None and self.scheduler.speculation is not None:
             self.scheduler.speculation.pause()
-        refused = self._refuse(schedule)
-        if launched is ended is None and not refused:
+        grown = self._refuse(schedule)
+        if launched is ended is None and not grown:
             self.runner.wait_for_programs()
-        grown = refused + (self._take_results(ended) if ended is not None else [])
+        if ended is not None:
+            with self.step_log.phase("output"):
+                grown += self._take_results(ended)
         if launched is not None and schedule.masked:
             with self.step_log.phase("draw"):
                 self.runner.draw(launched, self._masks(schedule))
@@ -265,11 +271,8 @@ class LLMEngine:
 
     def _take_results(self, ended: Launched) -> list[Generation]:
         with self.step_log.phase("read"):
-            output = ended.read()
-        with self.step_log.phase("output"):
-            return self._take(ended.schedule, output, time.perf_counter())
-
-    def _take(self, schedule: Schedule, output: StepOutput, now: float) -> list[Generation]:
+            schedule, output = ended.schedule, ended.read()
+        now = time.perf_counter()
         sampled = np.asarray(output.tokens)
         lengths = self._settle(schedule, output, now)
         arrays = None if output.logprobs is None else to_host(output.logprobs)
@@ -292,7 +295,7 @@ class LLMEngine:
         decodes, table = schedule.decodes, self.scheduler.rows
         is_live = table.admissions[decodes.rows] == decodes.admissions  # not ended or preempted since
         is_live &= ~table.is_beam[decodes.rows]
-        is_plain = is_live & ~self._needs_look(decodes, lengths, sampled)
+        is_plain = is_live & ~table.needs_look(decodes.rows, decodes.starts, lengths, sampled)
         plain = np.flatnonzero(is_plain)
         completions, depth = self._completions, len(sampled)
         for request, tokens in zip(
@@ -358,19 +361,6 @@ class LLMEngine:
         speculation.settle(self.scheduler.rows, schedule, taken, drafted)
         self.step_log.settle(taken)
         return taken
-
-    def _needs_look(
-        self,
-        decodes: Decodes,
-        lengths: Int[np.ndarray, " decodes"],
-        tokens: Int[np.ndarray, "depth seqs"],
-    ) -> Bool[np.ndarray, " decodes"]:
-        """Where a token may be the last, or is more than a token."""
-        rows, stops, table = decodes.rows, decodes.starts + lengths, self.scheduler.rows
-        own = tokens[:, : len(rows)]
-        is_end = (own < 0) | (own[:, :, None] == table.end_ids[rows]).any(axis=2)
-        is_short = lengths < len(tokens)
-        return table.is_watched[rows] | (stops >= table.limit[rows]) | is_short | is_end.any(axis=0)
 
     def _take_prompts(self, schedule: Schedule, output: StepOutput) -> None:
         """What requests want to know of the tokens of their prompts."""
@@ -466,11 +456,3 @@ class LLMEngine:
         if self._hosts is not None:
             self._hosts.close()  # first: the runner waits for compilations
         self.runner.close()
-
-
-def _with_hosts(config: EngineConfig) -> tuple[EngineConfig, Hosts | None]:
-    """The settings, completed by Ray if it shall start the other hosts; and these, if there are others."""
-    if config.distributed_executor_backend is None:
-        return config, gather(config)
-    cluster = RayCluster(config)
-    return cluster.config, gather(cluster.config, cluster.start_workers)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pjengine.config import EngineConfig, hosts_secret, set_hosts_secret
 from pjengine.follower import follow
+from pjengine.hosts import Hosts, gather
 
 logger = logging.getLogger(__name__)
 
@@ -104,3 +105,11 @@ def _watch(worker: Any, call: Any, rank: int, give_up: Callable[[str], None]) ->
         reason = str(error).strip().splitlines()[-1]
         logger.warning("the worker of node_rank=%d has ended: %s", rank, reason)
         give_up(f"the worker that Ray started as node_rank={rank} has ended: {reason}")
+
+
+def gather_hosts(config: EngineConfig) -> tuple[EngineConfig, Hosts | None]:
+    """The settings, completed by Ray if it shall start the other hosts; and these, if there are others."""
+    if config.distributed_executor_backend is None:
+        return config, gather(config)
+    cluster = RayCluster(config)
+    return cluster.config, gather(cluster.config, cluster.start_workers)

@@ -97,6 +97,18 @@ class RowTable:
         self.needs[row] = 0
         heapq.heappush(self._free, row)
 
+    def needs_look(
+        self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray
+    ) -> np.ndarray:
+        """Of rows that decoded: where a token may be the last, or is more than a token.
+
+        They were at `starts`, and got `lengths` tokens: of `tokens`, [depth, sequences], the first sequences.
+        """
+        own = tokens[:, : len(rows)]
+        is_end = (own < 0) | (own[:, :, None] == self.end_ids[rows]).any(axis=2)
+        is_short = lengths < len(tokens)
+        return self.is_watched[rows] | (starts + lengths >= self.limit[rows]) | is_short | is_end.any(axis=0)
+
     def owner(self, row: int) -> Request:
         request = self.requests[row]
         assert request is not None

@@ -155,7 +155,7 @@ class StepLog:
     """The last MAX_STEPS steps of one engine, and which requests were in them.
 
     An engine takes turns: `turn`, then in it the phases "schedule" and "launch" of one step, which is added,
-    and "read" and "output" of the step that was added in the turn before.
+    and "output", with "read" in it, of the step that was added in the turn before.
     """
 
     def __init__(self, num_steps: int = 0) -> None:
@@ -190,7 +190,7 @@ class StepLog:
         elif self._reading is not None and name == "read":
             self._reading.read_s, self._reading.end_s = seconds, end_s
         elif self._reading is not None and name == "output":
-            self._reading.output_s = seconds
+            self._reading.output_s = seconds - (self._reading.read_s or 0.0)
 
     def add(self, launched: Launched, scheduler: Scheduler, compile_s: float) -> None:
         """Notes a step that has been launched; `compile_s`: that all steps have waited for programs."""

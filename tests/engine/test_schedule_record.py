@@ -88,24 +88,21 @@ def test_pages_are_told_as_they_were_through_preemption_sharing_and_beams(seed: 
     requests = []
     for number in range(8):
         prompt = [7] * rng.randint(0, 12) + [rng.randint(0, 1) for _ in range(rng.randint(1, 12))]
-        own = {"name": f"r-{number}", "max_tokens": rng.randint(2, 18)}
+        name, max_tokens = f"r-{number}", rng.randint(2, 18)
         if number % 3 == 0:
-            requests.append(make_beams(prompt=prompt, width=2, **own))
+            requests.append(make_beams(name, prompt, max_tokens, width=2))
         else:
-            requests.append(make_request(num_prompt=0, prompt_token_ids=prompt, **own))
+            requests.append(make_request(name, 0, max_tokens, prompt_token_ids=prompt))
     record = device.finish(*requests)
     check_pages(record, device)
     assert (record.pages() == SHARED).any() and (record.pages() == CACHED).any()
-    assert sum(own.num_preemptions for own in record.requests) == record_preemptions(record)
+    num_preempted = sum(step.num_preempted for step in record.steps)
+    assert sum(own.num_preemptions for own in record.requests) == num_preempted
     total = {own.request_id: own for own in requests}
     for index, own in enumerate(record.requests):
         request = total.get(own.request_id)
         if request is not None and own.num_preemptions == 0 and request.beams is None and seed % 2 == 0:
             assert record.tokens[index].sum() + own.num_cached_tokens == request.max_total_tokens - 1
-
-
-def record_preemptions(record: ScheduleRecord) -> int:
-    return sum(own.num_preempted for own in record.steps)
 
 
 def test_the_chart_shows_waiting_cached_prefixes_preemption_and_the_late_read() -> None:
