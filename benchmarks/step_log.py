@@ -45,7 +45,7 @@ for _ in range(args.num_steps):
     begin = time.perf_counter()
     schedule = scheduler.schedule()
     decided = time.perf_counter()
-    with log.turn():
+    with log.turn(0.0):
         for name in ("schedule", "launch"):
             with log.phase(name):
                 pass

@@ -215,7 +215,7 @@ class LLMEngine:
         Raises:
           RuntimeError: the engine is closed, or another thread is in here; AsyncLLM is for several of them.
         """
-        with self._turns.take(is_waiting=False), self.step_log.turn():
+        with self._turns.take(is_waiting=False), self.step_log.turn(self.runner.compile_s):
             self._check_open()
             try:
                 return self._advance() if self._hosts is None else self._hosts.run(self._advance)

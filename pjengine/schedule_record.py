@@ -95,7 +95,9 @@ class ScheduleRecord:
             pages.take(step.page_changes)
             num_held, num_cached = (pages.count(state) for state in (HELD_PAGE, CACHED_PAGE))
             since_s = step.start_s if before_s is None else max(before_s, step.start_s)
-            before_s = step.end_s
+            before_s = end_s = step.end_s
+            if column + 1 < len(self._logged) and _begins_run(step, self._logged[column + 1]):
+                end_s = None  # nobody waited for it, and it was read when there was more to do
             record = StepRecord(
                 number=step.number,
                 start_s=step.start_s - self._logged[0].start_s,
@@ -113,7 +115,7 @@ class ScheduleRecord:
                 compile_s=step.compile_s,
                 read_s=step.read_s,
                 output_s=step.output_s,
-                took_s=None if step.end_s is None else step.end_s - since_s,
+                took_s=None if end_s is None else end_s - since_s,
             )
             records.append(record)
         return records
@@ -278,12 +280,12 @@ def explain_schedule(log: StepLog, scheduler: Scheduler, num_steps: int | None =
 
 def _begin_of_run(logged: Sequence[LoggedStep]) -> int:
     """The last step before which nothing ran and nothing waited."""
-    for index in range(len(logged) - 1, 0, -1):
-        before, own = logged[index - 1], logged[index]
-        goes_on = np.isin(own.admissions[own.admissions > 0], before.admissions).any()
-        if not goes_on and before.num_waiting == 0:
-            return index
-    return 0
+    return next((i for i in range(len(logged) - 1, 0, -1) if _begins_run(logged[i - 1], logged[i])), 0)
+
+
+def _begins_run(before: LoggedStep, own: LoggedStep) -> bool:
+    goes_on = np.isin(own.admissions[own.admissions > 0], before.admissions).any()
+    return not goes_on and before.num_waiting == 0
 
 
 def _owners(

@@ -20,7 +20,7 @@ from pjengine.request import Request
 from pjengine.runner import Launched
 from pjengine.scheduler import Scheduler
 
-MAX_STEPS = 1024  # that are kept: 4 KB each where 256 requests run at once
+MAX_STEPS = 1024  # that are kept: 6 KB each where 256 requests run at once
 PRUNE = 128  # steps between looks at which admissions no step has any more
 
 
@@ -80,8 +80,8 @@ class PageStates:
     def look(self, pool: PagePool) -> PageChanges:
         """What has changed since the last look."""
         now = np.frombuffer(pool.states, np.uint64, len(self._groups))
-        places = np.flatnonzero(self._groups != now)
-        changes = PageChanges(places.astype(np.int32), now[places], bytes(pool.states[8 * len(now) :]))
+        [places] = (self._groups != now).nonzero()
+        changes = PageChanges(places, now[places], bytes(pool.states[8 * len(now) :]))
         self.take(changes)
         return changes
 
@@ -167,17 +167,20 @@ class StepLog:
         self._pages: PageStates | None = None  # and after the last
         self._under_way: LoggedStep | None = None
         self._reading: LoggedStep | None = None
-        self._start_s = self._schedule_s = self._launch_s = self._compile_s = 0.0
+        self._start_s = self._schedule_s = self._launch_s = 0.0
+        self._compile_s: float | None = None  # that the steps so far have waited, and who came before them
 
-    def turn(self) -> StepTraceAnnotation:
-        """Begins a turn; the annotation is for as long as it takes."""
+    def turn(self, compile_s: float) -> StepTraceAnnotation:
+        """Begins a turn; the annotation is for as long as it takes. `compile_s`: as of `add`, so far."""
+        if self._compile_s is None:
+            self._compile_s = compile_s
         self._reading, self._under_way = self._under_way, None
         self._start_s = time.perf_counter()
         return StepTraceAnnotation("step", step_num=self.num_steps)
 
     def phase(self, name: str) -> _Phase:
         """A part of a turn, by the names above; or "draw", of a step that was launched without its masks."""
-        own = {"read": self._reading, "output": self._reading, "draw": self._under_way}.get(name)
+        own = self._under_way if name == "draw" else self._reading if name in ("read", "output") else None
         return _Phase(self, name, self.num_steps if own is None else own.number)
 
     def end(self, name: str, start_s: float, end_s: float) -> None:
@@ -203,7 +206,10 @@ class StepLog:
             if chunk.is_admitted:
                 for own in chunk.request.row_requests:
                     self.admissions[int(table.admissions[own.row])] = admission_of(own, chunk.request)
-        decodes = schedule.decodes
+        decodes, beam_pages = schedule.decodes, []
+        if schedule.beams or (self.steps and self.steps[-1].beam_pages):
+            for row in np.flatnonzero(table.is_beam).tolist():
+                beam_pages.append((int(table.admissions[row]), table.owner(row).pages))
         self._under_way = step = LoggedStep(
             number=self.num_steps,
             start_s=self._start_s,
@@ -211,18 +217,15 @@ class StepLog:
             is_drawn_apart=launched.draw_layout is not None,
             schedule_s=self._schedule_s,
             launch_s=self._launch_s,
-            compile_s=compile_s - self._compile_s,
+            compile_s=compile_s - (self._compile_s or 0.0),
             admissions=table.admissions.astype(np.int32),
             room=table.room.astype(np.int32),
-            decoded=Decoded(decodes.rows.astype(np.int32), decodes.lengths.astype(np.int32)),
+            decoded=Decoded(decodes.rows, decodes.lengths),
             chunks=chunks,
             num_waiting=scheduler.num_waiting,
             num_preempted=schedule.num_preempted,
             page_changes=self._pages.look(scheduler.pool),
-            beam_pages=[
-                (int(table.admissions[row]), table.owner(row).pages)
-                for row in np.flatnonzero(table.is_beam).tolist()
-            ],
+            beam_pages=beam_pages,
         )
         self._compile_s = compile_s
         self.num_steps += 1
@@ -233,7 +236,7 @@ class StepLog:
     def settle(self, lengths: np.ndarray) -> None:
         """Of the step that is read: how many tokens its decodes got, where drafts had to be checked."""
         if self._reading is not None:
-            self._reading.decoded = Decoded(self._reading.decoded.rows, lengths.astype(np.int32))
+            self._reading.decoded = Decoded(self._reading.decoded.rows, lengths)
 
     def _drop_oldest(self) -> None:
         dropped = self.steps.popleft()

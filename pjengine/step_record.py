@@ -19,7 +19,7 @@ class State(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One step. Times in seconds; None: its results were not read when the record was made."""
+    """One step. Times in seconds; None: its results were not read, as those of a last one need not be."""
 
     number: int  # since the engine started, as in a trace
     start_s: float  # when the host began to put it together, since the first step of the record did
