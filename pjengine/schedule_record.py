@@ -185,20 +185,21 @@ class ScheduleRecord:
 
     def table(self) -> str:
         """A line for each step: its tokens, its program, and where its time went, in ms."""
-        lines = [
-            "step  decode  prefill  cached  waiting  preempted  pages  program             "
-            "schedule  launch    read  output    took"
-        ]
+        times = ("schedule", "launch", "read", "output", "took")
+        head = "step  decode  prefill  cached  waiting  preempted  pages  program             "
+        lines = [head + "".join(f"{name:>10}" for name in times)]
         waits = [own.compile_s for own in self.steps[1:]] + [0.0]
         for own, next_wait_s in zip(self.steps, waits, strict=True):
-            times = (own.schedule_s, own.launch_s, own.read_s, own.output_s, own.took_s)
-            cells = "  ".join(f"{'-' if s is None else format(1e3 * s, '.2f'):>6}" for s in times)
+            each_s = [getattr(own, f"{name}_s") for name in times]
+            cells = "".join(f"{'-' if s is None else format(1e3 * s, '.2f'):>10}" for s in each_s)
             made = f"  {own.compile_s:.2f} s for its program to be made" if own.compile_s > LONG_S else ""
-            made += f"  read {next_wait_s:.2f} s late, as the next one's was" if next_wait_s > LONG_S else ""
+            made += (
+                f"  read {next_wait_s:.2f} s late, behind that of the next" if next_wait_s > LONG_S else ""
+            )
             lines.append(
                 f"{own.number:4}  {own.num_decode_tokens:6}  {own.num_prefill_tokens:7}  "
                 f"{own.num_cached_tokens:6}  {own.num_waiting:7}  {own.num_preempted:9}  "
-                f"{own.num_held_pages:5}  {own.program:20}{cells:>40}{made}"
+                f"{own.num_held_pages:5}  {own.program:20}{cells}{made}"
             )
         return "\n".join(lines)
 
