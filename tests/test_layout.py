@@ -40,6 +40,7 @@ HOST_ONLY = (
     "scheduler.py",
     "speculation.py",
     "speculation_config.py",
+    "step_record.py",
 )  # plain Python: no jax
 BANNED_NAMES = ("utils", "common", "manager", "handler", "helpers", "v2")
 
