@@ -19,10 +19,12 @@ from pjengine.config import RunnerConfig
 from pjengine.device_state import (
     EARLY_UPDATES,
     AnyLayout,
+    Owned,
     Program,
     free,
     new_state,
     page_updater,
+    refuse_deleted,
     run_draw,
     run_model,
 )
@@ -77,6 +79,7 @@ class Runner:
         self.model = model
         self.config = config
         self.params = params
+        self.owned = Owned(params)
         self.cache, self.rows = new_state(model, config, sharding)
         self._enter_pages = page_updater(self.rows, sharding)
         state = params, self.cache, self.rows
@@ -84,13 +87,17 @@ class Runner:
         self._programs: Programs[AnyLayout, Program] = Programs(
             self.compiler, num_threads=os.cpu_count() or 1
         )
-        self.programs: Mapping[AnyLayout, Program] = self._programs.ready
         self._is_warming = False
         self.recompiles_after_warmup = 0
         self.compile_s = 0.0  # that a caller waited for programs
         self._asked: set[AnyLayout] = set()
         self._num_misses: Counter[Stages] = Counter()
         self._editing: dict[AnyLayout, None] = {}  # that depend on edits; those used last are at the end
+
+    @property
+    def programs(self) -> Mapping[AnyLayout, Program]:
+        """Those that are ready."""
+        return self._programs.ready
 
     def reset(self) -> None:
         """Starts over with empty pages, after a step that failed half-way."""
@@ -100,7 +107,11 @@ class Runner:
     def launch(self, schedule: Schedule) -> Launched:
         """Starts a step and returns at once; the tokens follow by themselves, or, if some of its sequences
         have masks, after `draw`.
+
+        Raises:
+          RuntimeError: somebody has deleted parameters.
         """
+        refuse_deleted(self.params)
         layout, draw_layout = self.stages_for(self._wanted(schedule))
         updates = page_updates(schedule, self.config.pages_per_seq)
         if updates.shape[1] > layout.max_page_updates:
@@ -351,7 +362,9 @@ class Runner:
     def close(self) -> None:
         """Stops making programs and frees the device memory that the runner owns."""
         self._programs.close()
-        free(self.params, self.cache, self.rows)
+        self.owned.free()
+        self.params = {}  # of which some may be the caller's
+        free(self.cache, self.rows)
 
 
 def _layouts_of(several: Sequence[Stages]) -> list[AnyLayout]:
