@@ -134,7 +134,7 @@ class HFTensors:
         """One tensor, contiguous, on the host."""
         first, *others = parts = self._parts[name]
         if not others and first.source.cut is None:
-            return np.ascontiguousarray(self._read(first).reshape(self.shapes[name]))
+            return np.asarray(self._read(first).reshape(self.shapes[name]), order="C")
         whole = np.empty(self.shapes[name], self.dtype(name))
         for part in parts:
             cut = part.source.cut
