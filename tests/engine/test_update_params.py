@@ -96,7 +96,7 @@ def test_a_hundred_rounds_of_training_grow_nothing_and_compile_nothing(
 
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if "backend_compile" in event:
             compiled.append(event)
 
