@@ -67,8 +67,20 @@ def replicate(vector: Int[np.ndarray, "..."], sharding: NamedSharding) -> Int[Ar
 
 
 def run_model(held: Held, layout: Layout, vector: Int[Array, " size"]) -> list[Any]:
-    """Launches a program with the model; what it leaves beside the state."""
-    held.cache, held.rows, *results = held.programs[layout](held.params, held.cache, held.rows, vector)
+    """Launches a program with the model; what it leaves beside the state.
+
+    Raises:
+      RuntimeError: somebody has deleted parameters.
+    """
+    try:
+        held.cache, held.rows, *results = held.programs[layout](held.params, held.cache, held.rows, vector)
+    except Exception as error:
+        if gone := [path for path, leaf in by_path(held.params).items() if leaf.is_deleted()]:
+            raise RuntimeError(
+                f"the parameters were deleted ({gone[0]} and {len(gone) - 1} more): they were donated to "
+                "another program, or deleted by hand. Give the engine new ones with update_params"
+            ) from error
+        raise
     return results
 
 
@@ -103,16 +115,6 @@ class Owned:
 
     def free(self) -> None:
         free([own() for own in self._loaded], self._donated)
-
-
-def refuse_deleted(params: Params) -> None:
-    """Raises RuntimeError if parameters are gone."""
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(params)):
-        gone = [path for path, leaf in by_path(params).items() if leaf.is_deleted()]
-        raise RuntimeError(
-            f"the parameters were deleted ({gone[0]} and {len(gone) - 1} more): they were donated to another "
-            "program, or deleted by hand. Give the engine new ones with update_params"
-        )
 
 
 def free(*trees: Any) -> None:

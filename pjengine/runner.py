@@ -24,7 +24,6 @@ from pjengine.device_state import (
     free,
     new_state,
     page_updater,
-    refuse_deleted,
     run_draw,
     run_model,
 )
@@ -107,11 +106,7 @@ class Runner:
     def launch(self, schedule: Schedule) -> Launched:
         """Starts a step and returns at once; the tokens follow by themselves, or, if some of its sequences
         have masks, after `draw`.
-
-        Raises:
-          RuntimeError: somebody has deleted parameters.
         """
-        refuse_deleted(self.params)
         layout, draw_layout = self.stages_for(self._wanted(schedule))
         updates = page_updates(schedule, self.config.pages_per_seq)
         if updates.shape[1] > layout.max_page_updates:
