@@ -24,7 +24,7 @@ WEIGHT_FILES = (
 _SAMPLES = 4096  # of a checkpoint, or one of each tensor: so many pages are read for a digest
 _SAMPLE_SIZE = 32  # elements
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-_DTYPES = {
+DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -185,11 +185,9 @@ def _read_span(entry: Any, where: str) -> tuple[np.dtype, tuple[int, ...], int]:
         raise ValueError(
             f"{where}: wanted dtype, shape and data_offsets, got {reprlib.repr(entry)}"
         ) from error
-    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
-        raise ValueError(
-            f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {reprlib.repr(dtype_name)}"
-        )
-    dtype = _DTYPES[dtype_name]
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+        raise ValueError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {reprlib.repr(dtype_name)}")
+    dtype = DTYPES[dtype_name]
     if not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
         raise ValueError(f"{where}: shape and data_offsets must be integers >= 0, got {reprlib.repr(entry)}")
     if end - begin != math.prod(shape) * dtype.itemsize:

@@ -35,7 +35,8 @@ class Cohere(Decoder):
             **layouts.head(c),
         }
         if c.qk_norm is not None:
-            leaves |= layouts.qk_norms(c, f"{attention}.q_norm", f"{attention}.k_norm", num_paired=c.head_dim)
+            names = (f"{attention}.q_norm", f"{attention}.k_norm")
+            leaves |= layouts.qk_norms(c, *names, num_paired=c.head_dim, has_head_axis=True)
         return WeightTable(
             leaves=leaves,
             ignored=("*.rotary_emb.inv_freq", *layouts.tied_copies(c)),

@@ -52,6 +52,10 @@ class Decoder:
         """Where each parameter comes from in a Hugging Face checkpoint."""
         raise NotImplementedError
 
+    def unpacked(self) -> "Decoder":
+        """The same model as of a checkpoint that packs no weights: so they are written."""
+        return self
+
     @cached_property
     def own(self) -> ModelConfig:
         """With the sizes that they have on one device."""

@@ -34,6 +34,9 @@ class GptOssConfig(ModelConfig):
 class GptOss(Llama):
     config: GptOssConfig
 
+    def unpacked(self) -> "GptOss":
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, is_mxfp4=False))
+
     @staticmethod
     def read_config(reader: ConfigReader) -> GptOssConfig:
         num_layers, num_heads = reader.size("num_hidden_layers"), reader.size("num_attention_heads")
@@ -103,7 +106,11 @@ class GptOss(Llama):
         if c.is_mxfp4:
             both = mxfp4_leaf(gate_up, (num, i, 2, e), (0, 3, 2, 1)), mxfp4_leaf(down, (num, e, i), (0, 2, 1))
         else:
-            both = layouts.plain(gate_up, reshape=(num, e, i, 2), transpose=(0, 1, 3, 2)), layouts.plain(down)
+            axes = (num, e, i, 2)
+            both = (
+                layouts.plain(gate_up, shape=(num, e, 2 * i), reshape=axes, transpose=(0, 1, 3, 2)),
+                layouts.plain(down),
+            )
         own = {
             "layers/sinks": layouts.plain(f"{layer}.self_attn.sinks"),
             "layers/router": layouts.plain(f"{router}.weight", transpose=(1, 0)),
@@ -111,7 +118,7 @@ class GptOss(Llama):
             "layers/expert_gate_up": both[0],
             "layers/expert_down": both[1],
             "layers/expert_gate_up_bias": layouts.plain(
-                f"{gate_up}_bias", reshape=(num, i, 2), transpose=(0, 2, 1)
+                f"{gate_up}_bias", shape=(num, 2 * i), reshape=(num, i, 2), transpose=(0, 2, 1)
             ),
             "layers/expert_down_bias": layouts.plain(f"{down}_bias"),
         }

@@ -15,10 +15,14 @@ type Leaves = dict[str, Leaf]
 
 
 def plain(
-    name: str, *, reshape: tuple[int, ...] | None = None, transpose: tuple[int, ...] | None = None
+    name: str,
+    *,
+    shape: tuple[int, ...] | None = None,
+    reshape: tuple[int, ...] | None = None,
+    transpose: tuple[int, ...] | None = None,
 ) -> Leaf:
     """One tensor, by its whole name."""
-    return Leaf(sources=(Source(name=name, reshape=reshape, transpose=transpose),))
+    return Leaf(sources=(Source(name=name, shape=shape, reshape=reshape, transpose=transpose),))
 
 
 def norms(c: ModelConfig, names: Mapping[str, str]) -> Leaves:
@@ -48,6 +52,7 @@ def separate_qkv(
         return tuple(
             Source(
                 name=f"{prefix}.{name}.{kind}",
+                shape=(c.num_kv_heads * width * c.head_dim, *tail),
                 reshape=(c.num_kv_heads, width, c.head_dim, *tail),
                 transpose=transpose,
                 num_paired=num_paired if is_rotated else 0,
@@ -78,16 +83,15 @@ def fused_qkv(
         tail = (c.hidden_size,) if is_weight and not is_conv else ()
         lead = (c.hidden_size,) if is_weight and is_conv else ()
         transpose = (3, 0, 1, 2) if tail else None
-        full = f"{name}.{kind}"
+        full, whole = f"{name}.{kind}", (*lead, q + 2 * kv, *tail)
         if layout == "groups":
-            return plain(
-                full, reshape=(*lead, c.num_kv_heads, c.group + 2, c.head_dim, *tail), transpose=transpose
-            )
+            heads = (c.num_kv_heads, c.group + 2, c.head_dim)
+            return plain(full, shape=whole, reshape=(*lead, *heads, *tail), transpose=transpose)
         sources = []
         for start, size, width in ((0, q, c.group), (q, kv, 1), (q + kv, kv, 1)):
             cut = Cut(start=start, stop=start + size, size=q + 2 * kv, axis=len(lead))
             shape = (*lead, c.num_kv_heads, width, c.head_dim, *tail)
-            sources.append(Source(name=full, cut=cut, reshape=shape, transpose=transpose))
+            sources.append(Source(name=full, shape=whole, cut=cut, reshape=shape, transpose=transpose))
         return Leaf(sources=tuple(sources), concat_axis=2 if is_weight else 1)
 
     leaves = {"layers/qkv": leaf("weight")}
@@ -96,24 +100,33 @@ def fused_qkv(
     return leaves
 
 
-def qk_norms(c: ModelConfig, q: str, k: str, num_paired: int = 0) -> Leaves:
-    """The norms of queries and keys, each in one tensor; `num_paired` as in `separate_qkv`."""
+def qk_norms(c: ModelConfig, q: str, k: str, num_paired: int = 0, *, has_head_axis: bool = False) -> Leaves:
+    """The norms of queries and keys, each in one tensor; `num_paired` as in `separate_qkv`.
+
+    Args:
+      has_head_axis: the tensor of a norm over all heads is [heads, head_dim] and not [heads * head_dim].
+    """
     leaves: Leaves = {}
     for path, name, group in (("q_norm", q, c.group), ("k_norm", k, 1)):
-        shape = (c.head_dim,) if c.qk_norm == "head" else (c.num_kv_heads, group, c.head_dim)
+        heads = c.num_kv_heads * group
+        axes: tuple[int, ...] = (c.num_kv_heads, group, c.head_dim)
+        whole: tuple[int, ...] = (heads, c.head_dim) if has_head_axis else (heads * c.head_dim,)
+        if c.qk_norm == "head":
+            axes = whole = (c.head_dim,)
         for kind, suffix in (("weight", ""), ("bias", "_bias"))[: 1 + c.has_qk_norm_bias]:
-            source = Source(name=f"{name}.{kind}", reshape=shape, num_paired=num_paired)
+            source = Source(name=f"{name}.{kind}", shape=whole, reshape=axes, num_paired=num_paired)
             leaves[f"layers/{path}{suffix}"] = Leaf(sources=(source,))
     return leaves
 
 
 def out_proj(c: ModelConfig, name: str, *, is_conv: bool = False) -> Leaves:
     """What attention's heads go through together."""
-    heads = (c.num_kv_heads, c.group, c.head_dim)
+    heads, width = (c.num_kv_heads, c.group, c.head_dim), c.num_heads * c.head_dim
     if is_conv:
-        leaf = plain(f"{name}.weight", reshape=(*heads, c.hidden_size))
+        leaf = plain(f"{name}.weight", shape=(width, c.hidden_size), reshape=(*heads, c.hidden_size))
     else:
-        leaf = plain(f"{name}.weight", reshape=(c.hidden_size, *heads), transpose=(1, 2, 3, 0))
+        shape, axes = (c.hidden_size, width), (c.hidden_size, *heads)
+        leaf = plain(f"{name}.weight", shape=shape, reshape=axes, transpose=(1, 2, 3, 0))
     leaves = {"layers/out": leaf}
     if c.out_bias:
         leaves["layers/out_bias"] = plain(f"{name}.bias")
@@ -130,6 +143,7 @@ def gated_mlp(
         sources = tuple(
             Source(
                 name=f"{prefix}.{name}.{kind}",
+                shape=(c.intermediate_size, *tail),
                 reshape=(1, c.intermediate_size, *tail),
                 transpose=transpose,
             )
@@ -145,12 +159,15 @@ def gated_mlp(
 
 def fused_gated_mlp(c: ModelConfig, gate_up: str, down: str) -> Leaves:
     """Gate and up in one tensor, the gate first."""
-    shape = (2, c.intermediate_size)
+    rows, halves = (2 * c.intermediate_size,), (2, c.intermediate_size)
+    weight, halves_of_weight = (*rows, c.hidden_size), (*halves, c.hidden_size)
     leaves = {
-        "layers/gate_up": plain(f"{gate_up}.weight", reshape=(*shape, c.hidden_size), transpose=(2, 0, 1))
+        "layers/gate_up": plain(
+            f"{gate_up}.weight", shape=weight, reshape=halves_of_weight, transpose=(2, 0, 1)
+        )
     }
     if c.mlp_bias:
-        leaves["layers/gate_up_bias"] = plain(f"{gate_up}.bias", reshape=shape)
+        leaves["layers/gate_up_bias"] = plain(f"{gate_up}.bias", shape=rows, reshape=halves)
     return leaves | _down(c, down)
 
 
@@ -173,8 +190,10 @@ def experts(c: ModelConfig, router: str, prefix: str, names: tuple[str, str, str
     """A router, and experts whose gate, up and down are tensors of their own: "{prefix}.3.{name}.weight"."""
     gate, up, down = (f"{prefix}.{{expert}}.{name}.weight" for name in names)
     assert c.experts is not None
-    shape = (1, c.experts.inner_size, c.hidden_size)
-    halves = tuple(Source(name=name, reshape=shape, transpose=(2, 0, 1)) for name in (gate, up))
+    shape = (c.experts.inner_size, c.hidden_size)
+    halves = tuple(
+        Source(name=name, shape=shape, reshape=(1, *shape), transpose=(2, 0, 1)) for name in (gate, up)
+    )
     return {
         "layers/router": plain(f"{router}.weight", transpose=(1, 0)),
         "layers/expert_gate_up": Leaf(sources=halves, concat_axis=1),

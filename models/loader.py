@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxtyping import Array, Float, UInt32
 
 from pjengine.models.checkpoint import Checkpoint
+from pjengine.models.parameters import by_path, from_paths
 from pjengine.models.weight_table import Cut as Cut
 from pjengine.models.weight_table import Leaf as Leaf
 from pjengine.models.weight_table import Names, Target, check
@@ -23,6 +24,7 @@ from pjengine.models.weight_table import WeightTable as WeightTable
 type Parts = tuple[tuple[Array, ...], ...]
 # A parameter's own name, and what the checkpoint holds of it in one layer, to how it is stored.
 type Widen = Callable[[str, Array], Array]
+type Show = Callable[[int, int], None]  # is told how many layers are done, and how many there are
 
 
 def load_params(
@@ -34,7 +36,7 @@ def load_params(
     sharding: Sharding | None = None,
     stored: Mapping[str, Any] | None = None,
     widen: Widen | None = None,
-    show: Callable[[int, int], None] = lambda num_done, num_layers: None,
+    show: Show = lambda num_done, num_layers: None,
 ) -> dict[str, Any]:
     """Fills the parameters described by `abstract` from a checkpoint, casting to their dtypes.
 
@@ -53,10 +55,10 @@ def load_params(
       ValueError: tensors are missing, left over, of the wrong shape or not floating point; the text lists all
         of them. Nothing has been read by then but names, shapes and dtypes.
     """
-    structs = _flatten(abstract)
+    structs = by_path(abstract)
     if set(structs) != set(table.leaves):
         raise RuntimeError(f"the table and the model differ in {sorted(set(structs) ^ set(table.leaves))}")
-    stored_structs = structs if stored is None else _flatten(stored)
+    stored_structs = structs if stored is None else by_path(stored)
     targets = [
         _target(path, table, struct, stored_structs[path], num_layers, sharding)
         for path, struct in structs.items()
@@ -80,7 +82,7 @@ def load_params(
             stacks = fill(stacks, parts, places)
             show(layer + 1, num_layers)
         params |= stacks
-    return _unflatten(abstract, params)
+    return from_paths(abstract, params)
 
 
 def dummy_params(abstract: Mapping[str, Any], seed: int, sharding: Sharding | None = None) -> dict[str, Any]:
@@ -89,14 +91,14 @@ def dummy_params(abstract: Mapping[str, Any], seed: int, sharding: Sharding | No
     Each element is a hash of the seed, its parameter's path and its own index: one fused pass without
     temporaries, and the same numbers under every sharding and on every device.
     """
-    structs = _flatten(abstract)
+    structs = by_path(abstract)
     shardings = {path: _given_sharding(struct, sharding) for path, struct in structs.items()}
 
     def make(seed: UInt32[Array, ""]) -> dict[str, Array]:
         return {path: _dummy(path, struct, seed) for path, struct in structs.items()}
 
     params = jax.jit(make, out_shardings=shardings)(np.uint32(seed % 2**32))
-    return _unflatten(abstract, params)
+    return from_paths(abstract, params)
 
 
 def _dummy(path: str, struct: Any, seed: UInt32[Array, ""]) -> Array:
@@ -315,12 +317,3 @@ def _fill(
         for t in targets
         if t.path in parts
     }
-
-
-def _flatten(abstract: Mapping[str, Any]) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _unflatten(abstract: Mapping[str, Any], params: Mapping[str, Array]) -> dict[str, Any]:
-    return jax.tree.unflatten(jax.tree.structure(abstract), [params[path] for path in _flatten(abstract)])

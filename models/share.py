@@ -171,6 +171,48 @@ def gathered(config: ModelConfig, logits: Float[Array, "*t own"]) -> Float[Array
     return whole[..., : config.share.vocab_size]
 
 
+def narrow(name: str, weights: np.ndarray, config: ModelConfig, num_devices: int) -> np.ndarray:
+    """The inverse of `widen`, on the host: without the padding, heads in the model's own order."""
+    heads, group = divide_heads(config.num_heads, config.num_kv_heads, num_devices), config.group
+    num_keys, head_dim, width = config.num_kv_heads, config.head_dim, heads.queries.shape[1]
+    places = {
+        order: _first_places(own) for order, own in (("q", heads.queries.reshape(-1)), ("k", heads.keys))
+    }
+
+    def queries(x: np.ndarray, axis: int) -> np.ndarray:
+        flat = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]).take(places["q"], axis)
+        return flat.reshape(*x.shape[:axis], num_keys, group, *x.shape[axis + 2 :])
+
+    if name in ("qkv", "qkv_bias"):
+        axis = weights.ndim - 3
+        parts = (queries(weights[..., :width, :], axis), weights[..., width:, :].take(places["k"], axis))
+        return np.concatenate(parts, axis=-2)
+    if name == "out":
+        return queries(weights, 0)
+    if name.removesuffix("_bias") in ("q_norm", "k_norm") and weights.ndim > 1:
+        flat = weights.reshape(-1, head_dim).take(places[name[0]], 0)
+        return flat if weights.ndim == 2 else flat.reshape(num_keys, -1, head_dim)
+    if name == "sinks":
+        return weights.take(places["q"], 0)
+    if name in ("embed", "head", "head_bias"):
+        return weights[: config.vocab_size]
+    if name in ("gate_up", "gate_up_bias", "up", "up_bias"):
+        return weights[..., : config.intermediate_size]
+    if name == "down":
+        return weights[: config.intermediate_size]
+    assert config.experts is not None, name
+    if config.experts.is_whole:
+        return weights[: config.experts.num_experts]
+    inner = config.experts.inner_size
+    return weights[..., :inner, :] if name == "expert_down" else weights[..., :inner]
+
+
+def _first_places(order: Int[np.ndarray, " places"]) -> Int[np.ndarray, " heads"]:
+    """Where each head stands first."""
+    heads, places = np.unique(order, return_index=True)
+    return places[heads != NOBODY]
+
+
 def widen(name: str, weights: Float[Array, "..."], config: ModelConfig, num_devices: int) -> Array:
     """A parameter of one layer, or of none, with the padding and in the order that `padded` means.
 

@@ -69,7 +69,7 @@ class StableLM(Decoder):
         }
         for kind, num_norms in (("q", c.num_heads), ("k", c.num_kv_heads)) if c.qk_norm else ():
             names = (f"{layer}.self_attn.{kind}_layernorm.norms.{head}.weight" for head in range(num_norms))
-            sources = tuple(Source(name=name, reshape=(1, c.head_dim)) for name in names)
+            sources = tuple(Source(name=name, shape=(c.head_dim,), reshape=(1, c.head_dim)) for name in names)
             leaves[f"layers/{kind}_norm"] = Leaf(sources=sources)
         return WeightTable(
             leaves=leaves,

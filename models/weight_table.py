@@ -37,6 +37,8 @@ class Source:
     # ones, so that dimension i is rotated together with i + num_paired / 2, which gives the same scores.
     num_paired: int = 0
     has_unit_rows: bool = False  # along the last axis, each row is divided by its length
+    # Of the whole tensor where one is written and `reshape` gives it more axes; loading does without.
+    shape: tuple[int, ...] | None = None
 
     @property
     def is_plain(self) -> bool:

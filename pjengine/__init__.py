@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pjengine.hidden_states import HiddenStatesParams as HiddenStatesParams
     from pjengine.llm import LLM as LLM
     from pjengine.llm import CompletionChunk as CompletionChunk
+    from pjengine.models.hf_names import from_hf as from_hf
+    from pjengine.models.hf_names import to_hf as to_hf
     from pjengine.outputs import CompletionOutput as CompletionOutput
     from pjengine.outputs import RequestMetrics as RequestMetrics
     from pjengine.outputs import RequestOutput as RequestOutput
@@ -57,6 +59,8 @@ _HOMES = {
     "StructuredOutputsParams": "pjengine.structured_outputs",
     "FlatLogprobs": "pjengine.token_logprobs",
     "Logprob": "pjengine.token_logprobs",
+    "from_hf": "pjengine.models.hf_names",
+    "to_hf": "pjengine.models.hf_names",
 }
 __all__ = [
     "LLM",
@@ -83,7 +87,9 @@ __all__ = [
     "SamplingParams",
     "ScoreOutput",
     "StructuredOutputsParams",
+    "from_hf",
     "host_processor",
+    "to_hf",
 ]
 
 try:

@@ -128,6 +128,18 @@ class AsyncLLM:
         """
         await asyncio.wrap_future(self._thread.call(self.engine.reset_prefix_cache))
 
+    async def update_params(self, tree: Any, *, donate: bool = False) -> None:
+        """Puts other weights in force between two steps, as `LLM.update_params` does.
+
+        Requests under way go on with them.
+
+        Raises:
+          ValueError: the tree does not fit; the old weights stay in force.
+          NotImplementedError: the engine is of several hosts.
+          EngineDeadError: the engine is closed, or has failed for good.
+        """
+        await asyncio.wrap_future(self._thread.call(partial(self.engine.update_params, tree, donate=donate)))
+
     @property
     def is_running(self) -> bool:
         """Whether requests are taken."""

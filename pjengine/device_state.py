@@ -1,5 +1,6 @@
 """What stays on the devices between steps, and how programs are launched on it: alike on every host."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from pjengine.draw import DrawLayout, Undrawn
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.pair import empty_cache
+from pjengine.models.parameters import by_path
 from pjengine.models.state import KVCache
 from pjengine.sharding.partition import KV_PAGES
 
@@ -32,7 +34,9 @@ class Held(Protocol):
     params: Params
     cache: KVCache
     rows: Rows
-    programs: Mapping[AnyLayout, Program]
+
+    @property
+    def programs(self) -> Mapping[AnyLayout, Program]: ...
 
 
 def new_state(model: Decoder, config: RunnerConfig, sharding: NamedSharding) -> tuple[KVCache, Rows]:
@@ -63,8 +67,20 @@ def replicate(vector: Int[np.ndarray, "..."], sharding: NamedSharding) -> Int[Ar
 
 
 def run_model(held: Held, layout: Layout, vector: Int[Array, " size"]) -> list[Any]:
-    """Launches a program with the model; what it leaves beside the state."""
-    held.cache, held.rows, *results = held.programs[layout](held.params, held.cache, held.rows, vector)
+    """Launches a program with the model; what it leaves beside the state.
+
+    Raises:
+      RuntimeError: somebody has deleted parameters.
+    """
+    try:
+        held.cache, held.rows, *results = held.programs[layout](held.params, held.cache, held.rows, vector)
+    except Exception as error:
+        if gone := [path for path, leaf in by_path(held.params).items() if leaf.is_deleted()]:
+            raise RuntimeError(
+                f"the parameters were deleted ({gone[0]} and {len(gone) - 1} more): they were donated to "
+                "another program, or deleted by hand. Give the engine new ones with update_params"
+            ) from error
+        raise
     return results
 
 
@@ -78,6 +94,27 @@ def run_draw(
     else:
         held.rows, tokens, logprobs, drafted = program(held.rows, held.cache.token_ids, undrawn, vector)
     return tokens, logprobs, beams, drafted
+
+
+class Owned:
+    """Which parameters the engine deletes when it is closed. All others are the caller's."""
+
+    def __init__(self, params: Params) -> None:
+        # What it has loaded itself: a caller may go on with them when others have taken their place.
+        self._loaded = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
+        self._donated: list[Array] = []  # deleted as soon as others take their place
+
+    def exchange(self, params: Params, given: Params, *, is_donated: bool) -> None:
+        """Learns that `params` are in force from now on, of which `given` are new."""
+        new = jax.tree.leaves(given)
+        of_caller, in_force = set(map(id, new)), set(map(id, jax.tree.leaves(params)))
+        ours = in_force - of_caller
+        self._loaded = [own for own in self._loaded if id(own()) in ours]
+        free([own for own in self._donated if id(own) not in of_caller])
+        self._donated = new if is_donated else []
+
+    def free(self) -> None:
+        free([own() for own in self._loaded], self._donated)
 
 
 def free(*trees: Any) -> None:

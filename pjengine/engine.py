@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import compress
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -33,6 +34,7 @@ from pjengine.step import StepOutput
 from pjengine.step_log import StepLog
 from pjengine.token_logprobs import to_host
 from pjengine.turns import Turns
+from pjengine.weights import replace_params
 
 logger = logging.getLogger(__name__)
 
@@ -429,6 +431,23 @@ class LLMEngine:
         """Forgets the pages that requests could share, as after a change of the weights."""
         with self._turns.take():
             self._check_open()
+            self.scheduler.reset_prefix_cache()
+
+    def update_params(self, tree: Any, *, donate: bool = False) -> None:
+        """As `LLM.update_params`; after the step that another thread is in.
+
+        Raises:
+          ValueError: the tree does not fit; the old parameters stay in force.
+          NotImplementedError: the engine is of several hosts.
+          RuntimeError: the engine is closed.
+        """
+        with self._turns.take():
+            self._check_open()
+            if self._hosts is not None:
+                raise NotImplementedError(
+                    "update_params is of one host: with nnodes > 1 save a checkpoint, and start anew with it"
+                )
+            replace_params(self.runner, tree, donate=donate)
             self.scheduler.reset_prefix_cache()
 
     def has_unfinished_requests(self) -> bool:

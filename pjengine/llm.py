@@ -17,12 +17,15 @@ from pjengine.config import EngineConfig, known_settings
 from pjengine.embeddings import EmbeddingOutput, embedding_of, embedding_params
 from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
+from pjengine.models.checkpoint_writer import MAX_SHARD_BYTES
 from pjengine.models.decoder import Decoder
 from pjengine.models.pair import target_of, target_params
 from pjengine.outputs import RequestOutput
 from pjengine.prompts import Prompt
-from pjengine.replicas import Engine, Replicas, engines_of, start_engine
+from pjengine.replicas import Engine, engines_of, start_engine
+from pjengine.runner import Runner
 from pjengine.sampling_params import SamplingParams
+from pjengine.saving import save_checkpoint
 from pjengine.schedule_record import ScheduleRecord, explain_schedule
 from pjengine.scoring import (
     PerplexityOutput,
@@ -85,20 +88,58 @@ class LLM:
     @property
     def model(self) -> Decoder:
         """What computes: pure functions over `params`, such as `forward` and `logits`."""
-        engine = self.engine.engines[0] if isinstance(self.engine, Replicas) else self.engine
-        return target_of(engine.runner.model)
+        return target_of(self._runner.model)
+
+    @property
+    def _runner(self) -> Runner:
+        """Of several engines the first one's."""
+        return engines_of(self.engine)[0].runner
 
     @property
     def params(self) -> Any:
-        """The model's parameters, a plain pytree of arrays.
+        """The model's parameters in force: nested dicts of `jax.Array`, no copy.
+
+        README's "Weights in and out" says what the names mean, and how the arrays are shaped and divided.
+        Of several engines they are the first one's. What the engine has loaded ends with `close()`.
+        """
+        runner = self._runner
+        return target_params(runner.model, runner.params)
+
+    def update_params(self, tree: Any, *, donate: bool = False) -> None:
+        """Has the engine compute with other parameters from its next step on: no restart, copy, compilation.
+
+        The prefix cache is forgotten. Requests under way go on with the new weights, over the keys and values
+        that the old ones have left, and share none of these. Of a draft model the weights stay. Each further
+        engine of `data_parallel_size` gets a copy. If the arrays are donated to another program later, as a
+        training step does, the next step here raises RuntimeError, and `update_params` mends it.
+
+        Args:
+          tree: as `params`: the same paths, shapes, dtypes and sharding. The engine keeps the arrays.
+          donate: they are the engine's from now on: it deletes them when others take their place, and in
+            `close()`. Else it deletes nothing that it was given.
 
         Raises:
-          ValueError: each of several engines has its own.
+          ValueError: the tree differs; the text lists how, and the old weights stay in force.
+          NotImplementedError: the engine is of several hosts.
         """
-        if isinstance(self.engine, Replicas):
-            raise ValueError("each engine has parameters of its own: see engine.engines[i].runner.params")
-        runner = self.engine.runner
-        return target_params(runner.model, runner.params)
+        self.engine.update_params(tree, donate=donate)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        """Writes the parameters in force as a checkpoint that transformers loads, and this engine.
+
+        It has the model's own config and tokenizer files, and safetensors of at most `max_shard_bytes`. One
+        tensor at a time is on the host. The folder gets its name once all is in it.
+
+        Raises:
+          FileExistsError: the folder is there and not empty.
+          ValueError: the model has no config.json, as a named shape.
+          NotImplementedError: parts of the parameters are on other hosts.
+        """
+        save_checkpoint(
+            Path(folder), self.engine.config, self.model, self.params, max_shard_bytes=max_shard_bytes
+        )
 
     def generate(
         self,

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,18 @@ from pjengine.memory import MemoryPlan, device_budget, plan_memory
 from pjengine.models.checkpoint import open_checkpoint
 from pjengine.models.config import ModelConfig
 from pjengine.models.decoder import Decoder, Params
+from pjengine.models.hf_names import read_params
 from pjengine.models.hub import resolve_model
 from pjengine.models.json_values import read_json_object
-from pjengine.models.loader import dummy_params, load_params
+from pjengine.models.loader import dummy_params
 from pjengine.models.pair import Pair
+from pjengine.models.parameters import placed_shapes
 from pjengine.models.registry import build_model, parse_config
 from pjengine.models.shapes import SHAPES
-from pjengine.models.share import widen
 from pjengine.pallas_kernels.dispatch import check_backend
 from pjengine.progress import progress_bar
 from pjengine.sharding.mesh import AXES, choose_device_groups, make_mesh, own_device, replicated
-from pjengine.sharding.partition import copied, placed
+from pjengine.sharding.partition import copied
 from pjengine.sizing import choose_decode_steps, choose_dtype, choose_sizes
 from pjengine.tokenizer import Tokenizer, load_tokenizer
 
@@ -205,36 +205,20 @@ def _weights_bytes(model: Decoder) -> int:
     """What the parameters take on each device."""
     if isinstance(model, Pair):
         return _weights_bytes(model.target) + _weights_bytes(model.draft)
-    parts = _placed(model, AbstractMesh((1, model.num_devices), AXES))
+    parts = placed_shapes(model, AbstractMesh((1, model.num_devices), AXES))
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(parts)
     )
 
 
-def _placed(model: Decoder, mesh: Mesh | AbstractMesh) -> Any:
-    """Shapes of the parameters, and how they are divided."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return placed(shapes, mesh, has_whole_experts=model.config.has_whole_experts)
-
-
 def _load_params(config: EngineConfig, folder: Path | None, model: Decoder, mesh: Mesh) -> Params:
-    abstract = _placed(model, mesh)
     if config.load_format == "dummy":
-        return dummy_params(abstract, config.seed)
+        return dummy_params(placed_shapes(model, mesh), config.seed)
     assert folder is not None
     checkpoint = open_checkpoint(folder, config.load_format)
-    undivided = replace(model, num_devices=1)
     with progress_bar("Loading weights", unit=" layers", is_shown=config.use_tqdm_on_load) as show:
-        return load_params(
-            checkpoint,
-            model.weight_table(),
-            jax.eval_shape(undivided.init, jax.random.key(0)),
-            num_layers=model.config.num_layers,
-            stored=abstract,
-            widen=partial(widen, config=model.config, num_devices=model.num_devices),
-            show=show,
-        )
+        return read_params(model, checkpoint, mesh, show)
 
 
 def read_generation_config(config: EngineConfig, folder: Path | None) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ A step's pages are given back by the step after it at the earliest: within one, 
 write what this one reads. The device need not be told: attention reads no page before the window.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -227,11 +228,11 @@ class PageGroups:
             names += page_hashes(tokens, self._page_size, salt, names[-1] if names else None)
 
     def forget(self, running: Iterable[Request]) -> None:
-        """Empties the prefix cache; what runs keeps its pages, and they are not shared."""
+        """Empties the prefix cache; what runs keeps its pages, and neither they nor later ones are shared."""
         for pool in self.pools:
             pool.forget()
         for request in running:
-            request.num_registered = len(request.pages)
+            request.num_registered = sys.maxsize
 
     def check_integrity(self, running: list[Request]) -> None:
         """Recounts the pages.

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 from pjengine.config import EngineConfig
 from pjengine.engine import LLMEngine
@@ -32,6 +33,7 @@ from pjengine.request import Request
 from pjengine.routing import choose_engine, tokens_of
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
 from pjengine.turns import Turns
+from pjengine.weights import copies_for
 
 _EXIT_TIMEOUT_S = 10.0  # how long the interpreter's exit waits for steps under way
 
@@ -271,6 +273,17 @@ class Replicas:
             self._check_open()
             for engine in self.engines:
                 engine.reset_prefix_cache()
+
+    def update_params(self, tree: Any, *, donate: bool = False) -> None:
+        """As `LLMEngine.update_params`: `tree` is of the first engine's devices, and each other gets a copy,
+        which it keeps beside its old parameters until all have theirs.
+        """
+        with self._turns.take():
+            self._check_open()
+            own, *copies = copies_for([engine.runner for engine in self.engines], tree)
+            self.engines[0].update_params(own, donate=donate)
+            for engine, copy in zip(self.engines[1:], copies, strict=True):
+                engine.update_params(copy, donate=True)
 
     def __contains__(self, request_id: object) -> bool:
         """Whether there is a request of this id whose end `advance` has not seen."""

@@ -20,6 +20,7 @@ from pjengine.config import RunnerConfig
 from pjengine.device_state import (
     EARLY_UPDATES,
     AnyLayout,
+    Owned,
     Program,
     free,
     new_state,
@@ -79,6 +80,7 @@ class Runner:
         self.model = model
         self.config = config
         self.params = params
+        self.owned = Owned(params)
         self.cache, self.rows = new_state(model, config, sharding)
         self._enter_pages = page_updater(self.rows, sharding)
         state = params, self.cache, self.rows
@@ -86,13 +88,17 @@ class Runner:
         self._programs: Programs[AnyLayout, Program] = Programs(
             self.compiler, num_threads=os.cpu_count() or 1
         )
-        self.programs: Mapping[AnyLayout, Program] = self._programs.ready
         self._is_warming = False
         self.recompiles_after_warmup = 0
         self.compile_s = 0.0  # that a caller waited for programs
         self._asked: set[AnyLayout] = set()
         self._num_misses: Counter[Stages] = Counter()
         self._editing: dict[AnyLayout, None] = {}  # that depend on edits; those used last are at the end
+
+    @property
+    def programs(self) -> Mapping[AnyLayout, Program]:
+        """Those that are ready."""
+        return self._programs.ready
 
     def reset(self) -> None:
         """Starts over with empty pages, after a step that failed half-way."""
@@ -355,7 +361,9 @@ class Runner:
     def close(self) -> None:
         """Stops making programs and frees the device memory that the runner owns."""
         self._programs.close()
-        free(self.params, self.cache, self.rows)
+        self.owned.free()
+        self.params = {}  # of which some may be the caller's
+        free(self.cache, self.rows)
 
 
 def _layouts_of(several: Sequence[Stages]) -> list[AnyLayout]:

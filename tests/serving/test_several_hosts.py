@@ -89,6 +89,10 @@ def answers(llm: Any) -> list[Any]:
             llm.generate(prompt, SamplingParams(logits_processors=[never]), use_tqdm=False)
         except ValueError as error:
             refusal = str(error)
+        try:
+            llm.update_params(llm.params)
+        except NotImplementedError as error:
+            refusal += str(error)
         interrupt_a_step(llm.engine, prompt)
     again = llm.generate(prompt[:20], params[0], use_tqdm=False)
     texts = [[one.token_ids for one in output.outputs] for output in [*outputs, *again]]
@@ -187,6 +191,7 @@ def test_two_hosts_give_the_tokens_of_one_and_end_together(
     texts, streamed, refusal = json.loads(next(line for line in lines if line.startswith("[[[")))
     assert [texts, streamed] == alone[:2]
     assert "logits_processors are functions of this process" in refusal
+    assert "update_params is of one host" in refusal
     assert "closed" in lines and "closed" not in worker.log
 
 
