@@ -3,8 +3,8 @@
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python -m benchmarks.logprob_agreement --model llama-8b \\
         --load-format dummy --gpu-memory-utilization 0.4
 
-One JSON object: absolute differences, in nats, of the engine's and the trainer's, and of each from what a copy of
-the weights in float32 gives (`--no-float32`: without).
+One JSON object: absolute differences, in nats, of the two, and of each from what a copy of the weights in
+float32 gives (`--no-float32`: without).
 """
 
 import argparse
