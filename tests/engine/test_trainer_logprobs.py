@@ -29,9 +29,9 @@ def differences(folder: Path) -> np.ndarray:
             for own in output.outputs:
                 rollouts.append(output.prompt_token_ids + own.token_ids)
                 prompt_lens.append(len(output.prompt_token_ids))
-                sampled.append(
-                    [row[token].logprob for row, token in zip(own.logprobs, own.token_ids, strict=True)]
-                )
+                likely: Any = own.logprobs
+                chosen = zip(likely, own.token_ids, strict=True)
+                sampled.append([position[token].logprob for position, token in chosen])
         tokens = jnp.asarray([own + [0] * (LENGTH - len(own)) for own in rollouts], jnp.int32)
         logprobs = jax.jit(llm.model.logprobs)(llm.params, tokens, prompt_lens=jnp.asarray(prompt_lens))
         found = np.asarray(logprobs)
