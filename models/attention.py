@@ -19,6 +19,7 @@ from pjengine.pallas_kernels.attention_variant import PLAIN, AttentionVariant, b
 from pjengine.pallas_kernels.kv_update import write_kv
 from pjengine.pallas_kernels.last_split import Counters
 from pjengine.pallas_kernels.paged_attention import check_attention_arguments, paged_attention
+from pjengine.pallas_kernels.precision import wide_dtype
 from pjengine.pallas_kernels.ragged_prefill import ragged_paged_attention
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write, rotate
 
@@ -157,8 +158,9 @@ def dense_attend(
         q, k = rotate(q, *rotary), rotate(k, *rotary)
     grouped = q.reshape(*batch, length, kv_heads, rows - 2, dim)
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    dtype = wide_dtype(q.dtype)
     scores = jnp.einsum(
-        "...qhgd,...khd->...hgqk", grouped, k, precision=precision, preferred_element_type=jnp.float32
+        "...qhgd,...khd->...hgqk", grouped, k, precision=precision, preferred_element_type=dtype
     )
     position = jnp.arange(length)
     distance = (position[None, :] - position[:, None]).reshape(*(1,) * (scores.ndim - 2), length, length)

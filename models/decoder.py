@@ -5,7 +5,7 @@ its `block`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -20,8 +20,9 @@ from pjengine.models.config_reader import ConfigReader
 from pjengine.models.fused_decode import fused_layers, is_fused
 from pjengine.models.kept_states import KeptStates
 from pjengine.models.layers import normalize, rotary_table, soft_cap, unembed
+from pjengine.models.likelihood import chosen_logprobs
 from pjengine.models.rope import RopeConfig
-from pjengine.models.share import embedded, gathered, padded, share_of
+from pjengine.models.share import embedded, gathered, is_even, padded, share_of
 from pjengine.models.state import KVCache
 from pjengine.models.weight_table import WeightTable
 
@@ -121,9 +122,12 @@ class Decoder:
         cache: KVCache | None,
         attend: Attend,
         kept: KeptStates | None,
+        *,
+        remat: bool = False,
     ) -> tuple[Float[Array, "*t e"], KVCache | None, KeptStates | None]:
         """The same; puts what goes into each layer, and what the last norm makes of the end, into `kept`.
 
+        With `remat`, a derivative computes each layer anew from what goes into it, and keeps nothing else.
         Layers are unrolled and take static slices of the stacked weights: a scan would make XLA
         copy every layer's weights each step.
         """
@@ -142,11 +146,9 @@ class Decoder:
             kept = None if kept is None else kept.put(number, x)
             name, place = of_layer[number]
             stack = params[name]
-            weights = jax.tree.map(lambda stacked, place=place: stacked[place], stack)
             layer = Layer(number, attend, rotary[number], cache, stack if is_free else None, place)
             with jax.named_scope(f"layer_{number}"):
-                output: Any = block.apply({"params": weights}, x, layer)
-                x, cache = output
+                x, cache = _compute(block, stack, x, layer, remat)
         if kept is not None:
             last = self.normalize(params, "final_norm", x) if c.has_final_norm else x
             kept = kept.put(c.num_layers, last)
@@ -178,12 +180,92 @@ class Decoder:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else soft_cap(logits, c.logit_softcap)
 
-    def forward(self, params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
-        """Logits of whole sequences without a cache: for training and scoring, differentiable."""
+    def forward(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        *,
+        prompt_lens: Int[Array, " b"] | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "b t v"]:
+        """Float32 logits of whole sequences without a cache: for training and scoring, differentiable.
+
+        A reference: attention has the scores of all pairs of a row's tokens, b * num_heads * t * t numbers.
+        Shorter rows end in any tokens: no token sees what follows it. What they count in a loss is the
+        caller's to say.
+
+        Args:
+          prompt_lens: of each row the tokens that were its prompt, as the rotary positions of the kinds
+            "dynamic" and "longrope" need it for the logits that generation has had; others do not read it.
+            None: all of them, padding included.
+          remat: keep only what goes into each layer, and compute the rest anew for the derivative: memory for
+            a third more time.
+
+        Raises:
+          ValueError: more tokens in a row than the model has learned positions.
+          NotImplementedError: as of `whole`.
+        """
+        model = self.whole
+        hidden = model._dense(params, tokens, _rope_lens(tokens, prompt_lens), remat)
+        return model.logits(params, hidden)
+
+    def logprobs(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        *,
+        temperature: float = 1.0,
+        prompt_lens: Int[Array, " b"] | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "b t-1"]:
+        """The float32 logprob of each token but the first, given those before it; differentiable.
+
+        Of `forward`, whose arguments these are, without the logits of all positions at once: 1,024 at a time.
+
+        Args:
+          temperature: divides the logits. Logprobs that a request brings back are of 1.
+
+        Raises:
+          ValueError: fewer than two tokens in a row, a temperature that is not positive, or as of `forward`.
+          NotImplementedError: as of `whole`.
+        """
+        if tokens.shape[1] < 2:
+            raise ValueError(f"logprobs wants at least two tokens in a row, got the shape {tokens.shape}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}: greedy has no logprobs")
+        model = self.whole
+        hidden = model._dense(params, tokens[:, :-1], _rope_lens(tokens, prompt_lens)[:, :-1], remat)
+        # Of what is not of a layer; `logits` reads no more.
+        own = {name: leaf for name, leaf in params.items() if name not in model.stacks}
+        return chosen_logprobs(model.logits, own, hidden, tokens[:, 1:], temperature=temperature)
+
+    @cached_property
+    def whole(self) -> "Decoder":
+        """The model as one program over parameters that may be divided: XLA finds the sums.
+
+        Raises:
+          NotImplementedError: sizes do not divide by `num_devices`, and parameters are padded or repeated:
+            their derivatives would be those of another model.
+        """
+        if not is_even(self.config, self.num_devices):
+            raise NotImplementedError(
+                f"forward wants heads, KV heads, vocabulary and inner sizes that {self.num_devices} divides; "
+                "this model has others, and padded or repeated parameters: choose another "
+                "tensor_parallel_size"
+            )
+        return self if self.num_devices == 1 else replace(self, num_devices=1)
+
+    def _dense(
+        self, params: Params, tokens: Int[Array, "b t"], rope_lens: Int[Array, "b t"], remat: bool
+    ) -> Float[Array, "b t e"]:
+        c = self.config
+        if c.has_learned_positions and tokens.shape[1] > c.max_position_embeddings:
+            raise ValueError(
+                f"the model has {c.max_position_embeddings} positions, got {tokens.shape[1]} tokens in a row"
+            )
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-        rope_lens = jnp.full(tokens.shape, tokens.shape[1], jnp.int32)
-        hidden, _ = self.run(params, tokens, positions, rope_lens, None, dense_attend)
-        return self.logits(params, hidden)
+        inputs = tokens, positions, rope_lens
+        return self.run_keeping(params, *inputs, None, dense_attend, None, remat=remat)[0]
 
     def normalize(self, params: Params, name: str, x: Float[Array, "*t e"]) -> Float[Array, "*t e"]:
         """The norm called `name`, which is of no layer."""
@@ -197,3 +279,28 @@ class Decoder:
             if rope is not None and rope not in tables:
                 tables[rope] = rotary_table(rope, positions, rope_lens)
         return [tables[rope] for rope in ropes]
+
+
+def _rope_lens(tokens: Int[Array, "b t"], prompt_lens: Int[Array, " b"] | None) -> Int[Array, "b t"]:
+    """The sequence length that `rotary_table` sees at each token."""
+    num_rows, length = tokens.shape
+    if prompt_lens is None:
+        return jnp.full(tokens.shape, length, jnp.int32)
+    if prompt_lens.shape != (num_rows,):
+        raise ValueError(f"prompt_lens must have the shape ({num_rows},), got {prompt_lens.shape}")
+    so_far = jnp.arange(1, length + 1, dtype=jnp.int32)
+    return jnp.maximum(prompt_lens.astype(jnp.int32)[:, None], so_far[None])
+
+
+def _compute(
+    block: Block, stack: Params, x: Float[Array, "*t e"], layer: Layer, remat: bool
+) -> tuple[Float[Array, "*t e"], KVCache | None]:
+    """One layer, whose parameters are `stack` at `layer.place`."""
+
+    # The slice is taken inside, so that a derivative keeps no copies of it.
+    def compute(stack: Params, x: Array) -> Any:
+        weights = jax.tree.map(lambda stacked: stacked[layer.place], stack)
+        return block.apply({"params": weights}, x, layer)
+
+    out, cache = (jax.checkpoint(compute) if remat else compute)(stack, x)
+    return out, cache

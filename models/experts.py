@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pjengine.models.config import ExpertConfig
 from pjengine.pallas_kernels.grouped_linear import ExpertWeights, Gate, Routing, routed_mlp
+from pjengine.pallas_kernels.precision import widened
 
 
 def route(
@@ -16,11 +17,11 @@ def route(
 
     Tokens that are none, the padding of a step, go nowhere, which -1 stands for.
     """
-    top, experts = lax.top_k(logits.astype(jnp.float32), config.num_choices)
+    top, experts = lax.top_k(widened(logits), config.num_choices)
     if config.is_normalized:
         weights = jax.nn.softmax(top, axis=-1)
     else:
-        total = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
+        total = jax.nn.logsumexp(widened(logits), axis=-1, keepdims=True)
         weights = jnp.exp(top - total)
     if is_token is not None:
         experts = jnp.where(is_token[:, None], experts, -1)

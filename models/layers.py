@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.models.config import Activation, ModelConfig
 from pjengine.models.rope import RopeConfig, dynamic_rope_theta, rope_frequencies
+from pjengine.pallas_kernels.precision import wide_dtype, widened
 
 
 def linear(
@@ -44,8 +45,8 @@ def unembed(
     rows = x.reshape(-1, x.shape[-1])
     # XLA computes one row with a float32 result as a float32 product, and converts the whole table for it.
     padded = jnp.pad(rows, ((0, 8 - len(rows)), (0, 0))) if len(rows) == 1 else rows
-    wide_bias = None if bias is None else bias.astype(jnp.float32)
-    logits = linear(padded, table.T, wide_bias, out_dtype=jnp.float32)[: len(rows)]
+    wide_bias = None if bias is None else widened(bias)
+    logits = linear(padded, table.T, wide_bias, out_dtype=wide_dtype(x.dtype))[: len(rows)]
     return logits.reshape(*x.shape[:-1], len(table))
 
 
@@ -76,13 +77,13 @@ def rms_norm(
 
     With an offset, which is added to the weight, the scaling too is in float32.
     """
-    wide = x.astype(jnp.float32)
+    wide = widened(x)
     axes = tuple(range(-num_axes, 0))
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + eps)
     if weight is None:
         return (wide * scale).astype(x.dtype)
     if offset:
-        return (wide * scale * _trailing(offset + weight.astype(jnp.float32), wide)).astype(x.dtype)
+        return (wide * scale * _trailing(offset + widened(weight), wide)).astype(x.dtype)
     return (wide * scale).astype(x.dtype) * _trailing(weight, x)
 
 
@@ -96,14 +97,14 @@ def layer_norm(
     num_axes: int = 1,
 ) -> Float[Array, "..."]:
     """Over the last axes: less the mean, by the standard deviation, scaled and shifted; all in float32."""
-    wide = x.astype(jnp.float32)
+    wide = widened(x)
     axes = tuple(range(-num_axes, 0))
     wide = wide - jnp.mean(wide, axis=axes, keepdims=True)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + eps)
     if weight is not None:
-        wide = wide * _trailing(offset + weight.astype(jnp.float32), wide)
+        wide = wide * _trailing(offset + widened(weight), wide)
     if bias is not None:
-        wide = wide + _trailing(bias.astype(jnp.float32), wide)
+        wide = wide + _trailing(widened(bias), wide)
     return wide.astype(x.dtype)
 
 

@@ -44,10 +44,14 @@ class Pair(Decoder):
         cache: KVCache | None,
         attend: Attend,
         kept: KeptStates | None,
+        *,
+        remat: bool = False,
     ) -> tuple[Float[Array, "*t e"], KVCache | None, KeptStates | None]:
         """As the target alone; over pages, the draft model writes its own K and V of the tokens."""
         inputs = tokens, positions, rope_lens
-        hidden, cache, kept = self.target.run_keeping(params["target"], *inputs, cache, attend, kept)
+        hidden, cache, kept = self.target.run_keeping(
+            params["target"], *inputs, cache, attend, kept, remat=remat
+        )
         if cache is not None and isinstance(attend, PagedAttend):
             _, cache = self.run_draft(params, *inputs, cache, attend)
         return hidden, cache, kept

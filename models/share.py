@@ -68,6 +68,20 @@ def padded(config: ModelConfig, num_devices: int) -> ModelConfig:
     )
 
 
+def is_even(config: ModelConfig, num_devices: int) -> bool:
+    """Whether all sizes divide, so that the parameters of all devices together are those of one."""
+
+    def sizes(c: ModelConfig) -> tuple[int, ...]:
+        own = (c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size)
+        return (
+            own
+            if c.experts is None
+            else (*own, c.experts.num_held or c.experts.num_experts, c.experts.inner_size)
+        )
+
+    return sizes(padded(config, num_devices)) == sizes(config)
+
+
 def share_of(config: ModelConfig, num_devices: int) -> ModelConfig:
     """The model as one device computes it. `alibi_slopes` stay those of all."""
     if num_devices == 1:

@@ -70,7 +70,7 @@ class AttentionVariant:
         if self.softcap is not None:
             scores = self.softcap * jnp.tanh(scores / self.softcap)
         if self.alibi_slopes is not None:
-            scores = scores + by_head(self.alibi_slopes, scores) * distance.astype(jnp.float32)
+            scores = scores + by_head(self.alibi_slopes, scores) * distance.astype(scores.dtype)
         return jnp.where(self.sees(distance), scores, -jnp.inf)
 
 
@@ -80,9 +80,9 @@ PLAIN = AttentionVariant()
 def by_head(
     values: Float[Array, " h"], scores: Float[Array, "*b hk g r s"]
 ) -> Float[Array, "*ones hk g 1 1"]:
-    """One number a head, in the axes of its scores."""
+    """One number a head, in the axes and the dtype of its scores."""
     lead = (1,) * (scores.ndim - 4)
-    return values.astype(jnp.float32).reshape(*lead, *scores.shape[-4:-2], 1, 1)
+    return values.astype(scores.dtype).reshape(*lead, *scores.shape[-4:-2], 1, 1)
 
 
 class TileBounds(NamedTuple):

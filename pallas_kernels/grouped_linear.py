@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import dispatch
+from pjengine.pallas_kernels.precision import wide_dtype
 
 MAX_PLANNED = 2048  # pairs that one kernel plans
 
@@ -130,10 +131,11 @@ def reference(
     gate: Gate = SILU,
 ) -> Float[Array, "t e"]:
     """The spec: expert after expert, each with all tokens; those that nobody chose are passed over."""
+    dtype = wide_dtype(x.dtype)
 
     def dot(rows: Array, matrix: Array, bias: Array | None) -> Array:
-        out = jnp.dot(rows, matrix, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-        return out if bias is None else out + bias.astype(jnp.float32)[None]
+        out = jnp.dot(rows, matrix, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
+        return out if bias is None else out + bias.astype(dtype)[None]
 
     def add_expert(total: Array, expert: tuple[Array, ExpertWeights]) -> tuple[Array, None]:
         number, own = expert
@@ -143,7 +145,7 @@ def reference(
             bias = None if own.gate_up_bias is None else own.gate_up_bias.reshape(-1)
             gates, ups = jnp.split(dot(x, own.gate_up.reshape(x.shape[1], -1), bias), 2, axis=1)
             out = dot(gate(gates, ups).astype(x.dtype), own.down, own.down_bias)
-            share = jnp.where(is_choice, routing.weights.astype(jnp.float32), 0.0).sum(axis=1)
+            share = jnp.where(is_choice, routing.weights.astype(dtype), 0.0).sum(axis=1)
             # Not a product with 0: a row that means nothing may hold anything.
             return total + jnp.where(is_choice.any(axis=1)[:, None], share[:, None] * out, 0.0)
 
@@ -151,7 +153,7 @@ def reference(
 
     of_layer = jax.tree.map(lambda stack: stack[layer], weights)
     numbers = jnp.arange(weights.down.shape[1], dtype=jnp.int32)
-    total, _ = lax.scan(add_expert, jnp.zeros(x.shape, jnp.float32), (numbers, of_layer))
+    total, _ = lax.scan(add_expert, jnp.zeros(x.shape, dtype), (numbers, of_layer))
     return total.astype(x.dtype)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import dispatch
 from pjengine.pallas_kernels.kv_update import write_kv
+from pjengine.pallas_kernels.precision import widened
 
 
 def rope_kv_write(
@@ -75,9 +76,9 @@ def rotate(
 ) -> Float[Array, "*t h d"]:
     """Rotates the first 2r of d dimensions, dimension i paired with i + r (GPT-NeoX order)."""
     half = cos.shape[-1]
-    wide = x[..., : 2 * half].astype(jnp.float32)
+    wide = widened(x[..., : 2 * half])
     first, second = wide[..., :half], wide[..., half:]
-    cos, sin = cos[..., None, :], sin[..., None, :]
+    cos, sin = (table[..., None, :].astype(wide.dtype) for table in (cos, sin))
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), x[..., 2 * half :]], axis=-1)
 

@@ -52,6 +52,20 @@ def test_quickstart_runs_and_shows_what_it_promises(tmp_path: Path) -> None:
     assert "closed" in closed
 
 
+def test_a_model_learns_to_comment_in_the_process_that_serves_it(tmp_path: Path) -> None:
+    shown = [text for text in execute("03_rl_in_one_process.ipynb", tmp_path) if text]
+    loaded, rewards, before, agreement, learned, kept, after = shown
+    assert "million parameters in float32, of a Llama" in loaded
+    assert rewards.split() == ["0.00", "0.50", "1.00"]
+    assert float(agreement.split()[-2]) < 2e-5
+    means = [float(line.split()[2]) for line in learned.splitlines()]
+    assert len(means) == 8 and means[0] < 0.3 and means[-1] > 0.8
+    programs, growth, is_same, _ = kept.splitlines()
+    assert len(set(programs.split(": ")[1].strip("[]").split(", "))) == 1
+    assert growth.endswith(": 0 bytes") and is_same.endswith(": True")
+    assert before.count("reward 1.00") < 4 < after.count("reward 1.00")
+
+
 def test_a_kernel_is_written_and_its_test_finds_a_missing_mask(tmp_path: Path) -> None:
     text = [shown for shown in execute("04_write_a_kernel.ipynb", tmp_path) if shown]
     normed, table, spec, kernel, poisoned, op, library, lowered, limits = text

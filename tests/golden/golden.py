@@ -77,6 +77,7 @@ class Golden:
     margin: float  # least distance between the best and the second logit over those steps
     norm_mean: float = 1.0  # of the norms' weights: 0 where the norm multiplies by 1 + weight
     embedding_scale: float = 0.5
+    projection_scale: float = 2.0
     # Of Llama alone; others have an empty array:
     inv_freq: np.ndarray  # float32 [head_dim / 2]: at the model's birth, unscaled for dynamic
     attention_factor: float = 1.0
@@ -84,7 +85,11 @@ class Golden:
     def weights(self) -> dict[str, np.ndarray]:
         """Returns every tensor of the checkpoint, float32."""
         return make_weights(
-            self.shapes, self.seed, norm_mean=self.norm_mean, embedding_scale=self.embedding_scale
+            self.shapes,
+            self.seed,
+            norm_mean=self.norm_mean,
+            embedding_scale=self.embedding_scale,
+            projection_scale=self.projection_scale,
         )
 
 
@@ -105,7 +110,12 @@ def load(name: str) -> Golden:
 
 
 def make_weights(
-    shapes: Mapping[str, Sequence[int]], seed: int, *, norm_mean: float = 1.0, embedding_scale: float = 0.5
+    shapes: Mapping[str, Sequence[int]],
+    seed: int,
+    *,
+    norm_mean: float = 1.0,
+    embedding_scale: float = 0.5,
+    projection_scale: float = 2.0,
 ) -> dict[str, np.ndarray]:
     """Draws every tensor, in the order of `shapes`: projections have twice the neutral scale."""
     rng = np.random.default_rng(seed)
@@ -119,7 +129,7 @@ def make_weights(
         elif _EMBEDDING.search(name):
             weights[name] = np.float32(embedding_scale) * noise
         else:
-            weights[name] = np.float32(2 / np.sqrt(shape[-1])) * noise
+            weights[name] = np.float32(projection_scale / np.sqrt(shape[-1])) * noise
     return weights
 
 
