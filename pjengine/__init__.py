@@ -4,6 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pjengine.activation_edits import ActivationEdit as ActivationEdit
+    from pjengine.activation_edits import EditedToken as EditedToken
     from pjengine.async_llm import AsyncLLM as AsyncLLM
     from pjengine.async_llm import EngineDeadError as EngineDeadError
     from pjengine.async_llm import EngineGenerateError as EngineGenerateError
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 # Loaded when first used, so that `import pjengine` and the command line's --help are quick.
 _HOMES = {
+    "ActivationEdit": "pjengine.activation_edits",
+    "EditedToken": "pjengine.activation_edits",
     "AsyncLLM": "pjengine.async_llm",
     "EngineDeadError": "pjengine.async_llm",
     "EngineGenerateError": "pjengine.async_llm",
@@ -60,6 +64,7 @@ _HOMES = {
 }
 __all__ = [
     "LLM",
+    "ActivationEdit",
     "AsyncLLM",
     "BeamSearchOutput",
     "BeamSearchParams",
@@ -67,6 +72,7 @@ __all__ = [
     "CompletionChunk",
     "CompletionOutput",
     "CompletionScore",
+    "EditedToken",
     "EmbeddingOutput",
     "EngineConfig",
     "EngineDeadError",
