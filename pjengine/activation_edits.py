@@ -99,9 +99,9 @@ class ActivationEdits:
         """The error of a request whose logits are NaN."""
         names = ", ".join(form.name for form in self.chain.forms)
         return (
-            f"the logits are not a number (NaN) behind activation_edits ({names}): one of them returned NaN or "
-            "infinity, or states so large that the layers behind overflow. Check what it returns, or lower "
-            "its strength"
+            f"the logits are not a number (NaN) behind activation_edits ({names}): one of them returned NaN "
+            "or infinity, or states so large that the layers behind overflow. Check what it returns, or "
+            "lower its strength"
         )
 
 

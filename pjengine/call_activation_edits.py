@@ -60,8 +60,8 @@ def check_edits(edits: Sequence[ActivationEdit], config: ModelConfig) -> Activat
     joined = np.concatenate(flat) if flat else np.zeros(0, np.int32)
     if len(joined) > MAX_WORDS:
         raise ValueError(
-            f"the args of activation_edits must hold at most {MAX_WORDS} numbers together, got {len(joined)}: "
-            "make what all requests share a constant of the function"
+            f"the args of activation_edits must hold at most {MAX_WORDS} numbers together, got "
+            f"{len(joined)}: make what all requests share a constant of the function"
         )
     return ActivationEdits(EditChain(tuple(forms)), joined)
 

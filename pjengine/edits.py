@@ -42,7 +42,7 @@ class Edits:
 
     @property
     def chains(self) -> list[Any]:
-        """What a program must have of the caller's functions: a chain of processors, one of activation edits."""
+        """The caller's functions that a program must have: a chain of processors, one of activation edits."""
         own = (self.processors, None if self.activations is None else self.activations.chain)
         return [chain for chain in own if chain]
 

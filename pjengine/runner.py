@@ -137,7 +137,7 @@ class Runner:
         _send_home(launched.output)
 
     def _send_words(self, layout: Layout, schedule: Schedule) -> Int[Array, "slots words"]:
-        """The args of a step's activation edits: sent only where they are not those of the program's last step."""
+        """The args of a step's activation edits: sent where they are not those of the program's last step."""
         assert layout.edit_room is not None
         edits, sent = tuple(own for _, own in schedule.edited), self._editing[layout]
         if sent is None or sent.edits != edits:

@@ -21,7 +21,7 @@ from pjengine.models.kept_states import KeptStates
 from pjengine.models.state import Batch, KVCache
 from pjengine.models.window_group import WindowGroup
 from pjengine.pooling import StepStates, step_states
-from pjengine.sampler import sample
+from pjengine.sampler import has_nan, sample
 from pjengine.schedule import BROKEN
 from pjengine.speculation_config import SpeculationConfig
 from pjengine.speculative_step import Drafted, accept, draft, draft_batch
@@ -222,7 +222,7 @@ def draw_tokens(
     """Hidden states and the parameters of their rows to tokens, without edits."""
 
     def whole(logits: Float[Array, "s v"], own: dict[str, Array]) -> Int[Array, " s"]:
-        return jnp.where(jnp.isnan(jnp.max(logits, axis=-1)), BROKEN, sample(logits, backend=backend, **own))
+        return jnp.where(has_nan(logits), BROKEN, sample(logits, backend=backend, **own))
 
     logits = model.own_logits(params, hidden)
     if model.own.share is None:
