@@ -36,7 +36,7 @@ def sample(
 
 
 def has_nan(logits: Float[Array, "s v"]) -> Bool[Array, " s"]:
-    """Whether any of a row is NaN. The largest does not tell: on a CPU, XLA's maximum of long rows drops NaN."""
+    """Whether any of a row is NaN. Its maximum would not tell: on a CPU, XLA's of long rows drops NaN."""
     return jnp.any(jnp.isnan(logits), axis=-1)
 
 

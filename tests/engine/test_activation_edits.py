@@ -39,7 +39,7 @@ def both(first: Any, second: Any) -> list[Any]:
     return [edit(1, *first), edit(1, *second)]
 
 
-ADDED, DOUBLED = (add, ONE, 3), (double_where, PROMPT[3], True)
+ADDED, DOUBLED = (add, ONE, 3.0), (double_where, PROMPT[3], True)
 CASES: dict[str, list[Any]] = {
     "none": [],
     "added": [edit(2, add, ONE, 2.5)],
@@ -221,6 +221,10 @@ def test_an_edit_that_yields_no_number_ends_its_own_request(llm: Any, batch: dic
     assert len(set(map(tuple, tokens_of(again)))) == 1 and again[0].outputs[0].finish_reason == "length"
 
 
+def negate(state: Any, token: Any) -> Any:
+    return -state
+
+
 def test_programs_with_edits_are_few_and_not_kept_on_disk(
     llm: Any, batch: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,9 +235,10 @@ def test_programs_with_edits_are_few_and_not_kept_on_disk(
         return [own for own in llm.engine.runner.programs if getattr(own, "edit_room", None) is not None]
 
     assert edited() and not any(_is_kept(layout) for layout in edited())
-    monkeypatch.setattr(module, "MAX_EDITING", 2)
-    generate(llm, [[edit(0, lambda state, token: -state)]], max_tokens=1)
-    assert len(edited()) <= 2
+    monkeypatch.setattr(module, "MAX_EDITING", 3)  # the model for prompts and for decodes, and what draws
+    generate(llm, [[edit(0, negate)]], max_tokens=1)
+    chains = {chain for own in edited() for chain in own.edit_room.chains}
+    assert [form.function for chain in chains for form in chain.forms] == [negate]
 
 
 def test_requests_without_edits_run_programs_that_know_nothing_of_them(llm: Any, batch: Any) -> None:
@@ -265,7 +270,7 @@ def test_many_tokens_are_edited_in_blocks_each_by_the_args_of_its_sequence(
     vectors = RNG.normal(size=(3, config.hidden_size)).astype(np.float32)
     edits = [
         module.check_edits([edit(1, add, vectors[0], 2.0)], config),
-        module.check_edits([edit(0, add, vectors[1], 1), edit(1, add, vectors[2], -1)], config),
+        module.check_edits([edit(0, add, vectors[1], 1.0), edit(1, add, vectors[2], -1.0)], config),
     ]
     assert edits[0] is not None and edits[1] is not None
     room = room_for(2, {own.chain for own in edits if own is not None})
@@ -299,22 +304,28 @@ def test_a_step_with_edits_drafts_nothing() -> None:
     assert (np.array(Edits(activations=activations).needs) * _UNSUPPORTED).any()
 
 
+def take_first(state: Any, token: Any, table: Any) -> Any:
+    return state + table[0]
+
+
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "shape": ([edit(1, lambda state, token: state[:5])], ValueError, r"float32\[64\].*got float32\[5\]"),
     "dtype": ([edit(1, lambda state, token: state > 0)], ValueError, r"got bool\[64\]"),
     "nothing": ([edit(1, lambda state, token: None)], ValueError, "got None"),
     "arguments": ([edit(1, add, ONE)], ValueError, r"\[0\] \(add at layer 1\) cannot be traced.*TypeError"),
     "values": (
-        [edit(1, add, ONE, 1), edit(2, lambda state, token: state if state[0] > 0 else -state)],
+        [edit(1, add, ONE, 1.0), edit(2, lambda state, token: state if state[0] > 0 else -state)],
         ValueError, r"activation_edits\[1\].*TracerBoolConversionError",
     ),
     "width": ([edit(1, add, ONE[:9], 1.0)], ValueError, "cannot be traced by JAX"),
     "layer": ([edit(4, nan_in_prompt)], ValueError, r"must be within \[-4, 3\] with this model, got 4"),
     "no number": ([edit(1, add, "left", 1.0)], TypeError, "must hold numbers and arrays of them, got 'left'"),
     "large number": ([edit(1, add, ONE, 2**40)], ValueError, "must fit into int32"),
-    "large args": ([edit(1, add, np.zeros((2048, 64)), 1)], ValueError, r"at most 65536 .*, got 131073: make"),
+    "large args": (
+        [edit(1, take_first, np.zeros((2048, 64)))],
+        ValueError, "at most 65536 numbers together, got 131072: make",
+    ),
     "too many": ([edit(1, nan_in_prompt)] * 65, ValueError, "activation_edits must be at most 64"),
-    "function alone": ([nan_in_prompt], ValueError, "activation_edits must hold ActivationEdit"),
 }  # fmt: skip
 
 
@@ -337,6 +348,8 @@ def test_what_makes_no_edit_is_refused(unchecked_types: None) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ActivationEdit(*own)
+    with pytest.raises(ValueError, match="activation_edits must hold ActivationEdit, got <function add"):
+        params(activation_edits=[add])
     with pytest.raises(ValueError, match="activation_edits must be None with use_beam_search"):
         SamplingParams(
             use_beam_search=True, best_of=2, temperature=0, activation_edits=[edit(1, add, ONE, 1)]

@@ -1,4 +1,4 @@
-"""The attention of each head, as a matrix: it is the one that the layer computes by, and transformers' own."""
+"""The attention of each head, as a matrix: what the layer computes by, and what transformers has."""
 
 from pathlib import Path
 
