@@ -132,7 +132,7 @@ class Decoder:
         rotary = self._rotary_tables(positions, rope_lens)
         if isinstance(attend, PagedAttend) and cache is not None and self.block is Block:
             table = rotary[0]
-            if table is not None and kept is edit is None and is_fused(c, x, attend):
+            if table is not None and kept is None and edit is None and is_fused(c, x, attend):
                 return *fused_layers(params, c, x, table, cache, attend), None
         # A backend that is named for all ops keeps to the reference here; `jax_triton` is of attention only.
         is_free = isinstance(attend, PagedAttend) and attend.backend in (None, "jax_triton")

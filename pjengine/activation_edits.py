@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MAX_ACTIVATION_EDITS = 64  # of one request
-MAX_WORDS = 65_536  # numbers in the args of one request: each token of a step gets a copy of them
+MAX_EDIT_WORDS = 65_536  # numbers in the args of one edit: each token of a step gets a copy of them
+MAX_WORDS = 262_144  # in those of one request: a step has room for as many of each
 
 
 class EditedToken(NamedTuple):

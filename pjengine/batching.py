@@ -108,6 +108,11 @@ class Layout(Vector):
     def max_page_updates(self) -> int:
         return self.parts["page_updates"][1]
 
+    @property
+    def depends_on_edits(self) -> bool:
+        """Whether requests ask for something that only few programs have."""
+        return self.num_prompt_top is not None or self.num_states > 0 or self.edit_room is not None
+
     def covers(self, other: "Layout") -> bool:
         """Whether a step that `other` was chosen for may run as this one."""
         kind, wanted = (

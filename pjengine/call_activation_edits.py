@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pjengine.activation_edits import (
+    MAX_EDIT_WORDS,
     MAX_WORDS,
     ActivationEdit,
     ActivationEdits,
@@ -45,6 +46,8 @@ def check_edits(edits: Sequence[ActivationEdit], config: ModelConfig) -> Activat
         arrays = [_plain(leaf, name) for leaf in leaves]
         shapes = tuple((array.shape, str(array.dtype)) for array in arrays)
         form = EditForm(_number(edit.layer, name, config.num_layers), edit.function, tree, shapes)
+        if form.num_words > MAX_EDIT_WORDS:
+            raise ValueError(_too_many(f"the args of {name}", MAX_EDIT_WORDS, form.num_words))
         try:
             hash(form)
         except TypeError as error:
@@ -59,11 +62,15 @@ def check_edits(edits: Sequence[ActivationEdit], config: ModelConfig) -> Activat
     flat = [array.reshape(-1).view(np.int32) for array in words]
     joined = np.concatenate(flat) if flat else np.zeros(0, np.int32)
     if len(joined) > MAX_WORDS:
-        raise ValueError(
-            f"the args of activation_edits must hold at most {MAX_WORDS} numbers together, got "
-            f"{len(joined)}: make what all requests share a constant of the function"
-        )
+        raise ValueError(_too_many("the args of all activation_edits together", MAX_WORDS, len(joined)))
     return ActivationEdits(EditChain(tuple(forms)), joined)
+
+
+def _too_many(what: str, most: int, count: int) -> str:
+    return (
+        f"{what} must hold at most {most} numbers, got {count}: make what all requests share a constant of "
+        "the function"
+    )
 
 
 def _number(layer: int, name: str, num_layers: int) -> int:

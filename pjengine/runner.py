@@ -277,8 +277,7 @@ class Runner:
         What requests may ask for makes thousands of different ones.
         """
         for layout in layouts:
-            is_draw = isinstance(layout, DrawLayout)
-            if is_draw or layout.num_prompt_top is not None or layout.num_states or layout.edit_room:
+            if isinstance(layout, DrawLayout) or layout.depends_on_edits:
                 self._editing[layout] = self._editing.pop(layout, None)
         while len(self._editing) > MAX_EDITING:
             oldest = next(iter(self._editing))

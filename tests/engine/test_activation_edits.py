@@ -143,7 +143,8 @@ def test_args_are_sent_once_for_steps_of_the_same_requests(
 ) -> None:
     from pjengine import runner as module
 
-    sent, words_by_slot = [], module.words_by_slot
+    words_by_slot: Any = vars(module)["words_by_slot"]
+    sent = []
 
     def noted(*args: Any) -> Any:
         sent.append(args)
@@ -323,7 +324,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "large number": ([edit(1, add, ONE, 2**40)], ValueError, "must fit into int32"),
     "large args": (
         [edit(1, take_first, np.zeros((2048, 64)))],
-        ValueError, "at most 65536 numbers together, got 131072: make",
+        ValueError, r"the args of activation_edits\[0\] must hold at most 65536 numbers, got 131072: make",
+    ),
+    "large args together": (
+        [edit(1, take_first, np.zeros((1024, 64)))] * 5,
+        ValueError, "all activation_edits together must hold at most 262144 numbers, got 327680",
     ),
     "too many": ([edit(1, nan_in_prompt)] * 65, ValueError, "activation_edits must be at most 64"),
 }  # fmt: skip
