@@ -150,6 +150,21 @@ def dense_attend(
     variant: AttentionVariant = PLAIN,
 ) -> tuple[Float[Array, "*b t h d"], KVCache | None]:
     """Causal attention over the tokens at hand, without a cache; differentiable."""
+    out, _ = dense_attend_weighing(qkv, rotary=rotary, scale=scale, variant=variant)
+    return out, cache
+
+
+def dense_attend_weighing(
+    qkv: Float[Array, "*b t hk g d"],
+    *,
+    rotary: Rotary | None,
+    scale: float,
+    variant: AttentionVariant = PLAIN,
+) -> tuple[Float[Array, "*b t h d"], Float[Array, "*b hk q t t"]]:
+    """The same, with the weights: float32, what each token takes of the value of each, head by head.
+
+    They sum to 1, but where the layer has sinks: what these take is missing.
+    """
     *batch, length, kv_heads, rows, dim = qkv.shape
     heads = kv_heads * (rows - 2)
     check_attention_arguments(heads, kv_heads, scale, variant)
@@ -168,6 +183,6 @@ def dense_attend(
     if variant.sinks is not None:
         sinks = jnp.broadcast_to(by_head(variant.sinks, scores), (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sinks], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(v.dtype)
-    out = jnp.einsum("...hgqk,...khd->...qhgd", weights, v, precision=precision)
-    return out.reshape(*batch, length, heads, dim), cache
+    weights = jax.nn.softmax(scores, axis=-1)[..., :length]
+    out = jnp.einsum("...hgqk,...khd->...qhgd", weights.astype(v.dtype), v, precision=precision)
+    return out.reshape(*batch, length, heads, dim), weights

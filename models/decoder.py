@@ -4,7 +4,7 @@ An architecture is a subclass of `Decoder`: its `read_config`, its `weight_table
 its `block`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -27,6 +27,8 @@ from pjengine.models.state import KVCache
 from pjengine.models.weight_table import WeightTable
 
 type Params = dict[str, Any]
+# What is done to the states on their way: the number of the place, as `KeptStates` counts, and all states.
+type StateEdit = Callable[[int, Array], Array]
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,13 @@ class Decoder:
         cache: KVCache | None,
         attend: Attend,
         kept: KeptStates | None,
+        edit: StateEdit | None = None,
         *,
         remat: bool = False,
     ) -> tuple[Float[Array, "*t e"], KVCache | None, KeptStates | None]:
         """The same; puts what goes into each layer, and what the last norm makes of the end, into `kept`.
 
+        `edit` changes them before: what goes into each layer, and the end before the last norm.
         With `remat`, a derivative computes each layer anew from what goes into it, and keeps nothing else.
         Layers are unrolled and take static slices of the stacked weights: a scan would make XLA
         copy every layer's weights each step.
@@ -136,19 +140,21 @@ class Decoder:
         rotary = self._rotary_tables(positions, rope_lens)
         if isinstance(attend, PagedAttend) and cache is not None and self.block is Block:
             table = rotary[0]
-            if table is not None and kept is None and is_fused(c, x, attend):
+            if table is not None and kept is None and edit is None and is_fused(c, x, attend):
                 return *fused_layers(params, c, x, table, cache, attend), None
         # A backend that is named for all ops keeps to the reference here; `jax_triton` is of attention only.
         is_free = isinstance(attend, PagedAttend) and attend.backend in (None, "jax_triton")
         block = self.block(c, self.dtype)
         of_layer = {n: (name, place) for name, ns in self.stacks.items() for place, n in enumerate(ns)}
         for number in range(c.num_layers):
+            x = x if edit is None else edit(number, x)
             kept = None if kept is None else kept.put(number, x)
             name, place = of_layer[number]
             stack = params[name]
             layer = Layer(number, attend, rotary[number], cache, stack if is_free else None, place)
             with jax.named_scope(f"layer_{number}"):
                 x, cache = _compute(block, stack, x, layer, remat)
+        x = x if edit is None else edit(c.num_layers, x)
         if kept is not None:
             last = self.normalize(params, "final_norm", x) if c.has_final_norm else x
             kept = kept.put(c.num_layers, last)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pjengine.models.attention import Attend, PagedAttend
-from pjengine.models.decoder import Decoder, Params
+from pjengine.models.decoder import Decoder, Params, StateEdit
 from pjengine.models.kept_states import KeptStates
 from pjengine.models.share import padded
 from pjengine.models.state import KVCache, kv_shape
@@ -44,13 +44,14 @@ class Pair(Decoder):
         cache: KVCache | None,
         attend: Attend,
         kept: KeptStates | None,
+        edit: StateEdit | None = None,
         *,
         remat: bool = False,
     ) -> tuple[Float[Array, "*t e"], KVCache | None, KeptStates | None]:
-        """As the target alone; over pages, the draft model writes its own K and V of the tokens."""
+        """As the target alone; over pages, the draft model writes its own K and V of the tokens, unedited."""
         inputs = tokens, positions, rope_lens
         hidden, cache, kept = self.target.run_keeping(
-            params["target"], *inputs, cache, attend, kept, remat=remat
+            params["target"], *inputs, cache, attend, kept, edit, remat=remat
         )
         if cache is not None and isinstance(attend, PagedAttend):
             _, cache = self.run_draft(params, *inputs, cache, attend)

@@ -4,6 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pjengine.activation_edits import ActivationEdit as ActivationEdit
+    from pjengine.activation_edits import EditedToken as EditedToken
     from pjengine.async_llm import AsyncLLM as AsyncLLM
     from pjengine.async_llm import EngineDeadError as EngineDeadError
     from pjengine.async_llm import EngineGenerateError as EngineGenerateError
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 # Loaded when first used, so that `import pjengine` and the command line's --help are quick.
 _HOMES = {
+    "ActivationEdit": "pjengine.activation_edits",
+    "EditedToken": "pjengine.activation_edits",
     "AsyncLLM": "pjengine.async_llm",
     "EngineDeadError": "pjengine.async_llm",
     "EngineGenerateError": "pjengine.async_llm",
@@ -64,6 +68,7 @@ _HOMES = {
 }
 __all__ = [
     "LLM",
+    "ActivationEdit",
     "AsyncLLM",
     "BeamSearchOutput",
     "BeamSearchParams",
@@ -71,6 +76,7 @@ __all__ = [
     "CompletionChunk",
     "CompletionOutput",
     "CompletionScore",
+    "EditedToken",
     "EmbeddingOutput",
     "EngineConfig",
     "EngineDeadError",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pjengine.activation_edits import EditRoom, pack_edited
 from pjengine.models.state import Batch
 from pjengine.schedule import Chunk, Schedule
 
@@ -92,6 +93,7 @@ class Layout(Vector):
     has_token_states: bool = False  # those of each token come down, not only pooled ones
     num_drafts: int = 0  # tokens of each sequence that are verified beside its last one, in decodes alone
     has_filters: bool = True  # top_k, top_p, min_p; it has none only where devices divide the vocabulary
+    edit_room: EditRoom | None = None  # for activation edits, where it ends in logits; None: none
 
     @property
     def num_seqs(self) -> int:
@@ -106,6 +108,11 @@ class Layout(Vector):
     def max_page_updates(self) -> int:
         return self.parts["page_updates"][1]
 
+    @property
+    def depends_on_edits(self) -> bool:
+        """Whether requests ask for something that only few programs have."""
+        return self.num_prompt_top is not None or self.num_states > 0 or self.edit_room is not None
+
     def covers(self, other: "Layout") -> bool:
         """Whether a step that `other` was chosen for may run as this one."""
         kind, wanted = (
@@ -115,6 +122,10 @@ class Layout(Vector):
             return False
         if self.num_states < other.num_states or self.has_token_states < other.has_token_states:
             return False
+        if other.edit_room is not None and (
+            self.edit_room is None or not self.edit_room.covers(other.edit_room)
+        ):
+            return False
         return other.num_prompt_top is None or (
             self.num_prompt_top is not None and self.num_prompt_top >= other.num_prompt_top
         )
@@ -122,9 +133,12 @@ class Layout(Vector):
     @cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
         seqs = (self.num_seqs,)
+        # Which chain of activation edits, and which of their args.
+        edited = {} if self.edit_room is None else {"edited": (2, self.num_seqs)}
         if self.is_decode:
             lengths = {"lengths": seqs} if self.depth > 1 or self.num_drafts else {}
-            return {"rows": seqs, **lengths, "page_updates": (3, self.num_groups * self.num_seqs)}
+            updates = (3, self.num_groups * self.num_seqs)
+            return {"rows": seqs, **lengths, "page_updates": updates, **edited}
         return {
             "targets": (0 if self.num_prompt_top is None else self.num_tokens,),
             "layers": (self.num_states,),
@@ -137,6 +151,7 @@ class Layout(Vector):
             "admitted": (1 + len(ROW_FIELDS), self.num_seqs),  # row, then its fields
             # A chunk of n tokens opens at most n / page_size + 1 pages; cached ones may come on top.
             "page_updates": (3, self.num_groups * (self.num_tokens // self.page_size + self.num_seqs)),
+            **edited,
         }
 
     def empty(self) -> tuple[Int[np.ndarray, " size"], dict[str, np.ndarray]]:
@@ -169,6 +184,8 @@ def pack(
     parts["page_updates"][:, : updates.shape[1]] = updates
     if "lengths" in parts:
         parts["lengths"][:num_decodes] = decodes.lengths
+    if layout.edit_room is not None:
+        pack_edited(parts["edited"], schedule.edited, layout.edit_room)
     if not layout.is_decode:
         _pack_chunks(parts, schedule, layout, vocab_size)
     return blob

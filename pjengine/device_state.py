@@ -66,14 +66,14 @@ def replicate(vector: Int[np.ndarray, "..."], sharding: NamedSharding) -> Int[Ar
     return jax.make_array_from_callback(vector.shape, sharding, lambda _: vector)
 
 
-def run_model(held: Held, layout: Layout, vector: Int[Array, " size"]) -> list[Any]:
+def run_model(held: Held, layout: Layout, *vectors: Int[Array, "..."]) -> list[Any]:
     """Launches a program with the model; what it leaves beside the state.
 
     Raises:
       RuntimeError: somebody has deleted parameters.
     """
     try:
-        held.cache, held.rows, *results = held.programs[layout](held.params, held.cache, held.rows, vector)
+        held.cache, held.rows, *results = held.programs[layout](held.params, held.cache, held.rows, *vectors)
     except Exception as error:
         if gone := [path for path, leaf in by_path(held.params).items() if leaf.is_deleted()]:
             raise RuntimeError(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.models.config import ModelConfig, Share
 from pjengine.models.share import gathered
-from pjengine.sampler import noisy
+from pjengine.sampler import has_nan, noisy
 from pjengine.schedule import BROKEN
 from pjengine.sharding.mesh import TENSOR
 
@@ -55,13 +55,14 @@ def _draw_from_parts(share: Share, logits: Float[Array, "s own"], rows: dict[str
     if size * share.num_devices > share.vocab_size:
         token = first + lax.broadcasted_iota(jnp.int32, (1, size), 1)
         scores = jnp.where(token < share.vocab_size, scores, -jnp.inf)
-    best = lax.bitcast_convert_type(jnp.max(scores, axis=-1), jnp.int32)
+    best = jnp.where(has_nan(scores), jnp.nan, jnp.max(scores, axis=-1))
+    best = lax.bitcast_convert_type(best, jnp.int32)
     token = first + jnp.argmax(scores, axis=-1).astype(jnp.int32)
     bests, tokens = lax.all_gather(jnp.stack([best, token]), TENSOR, axis=1)
     scores = lax.bitcast_convert_type(bests, jnp.float32)
     winner = jnp.argmax(scores, axis=0)[None]
     drawn = jnp.take_along_axis(tokens, winner, axis=0)[0]
-    return jnp.where(jnp.isnan(jnp.max(scores, axis=0)), BROKEN, drawn)
+    return jnp.where(has_nan(scores.T), BROKEN, drawn)
 
 
 def _draw_by_rows(

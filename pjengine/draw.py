@@ -19,7 +19,7 @@ from pjengine.call_processors import apply_processors
 from pjengine.edit_sizes import EditSizes, pack_beams, pack_edits, pack_masks
 from pjengine.logits import History, apply_edits
 from pjengine.logprobs import Logprobs, logprobs_of
-from pjengine.sampler import sample
+from pjengine.sampler import has_nan, sample
 from pjengine.schedule import BROKEN, FORBIDDEN, Masks, Schedule
 from pjengine.speculative_step import Drafted, accept
 
@@ -136,7 +136,7 @@ def edit_and_draw(
             tokens = jnp.where(jnp.max(logits, axis=-1) == -jnp.inf, FORBIDDEN, tokens)
         if chains:
             tokens = jnp.where(failures < 0, failures, tokens)
-        tokens = jnp.where(jnp.isnan(jnp.max(raw, axis=-1)), BROKEN, tokens)
+        tokens = jnp.where(has_nan(raw), BROKEN, tokens)
         if layout.edits.num_top is not None:
             logprobs = logprobs_of(raw, tokens, layout.edits.num_top, parts["asked"])
     return tokens, logprobs, logits

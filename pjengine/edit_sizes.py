@@ -77,7 +77,7 @@ def sizes_for(needs: np.ndarray, vocab_size: int, chains: Iterable[Chain] = ()) 
 
     `chains` are those of all its requests.
     """
-    bias, allowed, bad_words, masks, processed, beams, beam_searches, *largest = needs.tolist()
+    bias, allowed, bad_words, masks, processed, beams, beam_searches, _, *largest = needs.tolist()
     bad_word_len, penalties, top, asked, beam_width, beam_ends, *_ = largest
     return EditSizes(
         num_bias=_room(bias),

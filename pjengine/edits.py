@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pjengine.activation_edits import ActivationEdits
+
 
 @dataclass(frozen=True, kw_only=True)
 class Edits:
@@ -29,6 +31,7 @@ class Edits:
     pooling: str | None = None  # one state of each layer, "mean" or "last"; None: one of each token
     has_mask: bool = False  # what may come depends on all tokens before, and is told with every step
     processors: tuple[Callable[[Any, Any], Any], ...] = ()  # functions of the caller's, one after the other
+    activations: ActivationEdits | None = None  # others, of hidden states
     beam_width: int = 0  # of its beam search; 0: none
     beam_ends: tuple[int, ...] = ()  # tokens that end one of its sequences
     leads_beams: bool = True  # it is the first of the search's rows
@@ -36,6 +39,12 @@ class Edits:
     @property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def chains(self) -> list[Any]:
+        """The caller's functions that a program must have: a chain of processors, one of activation edits."""
+        own = (self.processors, None if self.activations is None else self.activations.chain)
+        return [chain for chain in own if chain]
 
     @property
     def travels(self) -> bool:
@@ -58,6 +67,7 @@ class Edits:
             int(bool(self.processors)),
             int(self.beam_width > 0),
             int(self.beam_width > 0 and self.leads_beams),
+            int(self.activations is not None),
             max((len(word) for word in self.bad_words), default=0),
             int(self.has_penalties),
             top(self.num_logprobs),
@@ -71,14 +81,14 @@ class Edits:
 
 
 NO_EDITS = Edits()  # of nearly all requests: compared by identity
-# What a step needs is the sum of the first seven over its requests, and the largest of the others. Numbers of
+# What a step needs is the sum of the first eight over its requests, and the largest of the others. Numbers of
 # logprobs are one more than asked for; 0: none.
 NEEDS = (
-    *("bias", "allowed", "bad_words", "masks", "processed", "beams", "beam_searches"),
+    *("bias", "allowed", "bad_words", "masks", "processed", "beams", "beam_searches", "edited"),
     *("bad_word_len", "penalties", "top", "asked", "beam_width", "beam_ends"),
     *("prompt_top", "states", "token_states"),
 )
-NUM_SUMMED = 7
+NUM_SUMMED = 8
 EVERY_TOKEN = 2**31  # a number of logprobs: those of the whole vocabulary
 MAX_ASKED = 128  # tokens that a request may name for their logprobs, whatever max_logprobs says; as in vLLM
 

@@ -166,10 +166,9 @@ class LLMEngine:
         params = self.default_sampling_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
-        if params.logits_processors and self._hosts is not None:
-            raise ValueError(
-                "logits_processors are functions of this process: with nnodes > 1 leave them out"
-            )
+        for name in ("logits_processors", "activation_edits"):
+            if getattr(params, name) and self._hosts is not None:
+                raise ValueError(f"{name} are functions of this process: with nnodes > 1 leave them out")
         generation = self._preparation.generation(request_id_for(request_id), prompt, params, priority)
         self.scheduler.check_fits(generation.request)
         return generation

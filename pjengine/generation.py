@@ -68,6 +68,8 @@ class Completion:
                 known = request.known_tokens(0, request.num_known)
                 reason = why_no_token(token, request.edits.processors, known)
                 reason = reason or ("" if self.matcher is None else self.matcher.error)
+                if token == BROKEN and request.edits.activations is not None:
+                    reason = request.edits.activations.why_no_number
                 request.finish("error", reason or NO_TOKEN[token])
                 return
             if self.logprobs is not None and arrays is not None:

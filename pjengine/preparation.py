@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pjengine.beam_search import BeamSearch
+from pjengine.call_activation_edits import check_edits
 from pjengine.call_processors import check_processors
 from pjengine.edits import NO_EDITS, Edits
 from pjengine.generation import Completion, Generation
@@ -94,6 +95,8 @@ class Preparation:
             )
         check_processors(params.logits_processors or (), self.model_config.vocab_size, self.history_len)
         edits = self._resolver.edits(params)
+        if activations := check_edits(params.activation_edits or (), self.model_config):
+            edits = dataclasses.replace(edits, activations=activations)
         encoded = encode_prompt(
             prompt,
             self.tokenizer,
@@ -137,6 +140,8 @@ class Preparation:
     ) -> Request:
         num_prompt = len(encoded.token_ids)
         salt = f"{encoded.cache_salt}/{self.model_config.rope_excess(num_prompt)}"
+        if edits.activations is not None:  # its K and V are like no other's
+            salt = fork or request_id_for(None)
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, num_prompt + params.max_tokens)

@@ -25,17 +25,17 @@ MAX_NOTES = 4096  # errors on the host that nobody has asked for yet
 class Chains(NamedTuple):
     """Which a program must have, and which it had better have: those of requests that still wait, too."""
 
-    now: frozenset[Chain]
-    soon: frozenset[Chain]
+    now: frozenset[Any]  # a `Chain`, or an `EditChain` of activation edits
+    soon: frozenset[Any]
 
 
 NO_CHAINS = Chains(frozenset(), frozenset())
 
 
-def chains_wanted(running: Iterable[Chain], waiting: Iterable[Chain]) -> Chains:
-    """Of the chains of requests, empty ones among them; `soon` as many as run at once, at most."""
-    now = frozenset(filter(None, running))
-    soon = dict.fromkeys([*now, *filter(None, waiting)])
+def chains_wanted(running: Iterable[Any], waiting: Iterable[Any]) -> Chains:
+    """Of the chains of requests; `soon` as many as run at once, at most."""
+    now = frozenset(running)
+    soon = dict.fromkeys([*now, *waiting])
     return Chains(now, now | frozenset(list(soon)[:MAX_CHAINS]))
 
 

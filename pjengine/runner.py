@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from jax.profiler import TraceAnnotation
 from jax.sharding import NamedSharding
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
+from pjengine.activation_edits import SentWords, room_for, words_by_slot
 from pjengine.batching import Layout, pack, page_updates
 from pjengine.compile_cache import CompileCache
 from pjengine.config import RunnerConfig
@@ -25,18 +26,19 @@ from pjengine.device_state import (
     free,
     new_state,
     page_updater,
+    replicate,
     run_draw,
     run_model,
 )
 from pjengine.divided_sampler import MANY
 from pjengine.draw import DrawLayout, Stages, Undrawn, pack_draw
 from pjengine.edit_sizes import has_token_states, num_states_for, prompt_top_for, sizes_for
-from pjengine.edits import past_prompts, without
+from pjengine.edits import NEEDS, past_prompts, without
 from pjengine.hosts import Hosts
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
 from pjengine.pooling import StepStates
-from pjengine.processors import NO_CHAINS, Chain, Chains
+from pjengine.processors import NO_CHAINS, Chains
 from pjengine.programs import CompilationError, Programs
 from pjengine.progress import progress_bar
 from pjengine.schedule import NO_MASKS, Masks, Schedule, state_limit
@@ -93,7 +95,8 @@ class Runner:
         self.compile_s = 0.0  # that a caller waited for programs
         self._asked: set[AnyLayout] = set()
         self._num_misses: Counter[Stages] = Counter()
-        self._editing: dict[AnyLayout, None] = {}  # that depend on edits; those used last are at the end
+        # That depend on edits, with the args that they were last called with; those used last are at the end.
+        self._editing: dict[AnyLayout, SentWords | None] = {}
 
     @property
     def programs(self) -> Mapping[AnyLayout, Program]:
@@ -116,7 +119,10 @@ class Runner:
                 updates = self._update_early(updates, layout.max_page_updates)
             blob = pack(schedule, updates, layout, self.model.config.vocab_size)
         with TraceAnnotation("dispatch"):
-            results = run_model(self, layout, self.compiler.send(layout, blob))
+            vectors = [self.compiler.send(layout, blob)]
+            if layout.edit_room is not None:
+                vectors.append(self._send_words(layout, schedule))
+            results = run_model(self, layout, *vectors)
         if draw_layout is None:
             _send_home(results)
             return Launched(schedule, layout, *results)
@@ -139,6 +145,16 @@ class Runner:
         of_prompts = launched.prompt_logprobs, launched.states
         launched.output = StepOutput(tokens, logprobs, *of_prompts, beams, drafted)
         _send_home(launched.output)
+
+    def _send_words(self, layout: Layout, schedule: Schedule) -> Int[Array, "slots words"]:
+        """The args of a step's activation edits: sent where they are not those of the program's last step."""
+        assert layout.edit_room is not None
+        edits, sent = tuple(own for _, own in schedule.edited), self._editing[layout]
+        if sent is None or sent.edits != edits:
+            table = words_by_slot(edits, layout.edit_room)
+            self._editing[layout] = sent = SentWords(edits, replicate(table, self.compiler.sharding))
+        array: Array = sent.array
+        return array
 
     def _update_early(
         self, updates: Int[np.ndarray, "3 updates"], max_left: int
@@ -208,9 +224,9 @@ class Runner:
         return False
 
     def _editing_stages(
-        self, bucket: int, is_decode: bool, needs: np.ndarray, chains: Iterable[Chain]
+        self, bucket: int, is_decode: bool, needs: np.ndarray, chains: Iterable[Any]
     ) -> Stages:
-        """Those of a step whose edits need so much, see `edits.NEEDS`, and these logits processors."""
+        """Those of a step whose edits need so much, see `edits.NEEDS`, and these functions."""
         vocab_size, num_groups = self.model.config.vocab_size, self.config.num_groups
         model = replace(
             self._layout(bucket, is_decode),
@@ -219,8 +235,10 @@ class Runner:
             num_prompt_top=prompt_top_for(needs, vocab_size),
             num_states=num_states_for(needs),
             has_token_states=has_token_states(needs),
+            edit_room=room_for(int(needs[NEEDS.index("edited")]), chains),
         )
-        sizes = sizes_for(needs, vocab_size, chains).within(model.num_seqs)
+        processors = [chain for chain in chains if isinstance(chain, tuple)]
+        sizes = sizes_for(needs, vocab_size, processors).within(model.num_seqs)
         return Stages(model, DrawLayout(model.num_seqs, sizes, num_groups))
 
     def _by_need(self) -> list[Layout]:
@@ -269,9 +287,8 @@ class Runner:
         What requests may ask for makes thousands of different ones.
         """
         for layout in layouts:
-            if isinstance(layout, DrawLayout) or layout.num_prompt_top is not None or layout.num_states:
-                self._editing.pop(layout, None)
-                self._editing[layout] = None
+            if isinstance(layout, DrawLayout) or layout.depends_on_edits:
+                self._editing[layout] = self._editing.pop(layout, None)
         while len(self._editing) > MAX_EDITING:
             oldest = next(iter(self._editing))
             del self._editing[oldest]
@@ -303,7 +320,7 @@ class Runner:
         self._make(layouts if any(layout in failed for layout in larger) else larger)
         return False
 
-    def _largest(self, needs: np.ndarray, chains: Iterable[Chain]) -> list[Stages]:
+    def _largest(self, needs: np.ndarray, chains: Iterable[Any]) -> list[Stages]:
         """What any step that needs so much could run as."""
         config, anywhere = self.config, past_prompts(needs)
         most = config.mixed_buckets[-1]

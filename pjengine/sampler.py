@@ -7,7 +7,7 @@ same noise whatever the batch, the schedule or a preemption.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pjengine.pallas_kernels.keep_threshold import keep_threshold
 
@@ -33,6 +33,11 @@ def sample(
     kept = jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
     scores = noisy(kept, positions, seed_high, seed_low, temperature)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def has_nan(logits: Float[Array, "s v"]) -> Bool[Array, " s"]:
+    """Whether any of a row is NaN. Its maximum would not tell: on a CPU, XLA's of long rows drops NaN."""
+    return jnp.any(jnp.isnan(logits), axis=-1)
 
 
 def noisy(

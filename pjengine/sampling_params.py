@@ -9,6 +9,7 @@ from functools import cached_property
 from types import NoneType
 from typing import Any
 
+from pjengine.activation_edits import MAX_ACTIVATION_EDITS, ActivationEdit
 from pjengine.beam_search import MAX_BEAM_WIDTH
 from pjengine.hidden_states import HiddenStatesParams
 from pjengine.structured_outputs import StructuredOutputsParams
@@ -76,6 +77,8 @@ class SamplingParams:
     # Functions (token_ids, logits) -> logits, called one after the other: before temperature, after all else.
     logits_processors: Sequence[Callable[[Any, Any], Any]] | None = None
     hidden_states: HiddenStatesParams | None = None  # which of the prompt are wanted
+    # Functions that change its hidden states, of prompt and output; those of one layer one after the other.
+    activation_edits: Sequence[ActivationEdit] | None = None
 
     def __post_init__(self) -> None:
         given = self._given
@@ -213,6 +216,7 @@ _WITH_BEAMS: dict[str, tuple[Any, ...]] = {
     "seed": (None, -1),
     **dict.fromkeys(("stop", "logprobs", "prompt_logprobs", "logprob_token_ids"), (None,)),
     **dict.fromkeys(("structured_outputs", "logits_processors", "hidden_states"), (None,)),
+    "activation_edits": (None,),
 }
 
 _NUMBER = (int, float)
@@ -238,7 +242,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "allowed_token_ids": _IDS,
     "logit_bias": (Mapping, NoneType),
     "bad_words": (list, tuple, NoneType),
-    "logits_processors": (list, tuple, NoneType),
+    **dict.fromkeys(("logits_processors", "activation_edits"), (list, tuple, NoneType)),
     "output_kind": (RequestOutputKind,),
     "structured_outputs": (StructuredOutputsParams, NoneType),
     "hidden_states": (HiddenStatesParams, NoneType),
@@ -248,6 +252,7 @@ _ITEMS: dict[str, type] = {
     "stop": str,
     "bad_words": str,
     "logits_processors": Callable,  # type: ignore[dict-item]
+    "activation_edits": ActivationEdit,
     **dict.fromkeys(("stop_token_ids", "logprob_token_ids", "allowed_token_ids", "logit_bias"), int),
 }
 
@@ -274,6 +279,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("allowed_token_ids", lambda ids: len(ids) > 0, "None or at least one id"),
     ("bad_words", lambda words: "" not in words, "free of empty strings"),
     ("logits_processors", lambda own: len(own) <= MAX_PROCESSORS, f"at most {MAX_PROCESSORS}"),
+    ("activation_edits", lambda own: len(own) <= MAX_ACTIVATION_EDITS, f"at most {MAX_ACTIVATION_EDITS}"),
     ("truncate_prompt_tokens", lambda count: count >= 1 or count == -1, "at least 1, or -1 for what fits"),
 )
 

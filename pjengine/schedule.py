@@ -1,13 +1,15 @@
 """What a step computes: the scheduler's answer, the runner's order. Plain Python and numpy."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pjengine.activation_edits import ActivationEdits
 from pjengine.beam_search import BeamStep
-from pjengine.edits import Edits
+from pjengine.edits import NEEDS, Edits
 from pjengine.page_groups import PageUpdates
 from pjengine.request import Request
 from pjengine.sampling_params import MAX_PROCESSORS
@@ -19,6 +21,7 @@ FAILED = -16  # its first logits processor returned NaN; -17: the second, and so
 EMPTIED = FAILED - MAX_PROCESSORS  # its first logits processor forbids every token, and so on
 # What a mixed step costs beside its tokens, in tokens: it reads all weights, however few there are.
 STEP_COST = 256
+_EDITED = NEEDS.index("edited")
 
 
 class Chunk(NamedTuple):
@@ -74,9 +77,19 @@ class Schedule:
     has_filters: bool = True  # of a decode: whether a row has top_k, top_p or min_p
 
     @property
-    def chains(self) -> set[tuple[Any, ...]]:
-        """The logits processors of its requests, one after the other."""
-        return {edits.processors for _, edits, _ in self.edits if edits.processors}
+    def chains(self) -> set[Any]:
+        """Of functions: the logits processors of its requests, one after the other, and activation edits."""
+        processors = {edits.processors for _, edits, _ in self.edits if edits.processors}
+        return processors | {own.chain for _, own in self.edited}
+
+    @property
+    def edited(self) -> list[tuple[int, ActivationEdits]]:
+        """Sequences whose hidden states are changed, and how."""
+        if not self.needs[_EDITED]:
+            return []
+        requests = itertools.chain(self.decodes.requests, (chunk.request for chunk in self.chunks))
+        each = ((seq, request.edits.activations) for seq, request in enumerate(requests))
+        return [(seq, own) for seq, own in each if own is not None]
 
     @property
     def num_seqs(self) -> int:

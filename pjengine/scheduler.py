@@ -18,12 +18,14 @@ from pjengine.beam_rows import BeamRows
 from pjengine.edits import NEEDS, NO_EDITS, Edits, join_needs, past_prompts
 from pjengine.page_groups import Found, PageGroups, PageUpdates
 from pjengine.page_pool import PagePool
-from pjengine.processors import MAX_CHAINS, NO_CHAINS, Chain, Chains, chains_wanted
+from pjengine.processors import MAX_CHAINS, NO_CHAINS, Chains, chains_wanted
 from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.row_table import RowTable
 from pjengine.schedule import Chunk, Decodes, Schedule, TokenBudget, step_limit
 from pjengine.speculation import Speculation
+
+_WITH_FUNCTIONS = [NEEDS.index("processed"), NEEDS.index("edited")]
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Scheduler:
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
     _approved: np.ndarray = field(default_factory=lambda: np.zeros(len(NEEDS)))  # by `can_edit`, last
-    _approved_chains: frozenset[Chain] = frozenset()
+    _approved_chains: frozenset[Any] = frozenset()
 
     def __post_init__(self) -> None:
         self.rows = RowTable(self.max_num_seqs)
@@ -323,13 +325,13 @@ class Scheduler:
         return is_ready
 
     def _chains(self, request: Request) -> Chains:
-        """The logits processors of all that run with the request, and of those that wait."""
-        rows = np.flatnonzero(self.rows.needs[:, NEEDS.index("processed")]).tolist()
-        running = [self.rows.owner(row).edits.processors for row in rows]
-        if not running and not request.edits.processors:
+        """The functions of all that run with the request, and of those that wait."""
+        rows = np.flatnonzero(self.rows.needs[:, _WITH_FUNCTIONS].any(axis=1)).tolist()
+        running = [chain for row in rows for chain in self.rows.owner(row).edits.chains]
+        if not running and not request.edits.chains:
             return NO_CHAINS
-        waiting = (other.edits.processors for _, other in self._waiting)
-        return chains_wanted([*running, request.edits.processors], waiting)
+        waiting = (chain for _, other in self._waiting for chain in other.edits.chains)
+        return chains_wanted([*running, *request.edits.chains], waiting)
 
     def _row_needs(self, requests: Iterable[Request]) -> list[tuple[int, ...]]:
         return [own.edits.needs for request in requests for own in request.row_requests]

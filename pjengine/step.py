@@ -11,16 +11,17 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.batching import Layout, Rows, live_rows, sampled_by, unpack, update_rows
 from pjengine.beam_selection import BeamOutput
+from pjengine.call_activation_edits import state_edit
 from pjengine.divided_sampler import draw_divided
 from pjengine.draw import Undrawn
 from pjengine.logprobs import Logprobs, prompt_logprobs_of
 from pjengine.models.attention import PagedAttend
-from pjengine.models.decoder import Decoder, Params
+from pjengine.models.decoder import Decoder, Params, StateEdit
 from pjengine.models.kept_states import KeptStates
 from pjengine.models.state import Batch, KVCache
 from pjengine.models.window_group import WindowGroup
 from pjengine.pooling import StepStates, step_states
-from pjengine.sampler import sample
+from pjengine.sampler import has_nan, sample
 from pjengine.schedule import BROKEN
 from pjengine.speculation_config import SpeculationConfig
 from pjengine.speculative_step import Drafted, accept, draft, draft_batch
@@ -129,6 +130,7 @@ def compute_logits(
     cache: KVCache,
     rows: Rows,
     blob: Int[Array, " size"],
+    words: Int[Array, "slots words"] | None = None,
     *,
     model: Decoder,
     layout: Layout,
@@ -139,7 +141,7 @@ def compute_logits(
 ) -> tuple[KVCache, Rows, Undrawn, Logprobs | None, StepStates | None]:
     """Computes the batch in `blob` for `draw`, and what is asked of prompts. Donates `cache` and `rows`.
 
-    The first program of a step with edits, whatever they are.
+    The first program of a step with edits, whatever they are; `words` are the args of those of activations.
     """
     parts = layout.split(blob)
     rows = update_rows(rows, parts, layout)
@@ -152,7 +154,11 @@ def compute_logits(
         drafted, row = None, parts["rows"]
         batch = unpack(rows, row, parts, layout)
         sampled_rows = row if layout.is_decode else parts["sampled_rows"]
-    run: Run = partial(run_model, params, window_group=window_group, **settings)
+    edit = None
+    if layout.edit_room is not None:
+        assert words is not None
+        edit = state_edit(layout.edit_room, parts["edited"], words, rows, row, batch)
+    run: Run = partial(run_model, params, window_group=window_group, edit=edit, **settings)
     states = None
     if batch.cu_q_lens is None or layout.num_states == 0:
         cache, hidden, _ = run(cache, batch)
@@ -184,16 +190,17 @@ def run_model(
     window_group: WindowGroup | None = None,
     backend: str | None,
     room: KeptStates | None = None,
+    edit: StateEdit | None = None,
 ) -> tuple[KVCache, Float[Array, "t e"], KeptStates | None]:
     """The model once: the final hidden state of each token of a batch, and what there is `room` for on the
-    way.
+    way; `edit` is done to them between the layers.
     """
     attend = PagedAttend(batch, num_pages, backend, window_group)
     inputs, kept = (batch.tokens, batch.positions, batch.rope_lens), None
-    if room is None:
+    if room is None and edit is None:
         hidden, updated = model.run(params, *inputs, cache, attend)
     else:
-        hidden, updated, kept = model.run_keeping(params, *inputs, cache, attend, room)
+        hidden, updated, kept = model.run_keeping(params, *inputs, cache, attend, room, edit)
     assert updated is not None
     return updated._replace(token_ids=write_tokens(updated.token_ids, batch)), hidden, kept
 
@@ -215,7 +222,7 @@ def draw_tokens(
     """Hidden states and the parameters of their rows to tokens, without edits."""
 
     def whole(logits: Float[Array, "s v"], own: dict[str, Array]) -> Int[Array, " s"]:
-        return jnp.where(jnp.isnan(jnp.max(logits, axis=-1)), BROKEN, sample(logits, backend=backend, **own))
+        return jnp.where(has_nan(logits), BROKEN, sample(logits, backend=backend, **own))
 
     logits = model.own_logits(params, hidden)
     if model.own.share is None:

@@ -153,7 +153,12 @@ class StepCompiler:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
 
         if not isinstance(layout, DrawLayout):
-            return *self.state, array((layout.size,))
+            words = (
+                []
+                if layout.edit_room is None
+                else [array((layout.edit_room.num_slots, layout.edit_room.num_words))]
+            )
+            return *self.state, array((layout.size,)), *words
         _, cache, rows = self.state
         seqs, vocab_size = layout.num_seqs, self.model.config.vocab_size
         drafted = None
@@ -233,7 +238,7 @@ class StepCompiler:
 
 def _is_kept(layout: Layout | DrawLayout) -> bool:
     """Whether later runs can know the program again: of a caller's functions nothing is known."""
-    return not (isinstance(layout, DrawLayout) and layout.edits.chains)
+    return not (layout.edits.chains if isinstance(layout, DrawLayout) else layout.edit_room)
 
 
 def _return_memory() -> None:

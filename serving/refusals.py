@@ -17,6 +17,7 @@ _CHAT = Refusal("tools and reasoning are part of /v1/chat/completions")
 _GUIDED = Refusal("its place has been taken by structured_outputs, with json, regex, choice or grammar in it")
 _EFFORT = Refusal("how long a model thinks is up to it; chat_template_kwargs may say more")
 _TEXT_ONLY = Refusal("only text is supported")
+_PYTHON_ONLY = Refusal("a function does not travel; LLM and AsyncLLM take them in Python")
 _STORED = Refusal("this server stores no requests")
 _TRANSFERS = Refusal("KV pages are not transferred between engines")
 
@@ -28,7 +29,7 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     **dict.fromkeys(("modalities", "audio", "media_io_kwargs", "mm_processor_kwargs"), _TEXT_ONLY),
     **dict.fromkeys(("store", "safety_identifier", "prompt_cache_key"), _STORED),
     "metadata": _STORED._replace(neutral={}),
-    "logits_processors": Refusal("a function does not travel; LLM and AsyncLLM take them in Python"),
+    **dict.fromkeys(("logits_processors", "activation_edits"), _PYTHON_ONLY),
     "prompt_embeds": Refusal("prompts are text or token ids"),
     "kv_transfer_params": _TRANSFERS,
     "vllm_xargs": Refusal("there are no plugins to pass arguments to"),

@@ -118,6 +118,27 @@ def test_a_server_is_started_measured_and_ended(tmp_path: Path) -> None:
     assert histogram == "74 requests\n" and ended == "the server ended with 0\n"
 
 
+def test_heads_have_habits_and_a_direction_steers_its_own_requests(tmp_path: Path) -> None:
+    text = [shown for shown in execute("05_steer_and_look_inside.ipynb", tmp_path) if shown]
+    _, habits, settled, length, swept, written, failed = text
+    shares = [int(line.split("with ")[1].split("%")[0]) for line in habits.splitlines()[:3]]
+    assert shares[0] > 80 and min(shares) > 30
+    assert "rows sum to 1.0 ... 1.0" in habits and "the answer stands from layer" in settled
+    assert length.startswith("length ")
+    same, chances = swept.splitlines()
+    assert same.endswith("True")
+    plain, steered = (part.split("[")[1].split("]")[0].split() for part in chances.split(" at strength 2"))
+    assert max(map(float, plain)) < 0.05 and min(map(float, steered)) > 0.2
+    by_strength = [[line for line in written.splitlines() if line[0] == strength] for strength in "03"]
+    assert not any("for " in line for line in by_strength[0]) and all(
+        "'for " in line for line in by_strength[1]
+    )
+    refused, ended, beside = failed.splitlines()
+    assert "must return float32[256], as the state that it gets, got float32[3]" in refused
+    assert ended.startswith("error - ") and "activation_edits (steer at layer 5)" in ended
+    assert beside == "length - True"
+
+
 def test_an_architecture_from_outside_is_served(tmp_path: Path) -> None:
     *_, generated, compared, refused = execute("07_your_own_architecture.ipynb", tmp_path)
     assert [len(line.split(", ")) for line in generated.splitlines()] == [16, 16]

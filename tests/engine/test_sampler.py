@@ -28,6 +28,17 @@ def test_temperature_zero_takes_the_likeliest_whatever_the_filters() -> None:
     assert tokens.tolist() == logits.argmax(axis=1).tolist()
 
 
+def test_a_row_that_holds_nan_is_found_however_long_it_is() -> None:
+    import jax
+
+    from pjengine.sampler import has_nan
+
+    for size in (7, 160, 4096, 128_256):
+        logits = np.zeros((4, size), np.float32)
+        logits[1], logits[2, size // 2], logits[3] = np.nan, np.nan, -np.inf
+        assert jax.jit(has_nan)(jnp.asarray(logits)).tolist() == [False, True, True, False]
+
+
 def test_frequencies_follow_the_softmax() -> None:
     probs = np.array([0.5, 0.3, 0.15, 0.05])
     num = 20_000

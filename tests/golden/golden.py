@@ -58,6 +58,8 @@ LLAMA_CASES = BY_ARCHITECTURE["LlamaForCausalLM"]
 # Whose hidden states are in a file of their own: with embeddings scaled, with positions, or behind a norm;
 # with a last norm or none.
 STATES = {"gqa", "gpt2", "bloom", "gemma2", "opt_no_final_norm", "falcon_rw", "qwen3_moe", "granite"}
+# Whose attention is in another: grouped heads, ALiBi, soft caps and windows, sinks.
+ATTENTIONS = {"gqa", "bloom_6_heads", "gemma2", "gpt_oss"}
 _NORM = re.compile(r"norm|\bln_|_ln\b")
 _EMBEDDING = re.compile(r"embed|\bwte\b|\bwpe\b")
 

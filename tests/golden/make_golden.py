@@ -6,7 +6,7 @@ Needs torch and transformers, in an environment of its own, from the root of the
     /tmp/torchenv/bin/pip install torch==2.13.0 transformers==5.17.0 safetensors
     /tmp/torchenv/bin/python tests/golden/make_golden.py              # all of them
     /tmp/torchenv/bin/python tests/golden/make_golden.py gpt2 tied    # some cases
-    /tmp/torchenv/bin/python tests/golden/make_golden.py hidden_states
+    /tmp/torchenv/bin/python tests/golden/make_golden.py hidden_states attentions
 
 The cases are in the tables of cases_*.py. torch's CPU wheel is enough; another version of torch, or another
 processor, changes last bits of the logits.
@@ -33,7 +33,7 @@ import cases_modern  # noqa: E402
 import cases_moe  # noqa: E402
 from cases_llama import DYNAMIC_LENGTHS, LLAMA, ROPES  # noqa: E402
 from families import Family  # noqa: E402
-from golden import CASES, STATES, checksum, load, make_weights  # noqa: E402
+from golden import ATTENTIONS, CASES, STATES, checksum, load, make_weights  # noqa: E402
 from make_golden_restated import RESTATED  # noqa: E402
 
 FAMILIES: tuple[Family, ...] = (LLAMA, *cases_2023.FAMILIES, *cases_modern.FAMILIES, *cases_moe.FAMILIES)
@@ -73,6 +73,12 @@ class Transformers:
         """[layers + 1, tokens, width]"""
         outputs = self.model(torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
         return torch.stack(outputs.hidden_states)[:, 0]
+
+    def attentions(self, tokens: list[int]) -> torch.Tensor:
+        """[layers, heads, tokens, tokens]"""
+        self.model.set_attn_implementation("eager")
+        outputs = self.model(torch.tensor([tokens]), use_cache=False, output_attentions=True)
+        return torch.stack(outputs.attentions)[:, 0]
 
     def generate(self, prompt: list[int], new_tokens: int) -> tuple[list[int], torch.Tensor]:
         """Returns the greedy tokens and the logits that each was chosen from."""
@@ -170,6 +176,17 @@ def write_hidden_states() -> None:
     np.savez_compressed(FOLDER / "hidden_states.npz", **arrays)
 
 
+def write_attentions() -> None:
+    """Of some cases, as they are on disk: of the last four tokens of the prompt."""
+    arrays = {}
+    for family in FAMILIES:
+        for name in ATTENTIONS.intersection(family.cases):
+            golden, case = load(name), Transformers(family, name)
+            case.fill(golden.weights())
+            arrays[name] = case.attentions(golden.prompt)[:, :, -4:].numpy()
+    np.savez_compressed(FOLDER / "attentions.npz", **arrays)
+
+
 def write_ropes() -> None:
     about, arrays = {}, {}
     for name, (head_dim, length, parameters) in ROPES.items():
@@ -231,7 +248,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     found = {name: family.architecture for family in FAMILIES for name in family.cases}
     assert found == CASES, f"golden.py lists other cases: {set(found.items()) ^ set(CASES.items())}"
-    unknown = set(sys.argv[1:]) - set(CASES) - {"hidden_states"}
+    unknown = set(sys.argv[1:]) - set(CASES) - {"hidden_states", "attentions"}
     if unknown:
         raise SystemExit(f"no such cases: {sorted(unknown)}; there are {list(CASES)}")
     for each in FAMILIES:
@@ -240,6 +257,8 @@ if __name__ == "__main__":
                 write_case(each, case)
     if "hidden_states" in sys.argv[1:] or len(sys.argv) == 1:
         write_hidden_states()
+    if "attentions" in sys.argv[1:] or len(sys.argv) == 1:
+        write_attentions()
     if len(sys.argv) == 1:
         write_ropes()
         write_state_dicts()

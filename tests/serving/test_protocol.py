@@ -211,7 +211,7 @@ def test_every_sampling_parameter_can_be_sent_but_those_of_the_python_api() -> N
         "detokenize",
         "flat_logprobs",
         "logprob_token_ids",
-        "logits_processors",  # functions do not travel
+        *("logits_processors", "activation_edits"),  # functions do not travel
         "skip_reading_prefix_cache",  # `cache_salt` is the server's way
         "hidden_states",  # those that stand for a text are at /v1/embeddings
     }
