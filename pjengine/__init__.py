@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pjengine.embeddings import EmbeddingOutput as EmbeddingOutput
     from pjengine.engine import LLMEngine as LLMEngine
     from pjengine.hidden_states import HiddenStatesParams as HiddenStatesParams
+    from pjengine.jsonl import generate_to_jsonl as generate_to_jsonl
     from pjengine.llm import LLM as LLM
     from pjengine.llm import CompletionChunk as CompletionChunk
     from pjengine.outputs import CompletionOutput as CompletionOutput
@@ -45,6 +46,7 @@ _HOMES = {
     "CompletionScore": "pjengine.scoring",
     "PerplexityOutput": "pjengine.scoring",
     "ScoreOutput": "pjengine.scoring",
+    "generate_to_jsonl": "pjengine.jsonl",
     "LLM": "pjengine.llm",
     "CompletionChunk": "pjengine.llm",
     "CompletionOutput": "pjengine.outputs",
@@ -83,6 +85,7 @@ __all__ = [
     "SamplingParams",
     "ScoreOutput",
     "StructuredOutputsParams",
+    "generate_to_jsonl",
     "host_processor",
 ]
 

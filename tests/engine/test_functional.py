@@ -1,12 +1,13 @@
-"""Prefill and decode as pure functions: they are what the engine computes, in any of JAX's transformations."""
+"""Prefill and decode as pure functions: what the engine computes, under any of JAX's transformations."""
 
+import dataclasses
 import doctest
 import functools
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +19,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tests.golden import golden as goldens
 
 ROOM = 64
-LENGTHS = (1, 7)  # of the rows behind the golden one
+LENGTHS = (1, 7, 4)  # of the rows behind the golden one
+GOLDEN = goldens.load("gqa")
 
 
-def load(name: str, folder: Path, **settings: Any) -> tuple[Any, Any]:
-    from pjengine import functional
+class Programs(NamedTuple):
+    """What several tests run, compiled once for the rows of `ragged`."""
 
-    return functional.load(goldens.write_checkpoint(goldens.load(name), folder), **settings)
+    model: Any
+    params: Any
+    prefill: Any
+    decode_step: Any
+    greedy: Any  # for 8 tokens
 
 
 @pytest.fixture(scope="module")
-def gqa(gqa_folder: Path) -> tuple[Any, Any]:
+def gqa(gqa_folder: Path) -> Programs:
     from pjengine import functional
 
-    return functional.load(gqa_folder, dtype="float32")
+    model, params = functional.load(gqa_folder, dtype="float32")
+    prefill, decode_step = (
+        jax.jit(functools.partial(own, model)) for own in (functional.prefill, functional.decode_step)
+    )
+    return Programs(model, params, prefill, decode_step, jax.jit(greedy(model, 8)))
 
 
 def ragged(prompt: list[int]) -> tuple[Any, Any]:
@@ -63,8 +73,10 @@ def greedy(model: Any, num_tokens: int, **settings: Any) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", ["gqa", "dynamic_growing", "gpt2", "gemma2", "mixtral_window"])
 def test_a_scan_over_ragged_prompts_gives_the_tokens_of_the_dense_model(name: str, tmp_path: Path) -> None:
+    from pjengine import functional
+
     golden = goldens.load(name)
-    model, params = load(name, tmp_path, dtype="float32")
+    model, params = functional.load(goldens.write_checkpoint(golden, tmp_path), dtype="float32")
     tokens, lengths = ragged(golden.prompt)
     num_tokens = min(len(golden.tokens), ROOM - len(golden.prompt))
     found = np.asarray(jax.jit(greedy(model, num_tokens))(params, tokens, lengths))
@@ -79,137 +91,132 @@ def test_a_scan_over_ragged_prompts_gives_the_tokens_of_the_dense_model(name: st
         np.testing.assert_array_equal(likeliest[length - 1 : length - 1 + num_tokens], found[row])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_are_those_of_the_engine_whose_parameters_they_share(gqa_folder: Path, dtype: str) -> None:
+def test_tokens_are_those_of_the_engine_whose_parameters_they_share(gqa_folder: Path) -> None:
     from pjengine import LLM, SamplingParams
 
-    golden = goldens.load("gqa")
-    tokens, lengths = ragged(golden.prompt)
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    tokens, lengths = ragged(GOLDEN.prompt)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": ROOM, "warm_up": False}
-    with LLM(gqa_folder, dtype=dtype, skip_tokenizer_init=True, decode_steps=1, **sizes) as llm:
-        prompts = [golden.prompt[:length] for length in lengths.tolist()]
+    with LLM(gqa_folder, dtype="bfloat16", skip_tokenizer_init=True, decode_steps=1, **sizes) as llm:
+        prompts = [GOLDEN.prompt[:length] for length in lengths.tolist()]
         wanted = [own.outputs[0].token_ids for own in llm.generate(prompts, params, use_tqdm=False)]
-        found = jax.jit(greedy(llm.model, 12))(llm.params, tokens, lengths)
+        found = jax.jit(greedy(llm.model, 8))(llm.params, tokens, lengths)
     assert found.tolist() == wanted
 
 
-def test_vmap_over_prompts_of_one_shape_is_one_batch_of_them(gqa: tuple[Any, Any]) -> None:
-    model, params = gqa
-    tokens, lengths = ragged(goldens.load("gqa").prompt)
-    wanted = jax.jit(greedy(model, 8))(params, tokens, lengths)
+def test_vmap_over_prompts_of_one_shape_is_one_batch_of_them(gqa: Programs) -> None:
+    tokens, lengths = ragged(GOLDEN.prompt)
 
     def one(tokens: Any, length: Any) -> Any:
-        return greedy(model, 8)(params, tokens[None], length[None])[0]
+        return greedy(gqa.model, 8)(gqa.params, tokens[None], length[None])[0]
 
     mapped = jax.vmap(one)
-    np.testing.assert_array_equal(jax.jit(mapped)(tokens, lengths), wanted)
-    # Products have all rows at once, and no instance a page table of its own.
-    text = str(jax.make_jaxpr(mapped)(tokens, lengths))
-    plain = str(jax.make_jaxpr(greedy(model, 8))(params, tokens, lengths))
-    assert text.count("dot_general") == plain.count("dot_general")
-    twice = jax.jit(jax.vmap(mapped))(jnp.stack([tokens, tokens]), jnp.stack([lengths, lengths[::-1]]))
-    np.testing.assert_array_equal(twice[0], wanted)
-    np.testing.assert_array_equal(twice[1, 1], wanted[1])
+    # Each product once, for all rows.
+    counts = [
+        str(jaxpr).count("dot_general")
+        for jaxpr in (
+            jax.make_jaxpr(mapped)(tokens, lengths),
+            jax.make_jaxpr(gqa.greedy)(gqa.params, tokens, lengths),
+        )
+    ]
+    assert counts[0] == counts[1] > 0
+    # Two maps, one in the other: the rows as they are, and turned round.
+    found = jax.jit(jax.vmap(mapped))(*(jnp.stack([own, own[::-1]]) for own in (tokens, lengths)))
+    wanted = gqa.greedy(gqa.params, tokens, lengths)
+    np.testing.assert_array_equal(found, jnp.stack([wanted, wanted[::-1]]))
 
 
-def test_vmap_over_models_gives_each_its_own_tokens(gqa: tuple[Any, Any]) -> None:
-    model, params = gqa
-    tokens, lengths = ragged(goldens.load("gqa").prompt)
-    other = {**params, "final_norm": -params["final_norm"]}
-    run = jax.jit(greedy(model, 4))
-    both = jax.tree.map(lambda *own: jnp.stack(own), params, other)
-    found = jax.jit(jax.vmap(greedy(model, 4), in_axes=(0, None, None)))(both, tokens, lengths)
+def test_vmap_over_models_gives_each_its_own_tokens(gqa: Programs) -> None:
+    inputs = ragged(GOLDEN.prompt)
+    other = {**gqa.params, "final_norm": -gqa.params["final_norm"]}
+    both = jax.tree.map(lambda *own: jnp.stack(own), gqa.params, other)
+    found = jax.jit(jax.vmap(greedy(gqa.model, 8), in_axes=(0, None, None)))(both, *inputs)
     assert not np.array_equal(found[0], found[1])
-    np.testing.assert_array_equal(found[0], run(params, tokens, lengths))
-    np.testing.assert_array_equal(found[1], run(other, tokens, lengths))
+    np.testing.assert_array_equal(found[0], gqa.greedy(gqa.params, *inputs))
+    np.testing.assert_array_equal(found[1], gqa.greedy(other, *inputs))
 
 
-def test_kernels_run_under_vmap(tmp_path: Path) -> None:
+def test_kernels_run_under_vmap(gqa: Programs) -> None:
     """Those for a GPU, in Pallas's interpreter: a batch of mapped caches is one that they know."""
-    model, params = load("gqa", tmp_path, dtype="float32")
-    tokens, lengths = ragged(goldens.load("gqa").prompt)
-    wanted = jax.jit(greedy(model, 3))(params, tokens, lengths)
+    tokens, lengths = ragged(GOLDEN.prompt)
 
     def one(tokens: Any, length: Any) -> Any:
-        return greedy(model, 3, backend="triton_interpret")(params, tokens[None], length[None])[0]
+        return greedy(gqa.model, 3, backend="triton_interpret")(gqa.params, tokens[None], length[None])[0]
 
-    np.testing.assert_array_equal(jax.jit(jax.vmap(one))(tokens, lengths), wanted)
+    found = jax.jit(jax.vmap(one))(tokens, lengths)
+    np.testing.assert_array_equal(found, gqa.greedy(gqa.params, tokens, lengths)[:, :3])
 
 
-def test_a_prompt_read_in_parts_is_the_prompt_read_at_once(gqa: tuple[Any, Any]) -> None:
+def test_a_prompt_read_in_parts_is_the_prompt_read_at_once(gqa: Programs) -> None:
     from pjengine import functional
 
-    model, params = gqa
-    tokens, lengths = ragged(goldens.load("gqa").prompt)
-    prefill = jax.jit(functools.partial(functional.prefill, model))
-    wanted, whole = prefill(params, functional.init_cache(model, 3, ROOM), tokens, lengths)
-    cache, first = functional.init_cache(model, 3, ROOM), 3
-    _, cache = prefill(params, cache, tokens, jnp.minimum(lengths, first))
-    rest = jnp.roll(tokens, -first, axis=1)
-    logits, cache = prefill(params, cache, rest, jnp.maximum(lengths - first, 0))
+    tokens, lengths = ragged(GOLDEN.prompt)
+    prefill = functools.partial(gqa.prefill, gqa.params)
+    cache, first = functional.init_cache(gqa.model, 4, ROOM), 4
+    wanted, whole = prefill(cache, tokens, lengths)
+    _, cache = prefill(cache, tokens, jnp.minimum(lengths, first))
+    logits, cache = prefill(cache, jnp.roll(tokens, -first, axis=1), jnp.maximum(lengths - first, 0))
     np.testing.assert_array_equal(cache["lengths"], whole["lengths"])
     is_longer = np.asarray(lengths) > first
+    assert is_longer.tolist() == [True, False, True, False]
     np.testing.assert_allclose(logits[is_longer], wanted[is_longer], rtol=1e-4, atol=1e-4)
     assert np.isnan(logits[~is_longer]).all()  # nothing was asked of them
     # A row that begins anew knows nothing of what it was.
     cache["lengths"] = cache["lengths"].at[0].set(0)
-    logits, _ = prefill(params, cache, tokens, jnp.where(jnp.arange(3) == 0, lengths, 0))
+    logits, _ = prefill(cache, tokens, jnp.where(jnp.arange(4) == 0, lengths, 0))
     np.testing.assert_allclose(logits[0], wanted[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_without_room_stays_as_it_is_and_says_nan(gqa: tuple[Any, Any]) -> None:
+def test_a_row_without_room_stays_as_it_is_and_says_nan(gqa: Programs) -> None:
     from pjengine import functional
 
-    model, params = gqa
-    cache = functional.init_cache(model, 2, 16)
-    prefill = jax.jit(functools.partial(functional.prefill, model))
-    decode_step = jax.jit(functools.partial(functional.decode_step, model))
-    tokens = jnp.tile(jnp.arange(16, dtype=jnp.int32), (2, 1))
-    logits, cache = prefill(params, cache, tokens, jnp.array([16, 15], jnp.int32))
-    assert not np.isnan(logits).any()
-    before = jax.tree.map(np.asarray, cache)
-    logits, cache = decode_step(params, cache, jnp.array([1, 2], jnp.int32))
-    assert np.isnan(logits).all(axis=1).tolist() == [True, False]
-    assert cache["lengths"].tolist() == [16, 16]
-    own = before["page_table"][0] + np.arange(model.config.num_layers) * (
-        len(before["k"]) // model.config.num_layers
-    )
-    np.testing.assert_array_equal(cache["k"][own], before["k"][own])
-    for lengths in ([1, -1], [17, 1]):
-        logits, after = prefill(params, cache, tokens, jnp.array(lengths, jnp.int32))
-        assert np.isnan(logits).all()
-        np.testing.assert_array_equal(after["k"], cache["k"])
+    cache = functional.init_cache(gqa.model, 4, 64)
+    tokens, _ = ragged(GOLDEN.prompt)
+    width = tokens.shape[1]
+    _, cache = gqa.prefill(gqa.params, cache, tokens, jnp.array([width, width - 1, 1, 1], jnp.int32))
+    cache["lengths"] = cache["lengths"] + (64 - width)  # whatever may be in between
+    logits, after = gqa.decode_step(gqa.params, cache, jnp.arange(4, dtype=jnp.int32))
+    assert np.isnan(logits).any(axis=1).tolist() == [True, False, False, False]
+    assert (after["lengths"] - cache["lengths"]).tolist() == [0, 1, 1, 1]
+    num_pages = len(cache["k"]) // gqa.model.config.num_layers
+    own = [page + layer * num_pages for page in cache["page_table"][0] for layer in range(3)]
+    np.testing.assert_array_equal(after["k"][np.array(own)], cache["k"][np.array(own)])
+    lengths = jnp.array([1, 2, width + 1, -1], jnp.int32)  # of rows that have 64, 63, 65 - width and as much
+    logits, after = gqa.prefill(gqa.params, cache, tokens, lengths)
+    assert np.isnan(logits).all()
+    np.testing.assert_array_equal(after["k"], cache["k"])
+    assert after["lengths"].tolist() == cache["lengths"].tolist()
 
 
-def test_a_donated_cache_is_updated_in_place(gqa: tuple[Any, Any]) -> None:
+def test_a_donated_cache_is_updated_in_place(gqa: Programs) -> None:
     from pjengine import functional
 
-    model, params = gqa
-    cache = jax.eval_shape(lambda: functional.init_cache(model, 64, ROOM))
-    kv_bytes = cache["k"].size * 4 * 2
-    row, many = jax.ShapeDtypeStruct((64,), jnp.int32), jax.ShapeDtypeStruct((64, 1), jnp.int32)
-    mapped = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), cache)
+    model, params = gqa.model, gqa.params
+    pool = jax.ShapeDtypeStruct((3 * 20000, 2, 16, 8), jnp.float32)  # more than any step needs beside it
+    kv_bytes = 2 * pool.size * 4
+    cache = {**jax.eval_shape(lambda: functional.init_cache(model, 4, ROOM)), "k": pool, "v": pool}
+
+    def mapped(array: Any) -> Any:
+        return jax.ShapeDtypeStruct((2, *array.shape), array.dtype)
+
     decode_step = functools.partial(functional.decode_step, model)
-    for step, cache, tokens, scale in (
-        (functools.partial(functional.prefill, model), cache, many, 1),
-        (decode_step, cache, row, 1),
-        (jax.vmap(decode_step, in_axes=(None, 0, 0)), mapped, jax.ShapeDtypeStruct((2, 64), jnp.int32), 2),
+    token, tokens = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4,), (4, 8)))
+    of_all = jax.vmap(decode_step, in_axes=(None, 0, 0))
+    for step, own, inputs, scale in (
+        (functools.partial(functional.prefill, model), cache, tokens, 1),
+        (decode_step, cache, token, 1),
+        (of_all, jax.tree.map(mapped, cache), mapped(token), 2),
     ):
-        compiled = jax.jit(step, donate_argnums=1).lower(params, cache, tokens).compile()
-        memory = compiled.memory_analysis()
-        assert memory.alias_size_in_bytes >= scale * kv_bytes
-        assert memory.temp_size_in_bytes < kv_bytes / 2
+        memory = jax.jit(step, donate_argnums=1).lower(params, own, inputs).compile().memory_analysis()
+        assert memory is not None and memory.alias_size_in_bytes >= scale * kv_bytes
+        assert memory.temp_size_in_bytes < kv_bytes / 20
 
 
-def test_no_program_calls_the_host(gqa: tuple[Any, Any]) -> None:
-    model, params = gqa
-    tokens, lengths = ragged(goldens.load("gqa").prompt)
-    generate = jax.jit(greedy(model, 4))
-    lowered = generate.lower(params, tokens, lengths)
-    assert not lowered.compile()._executable.unsafe_call.has_host_callbacks  # type: ignore[union-attr]
-    assert not jax.make_jaxpr(generate)(params, tokens, lengths).effects
-    for text in (str(jax.make_jaxpr(generate)(params, tokens, lengths)), lowered.as_text()):
+def test_no_program_calls_the_host(gqa: Programs) -> None:
+    inputs = (gqa.params, *ragged(GOLDEN.prompt))
+    jaxpr = jax.make_jaxpr(gqa.greedy)(*inputs)
+    assert not jaxpr.effects
+    for text in (str(jaxpr), gqa.greedy.lower(*inputs).as_text()):
         assert "dot_general" in text and not any(word in text for word in ("callback", "infeed", "outfeed"))
 
 
@@ -233,68 +240,63 @@ print(np.asarray(found).tolist())
 """
 
 
-def test_an_exported_program_runs_where_pjengine_is_not(gqa: tuple[Any, Any], tmp_path: Path) -> None:
-    model, params = gqa
-    tokens, lengths = ragged(goldens.load("gqa").prompt)
-    generate = jax.jit(greedy(model, 8))
-    exported = jax.export.export(generate)(params, tokens, lengths)
+def test_an_exported_program_runs_where_pjengine_is_not(gqa: Programs, tmp_path: Path) -> None:
+    tokens, lengths = ragged(GOLDEN.prompt)
+    exported = jax.export.export(gqa.greedy)(gqa.params, tokens, lengths)
     (tmp_path / "program").write_bytes(exported.serialize())
     leaves = {
         "/".join(key.key for key in path): np.asarray(leaf)
-        for path, leaf in jax.tree.leaves_with_path(params)
+        for path, leaf in jax.tree.leaves_with_path(gqa.params)
     }
-    np.savez(tmp_path / "data.npz", names=list(leaves), tokens=tokens, lengths=lengths, **leaves)
-    argv = [sys.executable, "-c", RUN, tmp_path / "program", tmp_path / "data.npz"]
+    np.savez(
+        tmp_path / "data.npz",
+        allow_pickle=False,
+        **leaves,
+        names=list(leaves),
+        tokens=tokens,
+        lengths=lengths,
+    )
+    argv = [sys.executable, "-c", RUN, str(tmp_path / "program"), str(tmp_path / "data.npz")]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == str(generate(params, tokens, lengths).tolist()), done.stderr
+    assert done.stdout.strip() == str(gqa.greedy(gqa.params, tokens, lengths).tolist()), done.stderr
 
 
-def test_a_cache_alone_goes_through_export(gqa: tuple[Any, Any]) -> None:
+def test_a_step_alone_goes_through_export_with_its_cache(gqa: Programs) -> None:
     from pjengine import functional
 
-    model, params = gqa
-    cache = functional.init_cache(model, 2, 16)
-    step = jax.jit(functools.partial(functional.decode_step, model))
-    token = jnp.array([3, 4], jnp.int32)
-    back = jax.export.deserialize(jax.export.export(step)(params, cache, token).serialize())
-    wanted, found = step(params, cache, token), jax.jit(back.call)(params, cache, token)
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    inputs = (gqa.params, functional.init_cache(gqa.model, 4, ROOM), jnp.arange(4, dtype=jnp.int32))
+    back = jax.export.deserialize(jax.export.export(gqa.decode_step)(*inputs).serialize())
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(back.call)(*inputs), gqa.decode_step(*inputs))
 
 
-def test_rows_divided_among_devices_give_the_same_tokens(gqa: tuple[Any, Any]) -> None:
+def test_rows_divided_among_devices_give_the_same_tokens(gqa: Programs) -> None:
     """Under `shard_map` each device keeps its own pages; under `jit` XLA finds a way."""
     from pjengine import functional
 
-    model, params = gqa
-    golden = goldens.load("gqa")
-    tokens = jnp.asarray([golden.prompt, golden.prompt[::-1]] * 2, jnp.int32)
-    lengths = jnp.asarray([len(golden.prompt), 5, 3, 8], jnp.int32)
-    generate = greedy(model, 6)
-    wanted = jax.jit(generate)(params, tokens, lengths)
+    tokens, lengths = ragged(GOLDEN.prompt)
+    wanted = gqa.greedy(gqa.params, tokens, lengths)
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
     rows, whole = PartitionSpec("data"), PartitionSpec()
-    params = jax.device_put(params, NamedSharding(mesh, whole))
+    params = jax.device_put(gqa.params, NamedSharding(mesh, whole))
     specs: Any = {"mesh": mesh, "in_specs": (whole, rows, rows), "out_specs": rows, "check_vma": False}
-    local = jax.jit(jax.shard_map(generate, **specs)).lower(params, tokens, lengths).compile()
-    np.testing.assert_array_equal(local(params, tokens, lengths), wanted)
-    assert not any(word in local.as_text() for word in ("all-gather", "all-reduce", "all-to-all", "permute("))
-
-    by_row = NamedSharding(mesh, rows)
-    shardings = (NamedSharding(mesh, whole), by_row, by_row)
-    found = jax.jit(generate, in_shardings=shardings, out_shardings=by_row)(params, tokens, lengths)
+    local = jax.jit(jax.shard_map(greedy(gqa.model, 8), **specs)).lower(params, tokens, lengths).compile()
+    found = local(params, *jax.device_put((tokens, lengths), NamedSharding(mesh, rows)))
     np.testing.assert_array_equal(found, wanted)
-    # A step alone, with a cache whose pages every device has and whose rows are divided.
-    cache = functional.init_cache(model, 4, ROOM)
-    _, cache = jax.jit(functools.partial(functional.prefill, model))(gqa[1], cache, tokens, lengths)
+    text = local.as_text()
+    assert text and not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "permute("))
+
+    # A step alone under jit: rows are divided, and every device has all pages.
+    _, cache = gqa.prefill(gqa.params, functional.init_cache(gqa.model, 4, ROOM), tokens, lengths)
+    logits, after = gqa.decode_step(gqa.params, cache, wanted[:, 0])
+    by_row = NamedSharding(mesh, rows)
     placed = {
         name: jax.device_put(array, by_row if array.ndim < 3 else NamedSharding(mesh, whole))
         for name, array in cache.items()
     }
-    step = jax.jit(functools.partial(functional.decode_step, model))
-    token = jax.device_put(wanted[:, 0], by_row)
-    logits, after = step(params, placed, token)
-    np.testing.assert_array_equal(np.argmax(logits, axis=-1), wanted[:, 1])
-    assert after["lengths"].tolist() == (lengths + 1).tolist()
+    found_logits, found = gqa.decode_step(params, placed, jax.device_put(wanted[:, 0], by_row))
+    np.testing.assert_allclose(found_logits, logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found["lengths"], after["lengths"])
+    np.testing.assert_allclose(found["k"], after["k"], rtol=1e-5, atol=1e-5)
 
 
 def test_the_example_of_the_module_runs() -> None:
@@ -304,14 +306,14 @@ def test_the_example_of_the_module_runs() -> None:
     assert result.attempted >= 5 and result.failed == 0
 
 
-def test_what_cannot_be_is_refused(gqa: tuple[Any, Any]) -> None:
+def test_what_cannot_be_is_refused(gqa: Programs, unchecked_types: None) -> None:
     from pjengine import functional
 
-    model, params = gqa
+    model, params = gqa.model, gqa.params
     cache, two = functional.init_cache(model, 2, 16), jnp.zeros(2, jnp.int32)
-    for sizes in ((0, 16), (2, 0), (2, model.config.max_model_len + 1), (2, 16.0)):
+    for sizes in ((0, 16), (2, 0), (2, model.config.max_model_len + 1)):
         with pytest.raises(ValueError, match="must be a whole number of at least 1"):
-            functional.init_cache(model, *sizes)  # type: ignore[arg-type]
+            functional.init_cache(model, *sizes)
     with pytest.raises(ValueError, match="page_size must be a power of two"):
         functional.init_cache(model, 2, 16, page_size=24)
     with pytest.raises(ValueError, match=r"tokens must be \[2\], for the 2 rows of the cache; got \[3\]"):
@@ -320,9 +322,7 @@ def test_what_cannot_be_is_refused(gqa: tuple[Any, Any]) -> None:
         functional.prefill(model, params, cache, jnp.zeros((2, 0), jnp.int32))
     with pytest.raises(ValueError, match="lengths must be"):
         functional.prefill(model, params, cache, two[:, None], two[:1])
-    import dataclasses
-
     with pytest.raises(ValueError, match="divided among 2 devices"):
         functional.init_cache(dataclasses.replace(model, num_devices=2), 2, 16)
-    with pytest.raises(TypeError, match="load takes dtype, .* got 'max_num_seqs', which is of an LLM"):
+    with pytest.raises(TypeError, match=r"load takes dtype, .* got 'max_num_seqs', which is of an LLM"):
         functional.load("demo", max_num_seqs=4)
