@@ -71,7 +71,13 @@ def greedy(model: Any, num_tokens: int, **settings: Any) -> Callable[..., Any]:
     return generate
 
 
-@pytest.mark.parametrize("name", ["gqa", "dynamic_growing", "gpt2", "gemma2", "mixtral_window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gqa", "dynamic_growing", "gemma2"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "mixtral_window")),
+    ],
+)
 def test_a_scan_over_ragged_prompts_gives_the_tokens_of_the_dense_model(name: str, tmp_path: Path) -> None:
     from pjengine import functional
 
@@ -126,6 +132,7 @@ def test_vmap_over_prompts_of_one_shape_is_one_batch_of_them(gqa: Programs) -> N
     np.testing.assert_array_equal(found, jnp.stack([wanted, wanted[::-1]]))
 
 
+@pytest.mark.slow  # compiles a program of its own
 def test_vmap_over_models_gives_each_its_own_tokens(gqa: Programs) -> None:
     inputs = ragged(GOLDEN.prompt)
     other = {**gqa.params, "final_norm": -gqa.params["final_norm"]}
