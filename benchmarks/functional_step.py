@@ -1,4 +1,4 @@
-"""A decode step of `pjengine.functional` in a scan, mapped or not, beside one of an engine that shares weights.
+"""A decode step of `pjengine.functional` in a scan, mapped or not, beside one of an engine with its weights.
 
     python -m benchmarks.functional_step --model llama-8b --load-format dummy
 

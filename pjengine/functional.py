@@ -25,13 +25,16 @@ different lengths:
 (2, 8)
 
 `jax.vmap` of a function of one prompt makes one batch of all: kernels run once, and weights are read once
-(`_folded`). Over several devices use `jax.shard_map` with `check_vma=False`: every array of a cache has its
-rows or pages on the first axis, and each device keeps its own. Under `jax.jit` with sharded inputs the result
-is the same, but XLA knows nothing of which page is whose, and sends them around. A cache that is a carry of
-`scan`, or donated to `jit`, is updated in place. `jax.export` takes all of it. What it writes holds the
-kernels of the platform that it was traced on; Pallas's Triton kernels want
-`disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]`, since their format may
-change with JAX.
+(`_folded`). A cache that is a carry of `scan`, or donated to `jit`, is updated in place. On a GPU, `jax.jit`
+wants the `compiler_options()`.
+
+Over several devices use `jax.shard_map` with `check_vma=False`: every array of a cache has its rows or pages
+on the first axis, and each device keeps its own. Under `jax.jit` with sharded inputs the result is the same,
+but XLA knows nothing of which page is whose, and sends them around.
+
+`jax.export` takes all of it. What it writes holds the kernels of the platform that it was traced on; Pallas's
+Triton kernels want `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]`,
+since their format may change with JAX.
 """
 
 import os
@@ -48,6 +51,8 @@ from pjengine.models.attention import PagedAttend
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.pair import Pair
 from pjengine.models.state import Batch, KVCache, kv_shape
+from pjengine.pallas_kernels.dispatch import platform
+from pjengine.step_compiler import COMPILER_OPTIONS
 
 # Plain arrays by name, so that an exported program is loaded where pjengine is not.
 #   k, v: [layers * pages, kv_heads, page_size, head_dim], layer after layer; page 0 of each holds nothing
@@ -80,6 +85,14 @@ def load(model: str | os.PathLike[str], **settings: Any) -> tuple[Decoder, Param
     if strange := [name for name in settings if name not in _LOAD_SETTINGS]:
         raise TypeError(f"load takes {', '.join(_LOAD_SETTINGS)}; got {strange[0]!r}, which is of an LLM")
     return load_alone(EngineConfig(model=os.fspath(model), **known_settings(settings)))
+
+
+def compiler_options() -> dict[str, Any]:
+    """What the engine tells XLA on this platform, for the `compiler_options` of `jax.jit`.
+
+    Without them, a GPU's program of more rows than the kernels for few take copies each layer's weights.
+    """
+    return dict(COMPILER_OPTIONS.get(platform(), {}))
 
 
 def init_cache(model: Decoder, batch_size: int, max_len: int, *, page_size: int = 16) -> Cache:
