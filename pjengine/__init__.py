@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pjengine.embeddings import EmbeddingOutput as EmbeddingOutput
     from pjengine.engine import LLMEngine as LLMEngine
     from pjengine.hidden_states import HiddenStatesParams as HiddenStatesParams
+    from pjengine.jsonl import generate_to_jsonl as generate_to_jsonl
     from pjengine.llm import LLM as LLM
     from pjengine.llm import CompletionChunk as CompletionChunk
     from pjengine.models.hf_names import from_hf as from_hf
@@ -51,6 +52,7 @@ _HOMES = {
     "CompletionScore": "pjengine.scoring",
     "PerplexityOutput": "pjengine.scoring",
     "ScoreOutput": "pjengine.scoring",
+    "generate_to_jsonl": "pjengine.jsonl",
     "LLM": "pjengine.llm",
     "CompletionChunk": "pjengine.llm",
     "CompletionOutput": "pjengine.outputs",
@@ -94,6 +96,7 @@ __all__ = [
     "ScoreOutput",
     "StructuredOutputsParams",
     "from_hf",
+    "generate_to_jsonl",
     "host_processor",
     "to_hf",
 ]

@@ -5,23 +5,23 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import numpy as np
-from tqdm import tqdm
+from typing import Any, overload
 
 from pjengine.beams import BeamSearchOutput, BeamSearchParams, beam_search_output
 from pjengine.config import EngineConfig, known_settings
 from pjengine.embeddings import EmbeddingOutput, embedding_of, embedding_params
 from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
+from pjengine.iterating import generate_each
 from pjengine.models.checkpoint_writer import MAX_SHARD_BYTES
 from pjengine.models.decoder import Decoder
 from pjengine.models.pair import target_of, target_params
 from pjengine.outputs import RequestOutput
-from pjengine.prompts import Prompt
+from pjengine.progress import prompts_bar
+from pjengine.prompts import Prompt, as_prompts, one_each
 from pjengine.replicas import Engine, engines_of, start_engine
 from pjengine.runner import Runner
 from pjengine.sampling_params import SamplingParams
@@ -141,6 +141,17 @@ class LLM:
             Path(folder), self.engine.config, self.model, self.params, max_shard_bytes=max_shard_bytes
         )
 
+    @overload
+    def generate(
+        self,
+        prompts: Iterator[Prompt],
+        sampling_params: SamplingParams | Iterator[SamplingParams | None] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        priority: int = 0,
+    ) -> Iterator[RequestOutput]: ...
+
+    @overload
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -148,19 +159,34 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         priority: int | Sequence[int] = 0,
-    ) -> list[RequestOutput]:
+    ) -> list[RequestOutput]: ...
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: Any = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        priority: Any = 0,
+    ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Completes each prompt; returns the outputs in the order of the prompts.
 
         Args:
           prompts: a text, a list of token ids, a dict with "prompt" or "prompt_token_ids", or a
-            list of such, mixed as you like.
-          sampling_params: one for all, or one for each; None: `get_default_sampling_params()`.
+            list of such, mixed as you like. Of an iterator the outputs are one, too: prompts are taken as
+            they are needed, a bounded number ahead; leaving the loop aborts what runs.
+          sampling_params: one for all, or one for each (an iterator with an iterator); None:
+            `get_default_sampling_params()`.
           use_tqdm: show a progress bar; or what makes one, such as `partial(tqdm, leave=False)`.
           priority: one for all, or one for each, under scheduling_policy="priority"; lower goes first.
 
         Raises:
-          ValueError: a prompt or parameter is not possible. Nothing has been run then.
+          ValueError: a prompt or parameter is not possible. Nothing has been run then; of an iterator, what
+            comes before has been yielded, and the text says which prompt it is.
         """
+        if isinstance(prompts, Iterator):
+            bar = partial(prompts_bar, use_tqdm, None)
+            return generate_each(self.engine, prompts, sampling_params, priority=priority, make_bar=bar)
         generations = self._prepare(as_prompts(prompts), sampling_params, priority)
         outputs = self._finish(generations, use_tqdm, Generation.output)
         return [outputs[generation] for generation in generations]
@@ -390,7 +416,7 @@ class LLM:
         self, generations: list[Generation], use_tqdm: Any, output_of: Callable[[Generation], T]
     ) -> dict[Generation, T]:
         """Queues requests and runs until they have ended, or one cannot go on."""
-        bar = _progress_bar(use_tqdm, len(generations))
+        bar = prompts_bar(use_tqdm, len(generations))
         try:
             self._submit(generations)
             return self._run(generations, bar, output_of)
@@ -483,29 +509,3 @@ def _one_of(engines: Sequence[LLMEngine], index: int | None) -> LLMEngine:
     if not 0 <= (index or 0) < len(engines):
         raise ValueError(f"engine must be in 0..{len(engines) - 1}, got {index}")
     return engines[index or 0]
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many -> a list of prompts. A list of whole numbers is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, Sequence | np.ndarray):
-        raise TypeError(
-            f"prompts must be a str, token ids, a dict or a list of them, got {type(prompts).__name__}"
-        )
-    is_one = len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
-    return [prompts] if is_one else list(prompts)
-
-
-def one_each(name: str, values: Any, count: int) -> list[Any]:
-    """One value for all, or one for each, as a list of `count`."""
-    each = list(values) if isinstance(values, list | tuple) else [values] * count
-    if len(each) != count:
-        raise ValueError(f"{name} must be one, or one for each of the {count} prompts, got {len(each)}")
-    return each
-
-
-def _progress_bar(use_tqdm: bool | Callable[..., Any], total: int) -> Any:
-    make = tqdm if isinstance(use_tqdm, bool) else use_tqdm
-    hidden = {"disable": True} if use_tqdm is False else {}
-    return make(total=total, desc="Processed prompts", dynamic_ncols=True, **hidden)

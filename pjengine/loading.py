@@ -27,7 +27,14 @@ from pjengine.models.registry import build_model, parse_config
 from pjengine.models.shapes import SHAPES
 from pjengine.pallas_kernels.dispatch import check_backend
 from pjengine.progress import progress_bar
-from pjengine.sharding.mesh import AXES, choose_device_groups, make_mesh, own_device, replicated
+from pjengine.sharding.mesh import (
+    AXES,
+    choose_device_groups,
+    choose_devices,
+    make_mesh,
+    own_device,
+    replicated,
+)
 from pjengine.sharding.partition import copied
 from pjengine.sizing import choose_decode_steps, choose_dtype, choose_sizes
 from pjengine.tokenizer import Tokenizer, load_tokenizer
@@ -131,6 +138,16 @@ def load_model(config: EngineConfig, hosts: Hosts | None = None) -> LoadedModel:
         generation_config=read_generation_config(config, folder),
         weights="" if hosts is None else weights_digest(config, folder, draft_folder),
     )
+
+
+def load_alone(config: EngineConfig) -> tuple[Decoder, Params]:
+    """The model that `config` names and its parameters on the first device, without what an engine adds.
+
+    Raises as `load_model` does.
+    """
+    folder, model_config = read_model_config(config)
+    model = build_model(model_config, choose_dtype(config.dtype, model_config), 1)
+    return model, _load_params(config, folder, model, make_mesh(choose_devices(1)))
 
 
 def weights_digest(config: EngineConfig, folder: Path | None, draft_folder: Path | None = None) -> str:

@@ -1,7 +1,8 @@
-"""Progress bars of what takes its time at start-up, for callers who ask for them."""
+"""Progress bars of what takes its time, for callers who ask for them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,3 +19,10 @@ def progress_bar(description: str, *, unit: str, is_shown: bool) -> Iterator[Sho
             bar.update(num_done - bar.n)
 
         yield show
+
+
+def prompts_bar(use_tqdm: bool | Callable[..., Any], total: int | None) -> Any:
+    """A bar that counts prompts; `use_tqdm` shows one, shows none, or makes one."""
+    make = tqdm if isinstance(use_tqdm, bool) else use_tqdm
+    hidden = {"disable": True} if use_tqdm is False else {}
+    return make(total=total, desc="Processed prompts", dynamic_ncols=True, **hidden)

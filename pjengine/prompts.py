@@ -62,6 +62,27 @@ def encode_prompt(
     return encoded
 
 
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many -> a list of prompts. A list of whole numbers is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise TypeError(
+            f"prompts must be a str, token ids, a dict, a list of them or an iterator of them, got "
+            f"{type(prompts).__name__}"
+        )
+    is_one = len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+    return [prompts] if is_one else list(prompts)
+
+
+def one_each(name: str, values: Any, count: int) -> list[Any]:
+    """One value for all, or one for each, as a list of `count`."""
+    each = list(values) if isinstance(values, list | tuple) else [values] * count
+    if len(each) != count:
+        raise ValueError(f"{name} must be one, or one for each of the {count} prompts, got {len(each)}")
+    return each
+
+
 def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> EncodedPrompt:
     if isinstance(prompt, str):
         if tokenizer is None:

@@ -6,9 +6,7 @@ again. A line that a crash has cut off is dropped.
 """
 
 import asyncio
-import fcntl
 import json
-import os
 import sys
 import time
 import uuid
@@ -21,6 +19,7 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from pjengine.config import EngineConfig
+from pjengine.line_file import LineFile, open_line_file
 from pjengine.progress import progress_bar
 from pjengine.serving.in_process import InProcess, local_service
 from pjengine.serving.request_id import REQUEST_ID_HEADER
@@ -103,12 +102,9 @@ def check_items(path: Path) -> tuple[set[str], int]:
 class Output:
     """The file of answers, which this process alone writes. See `open_output`."""
 
-    def __init__(
-        self, path: Path, descriptor: int, done: set[tuple[str | None, str]], num_failed: int
-    ) -> None:
-        self.path = path
+    def __init__(self, file: LineFile, done: set[tuple[str | None, str]], num_failed: int) -> None:
         self.num_failed = num_failed  # of the answers of earlier runs
-        self._descriptor = descriptor
+        self._file = file
         self._custom_ids = {custom_id for custom_id, _ in done if custom_id is not None}
         self._names = {name for custom_id, name in done if custom_id is None}
 
@@ -120,10 +116,7 @@ class Output:
         return self._custom_ids
 
     def append(self, line: dict[str, Any]) -> None:
-        """In one piece: a crash leaves a whole line, or one without an end."""
-        data = dumps(line) + b"\n"
-        while data:
-            data = data[os.write(self._descriptor, data) :]
+        self._file.append(dumps(line) + b"\n")
 
 
 @contextmanager
@@ -134,37 +127,26 @@ def open_output(path: Path) -> Iterator[Output]:
       ValueError: it holds something else, or another run is writing it.
       OSError: it cannot be written.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-    try:
+    with open_line_file(path) as file:
+        done, num_failed = _read_done(file)
+        file.drop_torn_line()
+        yield Output(file, done, num_failed)
+
+
+def _read_done(file: LineFile) -> tuple[set[tuple[str | None, str]], int]:
+    """What has been answered, and how much of it failed."""
+    done, num_failed = set(), 0
+    for number, (_, line) in enumerate(file.lines(), start=1):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{path} is being written by another run") from error
-        done, num_failed, num_bytes = _read_done(path)
-        os.ftruncate(descriptor, num_bytes)
-        yield Output(path, descriptor, done, num_failed)
-    finally:
-        os.close(descriptor)
-
-
-def _read_done(path: Path) -> tuple[set[tuple[str | None, str]], int, int]:
-    """What has been answered, how much of it failed, and how many bytes its lines take."""
-    done, num_failed, num_bytes = set(), 0, 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                answer = json.loads(line)
-                done.add((answer["custom_id"], str(answer["id"])))
-                response, error = answer["response"], answer["error"]
-                num_failed += error is not None or response is None or response["status_code"] != 200
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}: line {number} is no answer of a batch: give another file, or remove this one"
-                ) from error
-            num_bytes += len(line)
-    return done, num_failed, num_bytes
+            answer = json.loads(line)
+            done.add((answer["custom_id"], str(answer["id"])))
+            response, error = answer["response"], answer["error"]
+            num_failed += error is not None or response is None or response["status_code"] != 200
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"{file.path}: line {number} is no answer of a batch: give another file, or remove this one"
+            ) from error
+    return done, num_failed
 
 
 def parse_item(item: Item) -> tuple[str, bytes]:

@@ -25,6 +25,7 @@ HOST_ONLY = (
     "beams.py",
     "edits.py",
     "edit_sizes.py",
+    "line_file.py",
     "resolution.py",
     "token_logprobs.py",
     "sampling_params.py",

@@ -64,10 +64,10 @@ def compile_apart(names: Sequence[str]) -> dict[str, Report]:
 
 def report(name: str) -> Report:
     """Compiles here."""
-    from tests.compile import divided_steps, kernels, steps, timed
+    from tests.compile import divided_steps, functional_programs, kernels, steps, timed
 
     programs = {**kernels.PROGRAMS, **kernels.FEATURED_MOSAIC, **kernels.WRONG}
-    programs |= {**steps.PROGRAMS, **steps.WRONG, **divided_steps.PROGRAMS}
+    programs |= {**steps.PROGRAMS, **steps.WRONG, **divided_steps.PROGRAMS, **functional_programs.PROGRAMS}
     compile_it = {**programs, **timed.PROGRAMS}[name]
     try:
         program = compile_it()
