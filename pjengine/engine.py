@@ -22,6 +22,7 @@ from pjengine.page_pool import PagePool
 from pjengine.preparation import Preparation, seed_source
 from pjengine.prompts import Prompt
 from pjengine.ray_hosts import RayCluster
+from pjengine.recording import Recorder
 from pjengine.request import Request, request_id_for
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
@@ -60,12 +61,12 @@ class LLMEngine:
         loaded = load_model(config, hosts) if loaded is None else loaded
         self.model_config = loaded.model.config
         self.tokenizer = loaded.tokenizer
-        self.max_model_len = loaded.runner_config.max_model_len
         self.memory_plan = loaded.memory_plan
         sizes = loaded.runner_config
         compile_cache = open_compile_cache(compile_cache_folder(config.compile_cache_dir))
         self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache, hosts)
         self.scheduler = self._new_scheduler()
+        self._recorder = Recorder(config, loaded)
         self.num_generation_tokens = 0
         self._in_flight: Launched | None = None
         self._turns = Turns()  # to change what is below, and the scheduler
@@ -91,6 +92,11 @@ class LLMEngine:
                 self.runner.close()
                 raise
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its output together, at most."""
+        return self.runner.config.max_model_len
+
     def _new_scheduler(self) -> Scheduler:
         sizes = self.runner.config
         group = sizes.window_group
@@ -105,6 +111,7 @@ class LLMEngine:
             max_prompt_logprob_tokens=sizes.max_prompt_logprob_tokens,
             max_states=sizes.max_states,
             mixed_sizes=sizes.mixed_buckets,
+            is_deterministic=sizes.is_deterministic,
             speculation=self._new_speculation(),
             window_pool=None if group is None else PagePool(group.num_pages),
             window=None if group is None else group.window,
@@ -158,6 +165,9 @@ class LLMEngine:
             raise ValueError(
                 "logits_processors are functions of this process: with nnodes > 1 leave them out"
             )
+        if params.use_beam_search and self.config.deterministic:
+            raise ValueError("use_beam_search does not go with deterministic=True: leave one of them out")
+        self._recorder.check(params)
         generation = self._preparation.generation(request_id_for(request_id), prompt, params, priority)
         self.scheduler.check_fits(generation.request)
         return generation
@@ -182,6 +192,7 @@ class LLMEngine:
                 for request_id, completion in zip(ids, generation.completions, strict=True)
             }
             self._generations[ids[0]] = generation
+            self._recorder.submit(generation)
 
     def _check_open(self) -> None:
         if self.is_closed:
@@ -216,6 +227,7 @@ class LLMEngine:
                 raise
 
     def _advance(self) -> list[Generation]:
+        self._recorder.num_steps += self._in_flight is not None or bool(self._generations)
         schedule = self.scheduler.schedule()
         launched = self.runner.launch(schedule) if schedule.num_seqs else None
         self._in_flight, ended = launched, self._in_flight
@@ -230,15 +242,20 @@ class LLMEngine:
         return grown
 
     def _masks(self, schedule: Schedule) -> Masks:
-        """What their grammars allow those requests of a step that have one and have not ended meanwhile."""
-        seqs, matchers = [], []
+        """What their grammars allow those requests of a step that have one and have not ended meanwhile.
+
+        Of a token that was given out before, and is sampled again: it alone.
+        """
+        seqs, matchers, known = [], [], dict[int, int]()
         for seq, request in schedule.masked:
             if not request.is_finished:
                 matcher = self._completions[request.request_id][0].matcher
                 assert matcher is not None
+                if (position := schedule.position(seq)) < request.num_known:
+                    known[len(seqs)] = request.known_tokens(position, position + 1)[0]
                 seqs.append(seq)
                 matchers.append(matcher)
-        return Masks(seqs, self._preparation.grammars.masks(matchers)) if seqs else NO_MASKS
+        return Masks(seqs, self._preparation.grammars.masks(matchers, known)) if seqs else NO_MASKS
 
     def _refuse(self, schedule: Schedule) -> list[Generation]:
         """Ends requests whose program could not be made; the others go on."""
@@ -276,6 +293,7 @@ class LLMEngine:
         decodes, table = schedule.decodes, self.scheduler.rows
         is_live = table.admissions[decodes.rows] == decodes.admissions  # not ended or preempted since
         is_live &= ~table.is_beam[decodes.rows]
+        is_live &= decodes.starts + 1 >= table.known_end[decodes.rows]  # not one that was given out before
         is_plain = is_live & ~self._needs_look(decodes, lengths, sampled)
         plain = np.flatnonzero(is_plain)
         completions, depth = self._completions, len(sampled)
@@ -292,7 +310,8 @@ class LLMEngine:
             look(decodes.requests[seq], seq, int(lengths[seq]))
         for seq, chunk in enumerate(schedule.chunks, len(decodes.requests)):
             is_own = table.admissions[chunk.row] == chunk.admission
-            if chunk.is_sampled and is_own and chunk.request.beams is None:
+            is_new = chunk.start + chunk.length >= table.known_end[chunk.row]
+            if chunk.is_sampled and is_own and is_new and chunk.request.beams is None:
                 look(chunk.request, seq, 1)
         for index, step in enumerate(schedule.beams):
             if table.admissions[step.rows[0]] == step.admission:
@@ -381,6 +400,7 @@ class LLMEngine:
     def _abort(self, request_id: str) -> None:
         generation = self._generations.get(request_id)
         if generation is not None:
+            self._recorder.note("abort", generation)
             generation.abort()
             self._drop([c for c in generation.completions if c.request.request_id in self._completions])
 
@@ -391,7 +411,9 @@ class LLMEngine:
             for completion in finished:
                 _, generation = self._completions.pop(completion.request.request_id)
                 if generation.is_finished:
-                    self._generations.pop(generation.request.request_id, None)
+                    found = self._generations.pop(generation.request.request_id, None)
+                    if found is not None:
+                        self._recorder.end(found)
 
     @property
     def _hosts(self) -> Hosts | None:
@@ -404,6 +426,7 @@ class LLMEngine:
 
     def _start_over(self, error: BaseException) -> None:
         self.is_broken = True  # until all of this has worked
+        self._recorder.note("failure")
         for generation in self._generations.values():
             generation.abort()
         self._generations.clear()
@@ -422,6 +445,7 @@ class LLMEngine:
         with self._turns.take():
             self._check_open()
             self.scheduler.reset_prefix_cache()
+            self._recorder.note("reset")
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._generations)
@@ -443,6 +467,7 @@ class LLMEngine:
             self._abort(request_id)
         self._in_flight = None
         self._preparation.grammars.close()
+        self._recorder.close()
         if self._hosts is not None and self._hosts.lost is not None:
             return  # its devices may wait for the lost one, and nothing ends that but the end of the process
         if self._hosts is not None:

@@ -46,7 +46,7 @@ class LoadedModel:
     memory_plan: MemoryPlan
     sharding: NamedSharding  # of what every device has
     generation_config: Mapping[str, Any]  # what generation_config.json holds, if it counts
-    weights: str = ""  # tells them apart from others of the same shapes; of several hosts only
+    weights: str = ""  # tells them apart from others of the same shapes; of several hosts, and of recordings, only
 
     @property
     def facts(self) -> dict[str, str]:
@@ -114,11 +114,15 @@ def load_model(config: EngineConfig, hosts: Hosts | None = None) -> LoadedModel:
         max_prompt_logprob_tokens=plan.max_prompt_logprob_tokens,
         max_states=plan.max_states,
         decode_steps=choose_decode_steps(
-            config.decode_steps, plan.weights_bytes, is_gpu=device.platform == "gpu"
+            1 if config.deterministic else config.decode_steps,
+            plan.weights_bytes,
+            is_gpu=device.platform == "gpu",
         ),
         kernel_backend=config.kernel_backend,
         window_group=plan.window_group,
         speculation=config.speculation,
+        is_deterministic=config.deterministic,
+        waits_for_programs=config.record is not None,
         **sizes,
     )
     return LoadedModel(
@@ -129,7 +133,7 @@ def load_model(config: EngineConfig, hosts: Hosts | None = None) -> LoadedModel:
         memory_plan=plan,
         sharding=replicated(mesh),
         generation_config=read_generation_config(config, folder),
-        weights="" if hosts is None else weights_digest(config, folder, draft_folder),
+        weights=weights_digest(config, folder, draft_folder) if hosts or config.record else "",
     )
 
 

@@ -66,8 +66,12 @@ class PageGroups:
         is_caching: bool,
         window_pool: PagePool | None = None,
         window: int | None = None,
+        shares_outputs: bool = True,
     ) -> None:
-        """`max_new_tokens`: of one request in one step. `window`: slots that a token sees, its own too."""
+        """`max_new_tokens`: of one request in one step. `window`: slots that a token sees, its own too.
+
+        Without `shares_outputs`, only pages that are full of a prompt's tokens are shared.
+        """
         if (window_pool is None) != (window is None):
             raise ValueError(f"window_pool and window go together, got {window_pool!r} and {window!r}")
         self.pool = pool
@@ -78,6 +82,7 @@ class PageGroups:
         self._page_size = page_size
         self._max_new_tokens = max_new_tokens
         self._is_caching = is_caching
+        self._shares_outputs = shares_outputs
 
     @property
     def num_free(self) -> int:
@@ -105,7 +110,7 @@ class PageGroups:
         """Free pages of each pool that no running request needs for the tokens that it has now."""
         table = self._rows
         rows = np.flatnonzero(table.admissions)
-        tokens = np.maximum(table.prefill_end[rows], table.computed[rows] + 1)
+        tokens = np.maximum(table.known_end[rows], table.computed[rows] + 1)
         most = self._most_held(tokens, np.minimum(tokens - table.computed[rows], self._max_new_tokens))
         room = table.room[rows] // self._page_size
         held = [room, room - table.window_start[rows] // self._page_size]
@@ -127,7 +132,7 @@ class PageGroups:
         if self._chain(request) is None or not request.is_cache_read:
             return Found([], [])
         self._hash_pages(request)
-        most = request.num_known - 1 if request.max_cached is None else request.max_cached
+        most = self._num_named(request) - 1 if request.max_cached is None else request.max_cached
         names = request.page_hashes[: most // self._page_size]
         pages = self.pool.match(names)
         if self.window_pool is None:
@@ -204,7 +209,7 @@ class PageGroups:
             return
         self._hash_pages(request)
         table, names = self._rows, request.page_hashes
-        full = min(int(table.computed[request.row]), request.num_known) // self._page_size
+        full = min(int(table.computed[request.row]), self._num_named(request)) // self._page_size
         for column in range(request.num_registered, full):
             self.pool.register(request.pages[column], names[column])
         if self.window_pool is not None:
@@ -217,9 +222,13 @@ class PageGroups:
         """The salt of the names of a request's pages; None: they have none, and nobody shares them."""
         return request.salt if self._is_caching else request.fork or None
 
+    def _num_named(self, request: Request) -> int:
+        """Tokens whose pages have names, once they are full."""
+        return request.num_known if self._shares_outputs else len(request.prompt_token_ids)
+
     def _hash_pages(self, request: Request) -> None:
         names: list[PageHash] = request.page_hashes
-        start, stop = len(names) * self._page_size, request.num_known
+        start, stop = len(names) * self._page_size, self._num_named(request)
         if start + self._page_size <= stop:
             tokens = request.known_tokens(start, stop)
             salt = self._chain(request)

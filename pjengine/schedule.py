@@ -78,6 +78,14 @@ class Schedule:
         """The logits processors of its requests, one after the other."""
         return {edits.processors for _, edits, _ in self.edits if edits.processors}
 
+    def position(self, seq: int) -> int:
+        """Of the token that is sampled for a sequence first."""
+        num_decodes = len(self.decodes.requests)
+        if seq < num_decodes:
+            return int(self.decodes.starts[seq]) + 1
+        chunk = self.chunks[seq - num_decodes]
+        return chunk.start + chunk.length
+
     @property
     def num_seqs(self) -> int:
         return len(self.decodes.requests) + len(self.chunks)

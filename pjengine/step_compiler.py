@@ -56,6 +56,9 @@ STRAIGHT_OPTIONS = {
         "DYNAMIC_SLICE_FUSION,FUSION"
     }
 }
+# And of deterministic engines: the first of the products that cuBLAS proposes for a shape, not the one that was
+# fastest today, so that programs that are made anew compute the same bits.
+FIXED_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}
 
 
 class StepCompiler:
@@ -178,6 +181,8 @@ class StepCompiler:
     def _options(self, layout: Layout | DrawLayout) -> dict[str, Any]:
         """What XLA is told beside its defaults."""
         platform, options = self.devices[0].platform, dict(self.options)
+        if self.config.is_deterministic:
+            options |= FIXED_OPTIONS.get(platform, {})
         if len(self.devices) > 1:
             options |= DIVIDED_OPTIONS.get(platform, {})
             if (
