@@ -14,6 +14,7 @@ from pjengine.compile_cache import open_compile_cache
 from pjengine.config import EngineConfig, compile_cache_folder, is_whole
 from pjengine.follower import follow
 from pjengine.generation import NO_TOKEN, Completion, Generation
+from pjengine.grammars import Matcher
 from pjengine.hidden_states import states_to_host
 from pjengine.hosts import HostLostError, Hosts, gather, telling_failure
 from pjengine.loading import LoadedModel, load_model
@@ -246,7 +247,7 @@ class LLMEngine:
 
         Of a token that was given out before, and is sampled again: it alone.
         """
-        seqs, matchers, known = [], [], dict[int, int]()
+        seqs, matchers, known = list[int](), list[Matcher](), dict[int, int]()
         for seq, request in schedule.masked:
             if not request.is_finished:
                 matcher = self._completions[request.request_id][0].matcher

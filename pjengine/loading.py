@@ -46,7 +46,9 @@ class LoadedModel:
     memory_plan: MemoryPlan
     sharding: NamedSharding  # of what every device has
     generation_config: Mapping[str, Any]  # what generation_config.json holds, if it counts
-    weights: str = ""  # tells them apart from others of the same shapes; of several hosts, and of recordings, only
+    weights: str = (
+        ""  # tells them apart from others of the same shapes; of several hosts, and of recordings, only
+    )
 
     @property
     def facts(self) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """A file of all that an engine is asked and all that it answers, so that `replay.py` can run it again.
 
 Each line is a JSON object. The first describes the engine; then "submit", "abort", "reset" and "failure" say
-what was done to it after so many steps, in their order, and "output" what a request came to. The prompts are in
-the file: only its owner may read it.
+what was done to it after so many steps, in their order, and "output" what a request came to. The prompts are
+in the file: only its owner may read it.
 
 A schedule follows from what was asked before which step, once no step depends on the clock: so a recording
 engine waits for the programs of each step, where another would run a larger one meanwhile.
@@ -17,6 +17,7 @@ from dataclasses import fields
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 
 import pjengine
 from pjengine.config import EngineConfig
@@ -68,7 +69,10 @@ class Recorder:
         """Takes note of a request that has been queued."""
         if self._file is None:
             return
-        request = generation.request
+        request, scored = generation.request, None
+        if request.next_token is not None and generation.prompt_logprobs is not None:
+            first = generation.prompt_logprobs.first
+            scored = {"last": request.next_token, "first": first, "fork": request.fork}
         self._numbers[request.request_id] = self._num_requests
         self._num_requests += 1
         self._note(
@@ -79,9 +83,7 @@ class Recorder:
             params=params_to_json(request.params),
             seed=request.seed,
             priority=request.priority,
-            max_cached=request.max_cached,
-            next_token=request.next_token,
-            is_cache_read=request.is_cache_read,
+            scored=scored,
         )
 
     def note(self, event: str, generation: Generation | None = None) -> None:
@@ -156,8 +158,8 @@ def params_to_json(params: SamplingParams) -> dict[str, Any]:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{name} cannot be recorded: functions are of this process alone. Leave it out, or do without "
-                "record"
+                f"{name} cannot be recorded: functions are of this process alone. Leave it out, or "
+                "do without record"
             ) from error
     return found
 
@@ -188,7 +190,7 @@ def output_of(generation: Generation) -> dict[str, Any]:
     result = None if states is None else states.result()
     return {
         "completions": [_completion(own) for own in generation.completions],
-        "prompt_logprobs": None if prompt is None else [own.tolist() for own in prompt.chosen()],
+        "prompt_logprobs": None if prompt is None else np.stack(prompt.chosen(), axis=1).tolist(),
         "hidden_states": None if result is None else hashlib.sha256(result.tobytes()).hexdigest(),
     }
 
@@ -199,6 +201,8 @@ def _completion(completion: Completion) -> dict[str, Any]:
     return {
         "finish_reason": request.finish_reason,
         "token_ids": list(request.output_token_ids),
-        "logprobs": [[[token, *own[:2]] for token, own in (position or {}).items()] for position in positions],
+        "logprobs": [
+            [[token, *own[:2]] for token, own in (position or {}).items()] for position in positions
+        ],
         "cumulative_logprob": completion.cumulative_logprob if logprobs is None else logprobs.cumulative,
     }

@@ -1,41 +1,26 @@
 """Runs a recording again, step by step, and compares what comes out with what came out then."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pjengine.comparison import Difference, first_difference
 from pjengine.config import EngineConfig
 from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
 from pjengine.loading import LoadedModel, load_model
 from pjengine.recording import FORMAT, header, output_of, params_from_json
+from pjengine.scoring import ask_scores
 
 KEYS = {
-    "submit": {"step", "request", "prompt_token_ids", "params", "seed", "priority"},
+    "submit": {"step", "request", "prompt_token_ids", "cache_salt", "params", "seed", "priority", "scored"},
     "abort": {"step", "request"},
     "reset": {"step"},
     "failure": {"step"},
     "output": {"request", "completions"},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Where two runs of a request part for the first time."""
-
-    request: int  # by order of arrival, from 0
-    continuation: int | None  # which of its `n`; None: it is about the prompt
-    position: int | None  # of the output's tokens, or the prompt's; None: it is about the whole
-    what: str
-    wanted: Any
-    got: Any
-
-    def __str__(self) -> str:
-        of = "" if self.continuation is None else f", continuation {self.continuation}"
-        at = "" if self.position is None else f" at position {self.position}"
-        return f"request {self.request}{of}: {self.what}{at}: wanted {self.wanted!r}, got {self.got!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +110,8 @@ def start_again(recording: Recording, model: str | None = None) -> LLMEngine:
     for name, wanted in recording.engine["facts"].items():
         if own.get(name) != wanted:
             raise ValueError(
-                f"the recording is of another {name}: wanted {wanted}, got {own.get(name)}. Replay it with what "
-                "it was recorded with"
+                f"the recording is of another {name}: wanted {wanted}, got {own.get(name)}. Replay it "
+                "with what it was recorded with"
             )
     return LLMEngine(replace(config, record=None), loaded)
 
@@ -142,8 +127,8 @@ def with_pages(loaded: LoadedModel, recording: Recording) -> LoadedModel:
     for name, fitting in counts:
         if fitting < recording.engine[name]:
             raise ValueError(
-                f"the recording has {recording.engine[name]} KV pages ({name}), and {fitting} fit here: free the "
-                "device's memory"
+                f"the recording has {recording.engine[name]} KV pages ({name}), and {fitting} fit here: "
+                "free the device's memory"
             )
     if group is not None:
         group = replace(group, num_pages=recording.engine["num_window_pages"])
@@ -170,7 +155,8 @@ def _run(engine: LLMEngine, recording: Recording) -> ReplayReport:
     while engine.has_unfinished_requests() and not is_cut_short:
         engine.advance()
     found = {
-        number: _first_difference(number, wanted, output_of(generations[number]))
+        # As it would have been written.
+        number: first_difference(number, wanted, json.loads(json.dumps(output_of(generations[number]))))
         for number, wanted in recording.outputs.items()
     }
     differences = [difference for difference in found.values() if difference is not None]
@@ -190,43 +176,7 @@ def _submit(engine: LLMEngine, event: Mapping[str, Any]) -> Generation:
     prompt = {"prompt_token_ids": event["prompt_token_ids"], "cache_salt": event["cache_salt"]}
     params = params_from_json(event["params"], event["seed"])
     generation = engine.prepare(prompt, params, priority=event["priority"])
-    request = generation.request
-    request.max_cached, request.next_token = event["max_cached"], event["next_token"]
-    request.is_cache_read = event["is_cache_read"]
+    if event["scored"] is not None:
+        ask_scores(generation, **event["scored"])
     engine.submit(generation)
     return generation
-
-
-def _first_difference(number: int, wanted: Mapping[str, Any], got: Mapping[str, Any]) -> Difference | None:
-    got = json.loads(json.dumps(got))  # as it would have been written
-    completions = zip(wanted["completions"], got["completions"], strict=True)
-    for continuation, (own, other) in enumerate(completions):
-        for what in ("token_ids", "logprobs", "cumulative_logprob", "finish_reason"):
-            if own[what] != other[what]:
-                return _difference(number, continuation, what, own[what], other[what])
-    for what in ("prompt_logprobs", "hidden_states"):
-        if wanted[what] != got[what]:
-            return _difference(number, None, what, wanted[what], got[what])
-    return None
-
-
-def _difference(number: int, continuation: int | None, what: str, wanted: Any, got: Any) -> Difference:
-    """Where two lists part; of what is no list, the whole."""
-    if what == "prompt_logprobs" and wanted and got:
-        wanted, got = wanted[0], got[0]
-    position = None
-    if isinstance(wanted, list) and isinstance(got, list):
-        position = first_unequal(wanted, got)
-        wanted, got = ((own[position] if position < len(own) else None) for own in (wanted, got))
-    return Difference(
-        request=number, continuation=continuation, position=position, what=what, wanted=wanted, got=got
-    )
-
-
-def first_unequal(one: Iterable[Any], other: Iterable[Any]) -> int:
-    """The first place where two lists differ, one of which may be the beginning of the other."""
-    position = 0
-    for position, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return position
-    return position + 1

@@ -58,9 +58,7 @@ class RowTable:
     def num_free(self) -> int:
         return len(self._free)
 
-    def admit(
-        self, request: Request, num_computed: int, room: int, prefill_end: int | None = None
-    ) -> int:
+    def admit(self, request: Request, num_computed: int, room: int, prefill_end: int | None = None) -> int:
         """Gives a request the lowest free row, and returns it. `prefill_end` None: all its tokens."""
         row = heapq.heappop(self._free)
         self.requests[row] = request

@@ -56,8 +56,8 @@ STRAIGHT_OPTIONS = {
         "DYNAMIC_SLICE_FUSION,FUSION"
     }
 }
-# And of deterministic engines: the first of the products that cuBLAS proposes for a shape, not the one that was
-# fastest today, so that programs that are made anew compute the same bits.
+# And of deterministic engines: the first of the products that cuBLAS proposes for a shape, not the one that
+# was fastest today, so that programs that are made anew compute the same bits.
 FIXED_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}
 
 

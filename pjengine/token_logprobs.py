@@ -192,13 +192,18 @@ class PromptLogprobs:
         return self._result
 
     def chosen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Logprobs and ranks of the tokens from `first` on, as far as they are computed; dearer after `result`."""
+        """Logprobs and ranks of the tokens from `first` on, as far as they are computed.
+
+        Before `result`, which costs more.
+        """
         empty = (np.zeros(0, np.float32), np.zeros(0, np.int32))
         arrays = list(self._parts.values())  # before the result, which another thread may put in their place
         if self._result is not None:
             own = zip(self.token_ids, self._result, strict=True)
             found = [position[token][:2] for token, position in own if position is not None]
-            return np.array([own for own, _ in found], np.float32), np.array([own for _, own in found], np.int32)
+            return np.array([own for own, _ in found], np.float32), np.array(
+                [own for _, own in found], np.int32
+            )
         parts = [empty, *((part.chosen, part.rank) for part in arrays)]
         logprobs, ranks = (np.concatenate(kind) for kind in zip(*parts, strict=True))
         return logprobs, ranks
