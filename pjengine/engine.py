@@ -294,7 +294,8 @@ class LLMEngine:
         decodes, table = schedule.decodes, self.scheduler.rows
         is_live = table.admissions[decodes.rows] == decodes.admissions  # not ended or preempted since
         is_live &= ~table.is_beam[decodes.rows]
-        is_live &= decodes.starts + 1 >= table.known_end[decodes.rows]  # not one that was given out before
+        if self.scheduler.is_deterministic:  # after a preemption, tokens come that were given out before
+            is_live &= decodes.starts + 1 >= np.array([own.num_known for own in decodes.requests], np.int64)
         is_plain = is_live & ~self._needs_look(decodes, lengths, sampled)
         plain = np.flatnonzero(is_plain)
         completions, depth = self._completions, len(sampled)
@@ -311,7 +312,7 @@ class LLMEngine:
             look(decodes.requests[seq], seq, int(lengths[seq]))
         for seq, chunk in enumerate(schedule.chunks, len(decodes.requests)):
             is_own = table.admissions[chunk.row] == chunk.admission
-            is_new = chunk.start + chunk.length >= table.known_end[chunk.row]
+            is_new = chunk.start + chunk.length >= chunk.request.num_known
             if chunk.is_sampled and is_own and is_new and chunk.request.beams is None:
                 look(chunk.request, seq, 1)
         for index, step in enumerate(schedule.beams):

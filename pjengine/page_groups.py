@@ -110,7 +110,7 @@ class PageGroups:
         """Free pages of each pool that no running request needs for the tokens that it has now."""
         table = self._rows
         rows = np.flatnonzero(table.admissions)
-        tokens = np.maximum(table.known_end[rows], table.computed[rows] + 1)
+        tokens = np.maximum(table.prefill_end[rows], table.computed[rows] + 1)
         most = self._most_held(tokens, np.minimum(tokens - table.computed[rows], self._max_new_tokens))
         room = table.room[rows] // self._page_size
         held = [room, room - table.window_start[rows] // self._page_size]

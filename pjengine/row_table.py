@@ -18,11 +18,11 @@ class RowTable:
     A row counts its request's tokens, prompt and output together:
 
         |------ known when admitted ------|---- sampled since ----|
-        0                     prefill_end, known_end            limit
+        0                            prefill_end                limit
         |------ computed: K and V are, or will be, in the pages -----|------ room: of its pages
 
-    From `prefill_end` on the row decodes: the token to compute next is known to the device only. Where that
-    is before `known_end`, the tokens between are sampled again, as they were before a preemption.
+    From `prefill_end` on the row decodes: the token to compute next is known to the device only. It may be
+    the end of the prompt though more is known: then outputs are sampled once more, and come out the same.
     While a step with drafts is under way, `computed` counts all of them; `unsure` ones may turn out wrong.
     An admission is a number that no other has, so that a late result finds its request or nobody.
     """
@@ -33,7 +33,6 @@ class RowTable:
         self.computed = np.zeros(num_rows, np.int64)
         self.unsure = np.zeros(num_rows, np.int64)
         self.prefill_end = np.zeros(num_rows, np.int64)
-        self.known_end = np.zeros(num_rows, np.int64)
         self.limit = np.zeros(num_rows, np.int64)  # of computed tokens; the last one sampled never is
         self.room = np.zeros(num_rows, np.int64)
         self.window_start = np.zeros(num_rows, np.int64)  # slots before it have no page in the window's pool
@@ -66,7 +65,6 @@ class RowTable:
         self.computed[row] = num_computed
         self.unsure[row] = 0
         self.prefill_end[row] = request.num_known if prefill_end is None else prefill_end
-        self.known_end[row] = request.num_known
         self.limit[row] = request.max_total_tokens - 1
         self.room[row] = room
         self.window_start[row] = 0
@@ -79,13 +77,13 @@ class RowTable:
 
     def admit_follower(self, request: Request) -> int:
         """The same for another beam, which has nothing to compute until `fork`."""
-        row = self.admit(request, num_computed=0, room=0, prefill_end=0)
-        self.known_end[row] = self.limit[row] = 0
+        row = self.admit(request, num_computed=0, room=0)
+        self.prefill_end[row] = self.limit[row] = 0
         return row
 
     def fork(self, row: int, follower: int) -> None:
         """Has a follower decode from where `row` is; its pages are yet to be counted."""
-        for column in (self.computed, self.prefill_end, self.known_end, self.limit, self.window_start):
+        for column in (self.computed, self.prefill_end, self.limit, self.window_start):
             column[follower] = column[row]
 
     def _set_end_ids(self, row: int, ids: tuple[int, ...]) -> None:

@@ -147,19 +147,19 @@ class Scheduler:
         refused: list[tuple[Request, str]] = []
         self._pages.give_back_unseen()
         num_preempted = self._make_room()
-        rows = self.rows.decoding()
-        if self.turns is None or self.turns.is_for_prompts(
-            len(rows), self._num_wanted(0), self.max_num_batched_tokens
-        ):
+        rows, turns = self.rows.decoding(), self.turns
+        if turns is None:
+            self._grow(rows, updates)
+        if turns is None or turns.is_for_prompts(len(rows), self._num_wanted(0), self.max_num_batched_tokens):
             budget = self._budget(len(rows))
             for row, length in self._prompt_lengths(budget):
                 chunks.append(self._take(self.rows.owner(row), length, updates))
             if num_preempted == 0:
                 self._admit(budget, chunks, updates, refused)
-        if self.turns is not None:
-            self.turns.see(sum(chunk.length for chunk in chunks))
+        if turns is not None:
+            turns.see(sum(chunk.length for chunk in chunks))
             rows = rows[:0] if chunks else rows
-        self._grow(rows[self.rows.computed[rows] == self.rows.room[rows]], updates)
+            self._grow(rows, updates)
         needs = self._needs(rows, chunks)
         # Several tokens where the host has no part in them.
         depth, num_drafts = 1 if chunks or needs.any() else self.decode_steps, 0
@@ -271,14 +271,17 @@ class Scheduler:
         lengths = np.minimum(depth, table.limit[rows] - starts)
         if depth > 1:
             short = rows[starts + lengths > table.room[rows]]
-            self._grow(short[: self._pages.num_free], updates)
+            self._add_pages(short[: self._pages.num_free], updates)
             lengths = np.minimum(lengths, table.room[rows] - starts)
         table.computed[rows] += lengths
         requests: Any = [table.requests[row] for row in rows.tolist()]
         return Decodes(requests, rows, table.admissions[rows], starts, lengths)
 
     def _grow(self, rows: np.ndarray, updates: PageUpdates) -> None:
-        """Gives each of these rows, whose pages are full, one more."""
+        """Gives each of these rows whose pages are full one more."""
+        self._add_pages(rows[self.rows.computed[rows] == self.rows.room[rows]], updates)
+
+    def _add_pages(self, rows: np.ndarray, updates: PageUpdates) -> None:
         for row in rows.tolist():
             self._pages.grow(self.rows.owner(row), 1, updates)
 

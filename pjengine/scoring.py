@@ -153,7 +153,7 @@ def _prepare(engine: Engine, before: list[int], tokens: list[int], salt: str, fo
 
 
 def ask_scores(generation: Generation, last: int, first: int, fork: str) -> None:
-    """Has a request tell the logprobs of its prompt from the token `first` on, and that of `last` after it."""
+    """Has a request tell the logprobs of its prompt's tokens from `first` on, and of `last` after them."""
     request = generation.request
     request.next_token, request.fork = last, fork
     # The last token before gives the logprob of the first: it has to be computed.

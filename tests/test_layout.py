@@ -23,6 +23,7 @@ HOST_ONLY = (
     "beam_rows.py",
     "beam_search.py",
     "beams.py",
+    "comparison.py",
     "edits.py",
     "edit_sizes.py",
     "resolution.py",
@@ -40,6 +41,7 @@ HOST_ONLY = (
     "scheduler.py",
     "speculation.py",
     "speculation_config.py",
+    "step_turns.py",
 )  # plain Python: no jax
 BANNED_NAMES = ("utils", "common", "manager", "handler", "helpers", "v2")
 

@@ -142,7 +142,7 @@ class StubDevice:
             taken = np.array([len(tokens) for tokens in sampled])
             self.scheduler.speculation.settle(table, schedule, taken, decodes.lengths - 1)
         for seq, ((request, row, admission), tokens) in enumerate(zip(owners, sampled, strict=True)):
-            is_new = schedule.position(seq) >= table.known_end[row]
+            is_new = schedule.position(seq) >= request.num_known
             if table.admissions[row] == admission and is_new and request.beams is None:
                 for token in tokens:
                     if not request.is_finished:  # the rest comes after an end that the device did not see

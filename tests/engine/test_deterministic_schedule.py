@@ -39,7 +39,7 @@ def check_one_way(scheduler: Scheduler, schedule: Schedule) -> None:
             seen["pages with outputs"] += 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     num_pages=st.integers(8, 32),
@@ -90,7 +90,7 @@ def check_any_schedule(
 
 def check_many_schedules() -> None:
     check_any_schedule()
-    assert min(seen[name] for name in ("preempted", "cached", "pages with outputs")) >= 50, seen
+    assert min(seen[name] for name in ("preempted", "cached", "pages with outputs")) >= 20, seen
 
 
 def test_in_any_schedule_each_token_is_computed_in_one_way_only() -> None:
