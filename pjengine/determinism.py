@@ -143,8 +143,9 @@ def _trial(engine: LLMEngine, rng: random.Random, kind: int | None) -> Trial:
     max_prompt = min(longest - max_output, 3 * sizes.max_num_batched_tokens)
     if max_output < 1:
         raise ValueError(f"requests have at most {longest} tokens here: raise max_model_len, or the memory")
-    # As many short ones as long ones.
-    length = max_prompt if kind == len(KINDS) - 1 else int(max_prompt ** rng.random())
+    length = int(max_prompt ** rng.random())  # as many short ones as long ones
+    if kind is not None:
+        length = max_prompt if kind == len(KINDS) - 1 else rng.randint(1, max_prompt)
     params = KINDS[rng.randrange(len(KINDS)) if kind is None else kind]
     if kind is not None or rng.random() < 0.5:
         params = {"logprobs": NUM_LOGPROBS, **params}
@@ -166,8 +167,10 @@ def _try_mix(
     engine: LLMEngine, rng: random.Random, trials: list[Trial], mix: int, report: DeterminismReport
 ) -> None:
     limits, compared = _random_limits(engine, rng, trials), list(range(len(trials)))
-    compared += rng.choices(compared, k=rng.randint(0, len(trials)))  # some twice: the second finds pages
     arrivals = [(rng.randint(0, MAX_ARRIVAL), trials[index]) for index in compared]
+    twice = rng.sample(compared, k=rng.randint(len(trials) // 2, len(trials)))  # these may find pages
+    arrivals += [(arrivals[index][0] + rng.randint(0, MAX_ARRIVAL // 2), trials[index]) for index in twice]
+    compared += twice
     for _ in range(int((2 * limits.max_num_seqs) ** rng.random())):  # as many small crowds as large ones
         beside = _trial(engine, rng, None)
         if rng.random() < 0.3:  # shares a beginning
