@@ -133,7 +133,8 @@ class StepCompiler:
     def compile(self, layout: Layout | DrawLayout, lowered: Lowered) -> Compiled:
         """The program for `layout`, which later runs load."""
         start, options = time.perf_counter(), self._options(layout)
-        if self.cache is not None and self.devices[0].platform == "gpu":
+        is_tuned = self.devices[0].platform == "gpu" and not self.config.is_deterministic
+        if self.cache is not None and is_tuned:
             options["xla_gpu_per_fusion_autotune_cache_dir"] = str(self.cache.autotune_folder)
         program = lowered.compile(options or None)
         logger.info("compiled %s seconds=%.1f", layout, time.perf_counter() - start)
