@@ -19,7 +19,7 @@ GENERATION_CONFIGS = ("auto", "vllm")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 FLAGS = (
     *("skip_tokenizer_init", "enable_expert_parallel", "enable_prefix_caching"),
-    *("warm_up", "use_tqdm_on_load"),
+    *("warm_up", "use_tqdm_on_load", "deterministic"),
 )
 # Whole numbers: the least, and one more than the most.
 LIMITS = {
@@ -81,6 +81,9 @@ class EngineConfig:
     max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
     generation_config: str = "auto"  # the model's own defaults of sampling; "vllm": neutral ones
     kernel_backend: str | None = None  # None: the best that this device and these shapes allow
+    # The same request gives the same bits, whatever runs beside it: see `determinism.py`.
+    deterministic: bool = False
+    record: str | None = None  # a new file for all requests and their outputs, as `recording.py` writes it
     warm_up: bool = True  # make every program at once; the first request waits for its own only
     use_tqdm_on_load: bool = False  # progress bars, on standard error, of what start-up waits for
     compile_cache_dir: str | None = None  # keeps compiled programs; "": none; None: ~/.cache/pjengine
@@ -144,6 +147,7 @@ class EngineConfig:
             raise ValueError(
                 f"decode_steps must be at most page_size={self.page_size}, got {self.decode_steps}"
             )
+        self._check_deterministic()
         _ = self.speculation  # reads `speculative_config`, and refuses what is wrong with it
         if self.enable_expert_parallel and self.tensor_parallel_size == 1:
             raise ValueError(
@@ -155,6 +159,36 @@ class EngineConfig:
             raise ValueError(
                 f"tokenizer_revision={self.tokenizer_revision!r} is of the tokenizer that `tokenizer` names, "
                 "and none is named; the model's own comes with `revision`"
+            )
+
+    def _check_deterministic(self) -> None:
+        """Raises ValueError where a setting does not go with `deterministic` or `record`."""
+        if self.deterministic:
+            if self.speculative_config is not None:
+                raise ValueError(
+                    "deterministic=True computes each output token in a step of its own, and "
+                    "speculative_config verifies several at once: leave one of them out"
+                )
+            if (self.decode_steps or 1) > 1:
+                raise ValueError(
+                    f"deterministic=True gives one token a launch, got decode_steps={self.decode_steps}: "
+                    "leave it out"
+                )
+            if self.tensor_parallel_size > 2:
+                raise ValueError(
+                    "deterministic=True takes at most tensor_parallel_size=2: the sums of more devices are "
+                    f"in an order that depends on the place in a batch; got {self.tensor_parallel_size}"
+                )
+        if self.record is None:
+            return
+        if not isinstance(self.record, str) or not self.record:
+            raise ValueError(f"record must be the name of a file, or None, got {self.record!r:.80}")
+        ray = self.distributed_executor_backend is not None
+        if self.data_parallel_size > 1 or self.nnodes > 1 or ray:
+            raise ValueError("record is of one engine on one host: leave it out, or run such a one")
+        if self.speculative_config is not None:
+            raise ValueError(
+                "record cannot keep what speculative_config decides by the clock: leave one of them out"
             )
 
     def _check_hosts(self) -> None:
@@ -209,6 +243,9 @@ class RunnerConfig:
         None  # layers with pages of their own; then `num_pages` is of the others
     )
     speculation: SpeculationConfig | None = None
+    is_deterministic: bool = False
+    # No step runs as a larger one while its own program is made, so that what runs depends on requests alone.
+    waits_for_programs: bool = False
 
     @property
     def num_groups(self) -> int:
@@ -222,6 +259,8 @@ class RunnerConfig:
     @cached_property
     def decode_buckets(self) -> tuple[int, ...]:
         """Numbers of sequences that decode programs are compiled for."""
+        if self.is_deterministic:
+            return (self.max_num_seqs,)
         # Above 128 sequences a step's time grows with them: a power of two would pad by up to a half.
         step = max(128, self.max_num_seqs // 8)
         large = range(2 * step, self.max_num_seqs, step)
@@ -238,6 +277,8 @@ class RunnerConfig:
     def mixed_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that mixed programs are compiled for."""
         most = self.max_num_batched_tokens
+        if self.is_deterministic:
+            return (most,)
         # On a GPU these steps, which a prompt or two make, cost as much as they have blocks of 128 tokens.
         between = [size for size in (384, 768) if size <= most // 16]
         return tuple(sorted({*buckets(min(max(32, most // 128), most), most), *between}))

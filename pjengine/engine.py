@@ -15,6 +15,7 @@ from pjengine.compile_cache import open_compile_cache
 from pjengine.config import EngineConfig, compile_cache_folder, is_whole
 from pjengine.follower import follow
 from pjengine.generation import NO_TOKEN, Completion, Generation
+from pjengine.grammars import Matcher
 from pjengine.hidden_states import states_to_host
 from pjengine.hosts import HostLostError, Hosts, telling_failure
 from pjengine.loading import LoadedModel, load_model
@@ -24,6 +25,7 @@ from pjengine.page_pool import PagePool
 from pjengine.preparation import Preparation, seed_source
 from pjengine.prompts import Prompt
 from pjengine.ray_hosts import gather_hosts
+from pjengine.recording import Recorder
 from pjengine.request import Request, request_id_for
 from pjengine.runner import Launched, Runner
 from pjengine.sampling_params import RequestOutputKind, SamplingParams
@@ -68,6 +70,7 @@ class LLMEngine:
         compile_cache = open_compile_cache(compile_cache_folder(config.compile_cache_dir))
         self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache, hosts)
         self.scheduler = self._new_scheduler()
+        self._recorder = Recorder(config, loaded)
         self.step_log = StepLog()
         self.num_generation_tokens = 0
         self._in_flight: Launched | None = None
@@ -117,6 +120,7 @@ class LLMEngine:
             max_prompt_logprob_tokens=sizes.max_prompt_logprob_tokens,
             max_states=sizes.max_states,
             mixed_sizes=sizes.mixed_buckets,
+            is_deterministic=sizes.is_deterministic,
             speculation=self._new_speculation(),
             window_pool=None if group is None else PagePool(group.num_pages),
             window=None if group is None else group.window,
@@ -169,6 +173,10 @@ class LLMEngine:
         for name in ("logits_processors", "activation_edits"):
             if getattr(params, name) and self._hosts is not None:
                 raise ValueError(f"{name} are functions of this process: with nnodes > 1 leave them out")
+        for name in ("use_beam_search", "activation_edits"):
+            if getattr(params, name) and self.config.deterministic:
+                raise ValueError(f"{name} does not go with deterministic=True: leave one of them out")
+        self._recorder.check(params)
         generation = self._preparation.generation(request_id_for(request_id), prompt, params, priority)
         self.scheduler.check_fits(generation.request)
         return generation
@@ -193,6 +201,7 @@ class LLMEngine:
                 for request_id, completion in zip(ids, generation.completions, strict=True)
             }
             self._generations[ids[0]] = generation
+            self._recorder.submit(generation)
 
     def _check_open(self) -> None:
         if self.is_closed:
@@ -227,6 +236,7 @@ class LLMEngine:
                 raise
 
     def _advance(self) -> list[Generation]:
+        self._recorder.num_steps += self._in_flight is not None or bool(self._generations)
         with self.step_log.phase("schedule"):
             schedule = self.scheduler.schedule()
         with self.step_log.phase("launch"):
@@ -248,15 +258,20 @@ class LLMEngine:
         return grown
 
     def _masks(self, schedule: Schedule) -> Masks:
-        """What their grammars allow those requests of a step that have one and have not ended meanwhile."""
-        seqs, matchers = [], []
+        """What their grammars allow those requests of a step that have one and have not ended meanwhile.
+
+        Of a token that was given out before, and is sampled again: it alone.
+        """
+        seqs, matchers, known = list[int](), list[Matcher](), dict[int, int]()
         for seq, request in schedule.masked:
             if not request.is_finished:
                 matcher = self._completions[request.request_id][0].matcher
                 assert matcher is not None
+                if (position := schedule.position(seq)) < request.num_known:
+                    known[len(seqs)] = request.known_tokens(position, position + 1)[0]
                 seqs.append(seq)
                 matchers.append(matcher)
-        return Masks(seqs, self._preparation.grammars.masks(matchers)) if seqs else NO_MASKS
+        return Masks(seqs, self._preparation.grammars.masks(matchers, known)) if seqs else NO_MASKS
 
     def _refuse(self, schedule: Schedule) -> list[Generation]:
         """Ends requests whose program could not be made; the others go on."""
@@ -296,6 +311,8 @@ class LLMEngine:
         decodes, table = schedule.decodes, self.scheduler.rows
         is_live = table.admissions[decodes.rows] == decodes.admissions  # not ended or preempted since
         is_live &= ~table.is_beam[decodes.rows]
+        if self.scheduler.is_deterministic:  # after a preemption, tokens come that were given out before
+            is_live &= decodes.starts + 1 >= np.array([own.num_known for own in decodes.requests], np.int64)
         is_plain = is_live & ~table.needs_look(decodes.rows, decodes.starts, lengths, sampled)
         plain = np.flatnonzero(is_plain)
         completions, depth = self._completions, len(sampled)
@@ -312,7 +329,8 @@ class LLMEngine:
             look(decodes.requests[seq], seq, int(lengths[seq]))
         for seq, chunk in enumerate(schedule.chunks, len(decodes.requests)):
             is_own = table.admissions[chunk.row] == chunk.admission
-            if chunk.is_sampled and is_own and chunk.request.beams is None:
+            is_new = chunk.start + chunk.length >= chunk.request.num_known
+            if chunk.is_sampled and is_own and is_new and chunk.request.beams is None:
                 look(chunk.request, seq, 1)
         for index, step in enumerate(schedule.beams):
             if table.admissions[step.rows[0]] == step.admission:
@@ -389,6 +407,7 @@ class LLMEngine:
     def _abort(self, request_id: str) -> None:
         generation = self._generations.get(request_id)
         if generation is not None:
+            self._recorder.note("abort", generation)
             generation.abort()
             self._drop([c for c in generation.completions if c.request.request_id in self._completions])
 
@@ -399,7 +418,9 @@ class LLMEngine:
             for completion in finished:
                 _, generation = self._completions.pop(completion.request.request_id)
                 if generation.is_finished:
-                    self._generations.pop(generation.request.request_id, None)
+                    found = self._generations.pop(generation.request.request_id, None)
+                    if found is not None:
+                        self._recorder.end(found)
 
     @property
     def _hosts(self) -> Hosts | None:
@@ -412,6 +433,7 @@ class LLMEngine:
 
     def _start_over(self, error: BaseException) -> None:
         self.is_broken = True  # until all of this has worked
+        self._recorder.note("failure")
         for generation in self._generations.values():
             generation.abort()
         self._generations.clear()
@@ -431,17 +453,20 @@ class LLMEngine:
         with self._turns.take():
             self._check_open()
             self.scheduler.reset_prefix_cache()
+            self._recorder.note("reset")
 
     def update_params(self, tree: Any, *, donate: bool = False) -> None:
         """As `LLM.update_params`; after the step that another thread is in.
 
         Raises:
-          ValueError: the tree does not fit; the old parameters stay in force.
+          ValueError: the tree does not fit, or the engine records: the old parameters stay in force.
           NotImplementedError: the engine is of several hosts.
           RuntimeError: the engine is closed.
         """
         with self._turns.take():
             self._check_open()
+            if self.config.record is not None:
+                raise ValueError("a recording has one set of weights: update_params needs an engine without")
             if self._hosts is not None:
                 raise NotImplementedError(
                     "update_params is of one host: with nnodes > 1 save a checkpoint, and start anew with it"
@@ -469,6 +494,7 @@ class LLMEngine:
             self._abort(request_id)
         self._in_flight = None
         self._preparation.grammars.close()
+        self._recorder.close()
         if self._hosts is not None and self._hosts.lost is not None:
             return  # its devices may wait for the lost one, and nothing ends that but the end of the process
         if self._hosts is not None:

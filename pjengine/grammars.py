@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -207,8 +207,13 @@ class Grammars:
         """Words at the beginning that have a token for each bit: there is nothing to clear in them."""
         return int(np.argmin(np.append(self._real_tokens, 0) == -1))
 
-    def masks(self, matchers: Sequence[Matcher]) -> Int[np.ndarray, "matchers words"]:
-        """What may come next, as `Masks` has it; nothing, where a matcher cannot go on."""
+    def masks(
+        self, matchers: Sequence[Matcher], known: Mapping[int, int] | None = None
+    ) -> Int[np.ndarray, "matchers words"]:
+        """What may come next, as `Masks` has it; nothing, where a matcher cannot go on.
+
+        `known` has, by place among the matchers, tokens that must come: these have been consumed already.
+        """
         words = np.zeros((len(matchers), num_words(self._own_tokenizer.vocab_size)), np.int32)
         if len(matchers) == 1:
             matchers[0].state.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
@@ -223,6 +228,9 @@ class Grammars:
         if missing := len(real) - words.shape[1]:
             words = np.pad(words, ((0, 0), (0, missing)))
         words[:, self._num_full :] &= real[self._num_full :]
+        for index, token in (known or {}).items():
+            words[index] = 0
+            words.view(np.uint32)[index, token // 32] = np.uint32(1 << token % 32)
         return words
 
     def close(self) -> None:

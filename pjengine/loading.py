@@ -53,7 +53,9 @@ class LoadedModel:
     memory_plan: MemoryPlan
     sharding: NamedSharding  # of what every device has
     generation_config: Mapping[str, Any]  # what generation_config.json holds, if it counts
-    weights: str = ""  # tells them apart from others of the same shapes; of several hosts only
+    weights: str = (
+        ""  # tells them apart from others of the same shapes; of several hosts, and of recordings, only
+    )
 
     @property
     def facts(self) -> dict[str, str]:
@@ -114,29 +116,35 @@ def load_model(config: EngineConfig, hosts: Hosts | None = None) -> LoadedModel:
         }
     else:
         params = _load_params(config, folder, model, mesh)
-    runner_config = RunnerConfig(
+    return LoadedModel(
+        model=model,
+        params=params,
+        tokenizer=tokenizer,
+        runner_config=_runner_config(config, plan, sizes, is_gpu=device.platform == "gpu"),
+        memory_plan=plan,
+        sharding=replicated(mesh),
+        generation_config=read_generation_config(config, folder),
+        weights=weights_digest(config, folder, draft_folder) if hosts or config.record else "",
+    )
+
+
+def _runner_config(
+    config: EngineConfig, plan: MemoryPlan, sizes: dict[str, int], *, is_gpu: bool
+) -> RunnerConfig:
+    decode_steps = 1 if config.deterministic else config.decode_steps
+    return RunnerConfig(
         num_pages=plan.num_pages,
         page_size=plan.page_size,
         max_model_len=plan.max_model_len,
         max_prompt_logprob_tokens=plan.max_prompt_logprob_tokens,
         max_states=plan.max_states,
-        decode_steps=choose_decode_steps(
-            config.decode_steps, plan.weights_bytes, is_gpu=device.platform == "gpu"
-        ),
+        decode_steps=choose_decode_steps(decode_steps, plan.weights_bytes, is_gpu=is_gpu),
         kernel_backend=config.kernel_backend,
         window_group=plan.window_group,
         speculation=config.speculation,
+        is_deterministic=config.deterministic,
+        waits_for_programs=config.record is not None,
         **sizes,
-    )
-    return LoadedModel(
-        model=model,
-        params=params,
-        tokenizer=tokenizer,
-        runner_config=runner_config,
-        memory_plan=plan,
-        sharding=replicated(mesh),
-        generation_config=read_generation_config(config, folder),
-        weights="" if hosts is None else weights_digest(config, folder, draft_folder),
     )
 
 

@@ -67,8 +67,12 @@ class PageGroups:
         is_caching: bool,
         window_pool: PagePool | None = None,
         window: int | None = None,
+        shares_outputs: bool = True,
     ) -> None:
-        """`max_new_tokens`: of one request in one step. `window`: slots that a token sees, its own too."""
+        """`max_new_tokens`: of one request in one step. `window`: slots that a token sees, its own too.
+
+        Without `shares_outputs`, only pages that are full of a prompt's tokens are shared.
+        """
         if (window_pool is None) != (window is None):
             raise ValueError(f"window_pool and window go together, got {window_pool!r} and {window!r}")
         self.pool = pool
@@ -79,6 +83,7 @@ class PageGroups:
         self._page_size = page_size
         self._max_new_tokens = max_new_tokens
         self._is_caching = is_caching
+        self._shares_outputs = shares_outputs
 
     @property
     def num_free(self) -> int:
@@ -128,7 +133,7 @@ class PageGroups:
         if self._chain(request) is None or not request.is_cache_read:
             return Found([], [])
         self._hash_pages(request)
-        most = request.num_known - 1 if request.max_cached is None else request.max_cached
+        most = self._num_named(request) - 1 if request.max_cached is None else request.max_cached
         names = request.page_hashes[: most // self._page_size]
         pages = self.pool.match(names)
         if self.window_pool is None:
@@ -205,7 +210,7 @@ class PageGroups:
             return
         self._hash_pages(request)
         table, names = self._rows, request.page_hashes
-        full = min(int(table.computed[request.row]), request.num_known) // self._page_size
+        full = min(int(table.computed[request.row]), self._num_named(request)) // self._page_size
         for column in range(request.num_registered, full):
             self.pool.register(request.pages[column], names[column])
         if self.window_pool is not None:
@@ -218,9 +223,13 @@ class PageGroups:
         """The salt of the names of a request's pages; None: they have none, and nobody shares them."""
         return request.salt if self._is_caching else request.fork or None
 
+    def _num_named(self, request: Request) -> int:
+        """Tokens whose pages have names, once they are full."""
+        return request.num_known if self._shares_outputs else len(request.prompt_token_ids)
+
     def _hash_pages(self, request: Request) -> None:
         names: list[PageHash] = request.page_hashes
-        start, stop = len(names) * self._page_size, request.num_known
+        start, stop = len(names) * self._page_size, self._num_named(request)
         if start + self._page_size <= stop:
             tokens = request.known_tokens(start, stop)
             salt = self._chain(request)

@@ -21,7 +21,8 @@ class RowTable:
         0                            prefill_end                limit
         |------ computed: K and V are, or will be, in the pages -----|------ room: of its pages
 
-    From `prefill_end` on the row decodes: the token to compute next is known to the device only.
+    From `prefill_end` on the row decodes: the token to compute next is known to the device only. It may be
+    the end of the prompt though more is known: then outputs are sampled once more, and come out the same.
     While a step with drafts is under way, `computed` counts all of them; `unsure` ones may turn out wrong.
     An admission is a number that no other has, so that a late result finds its request or nobody.
     """
@@ -56,14 +57,14 @@ class RowTable:
     def num_free(self) -> int:
         return len(self._free)
 
-    def admit(self, request: Request, num_computed: int, room: int) -> int:
-        """Gives a request the lowest free row, and returns it."""
+    def admit(self, request: Request, num_computed: int, room: int, prefill_end: int | None = None) -> int:
+        """Gives a request the lowest free row, and returns it. `prefill_end` None: all its tokens."""
         row = heapq.heappop(self._free)
         self.requests[row] = request
         self.admissions[row] = next(self._numbers)
         self.computed[row] = num_computed
         self.unsure[row] = 0
-        self.prefill_end[row] = request.num_known
+        self.prefill_end[row] = request.num_known if prefill_end is None else prefill_end
         self.limit[row] = request.max_total_tokens - 1
         self.room[row] = room
         self.window_start[row] = 0

@@ -174,18 +174,27 @@ class Runner:
         wanted = schedule.num_seqs if schedule.is_decode else schedule.num_tokens
         buckets = self.config.decode_buckets if schedule.is_decode else self.config.mixed_buckets
         bucket = next(bucket for bucket in buckets if bucket >= wanted)
-        if not schedule.needs.any():
+        if not schedule.needs.any() and not self.config.is_deterministic:
             has_filters = schedule.has_filters or not self._draws_from_parts(bucket)
             return Stages(self._layout(bucket, schedule.is_decode, has_filters))
         return self._editing_stages(bucket, schedule.is_decode, schedule.needs, schedule.chains)
 
     def layouts(self) -> list[Layout]:
-        """Every program that a schedule without edits can need."""
+        """Every program with the model that a schedule without edits can need."""
+        if self.config.is_deterministic:
+            return [stages.model for stages in self._fixed_stages()]
         decode = [self._layout(bucket, True) for bucket in self.config.decode_buckets]
         unfiltered = filter(self._draws_from_parts, self.config.decode_buckets)
         decode += [self._layout(bucket, True, has_filters=False) for bucket in unfiltered]
         mixed = [self._layout(bucket, False) for bucket in self.config.mixed_buckets]
         return decode + mixed + [self._draft_layout(bucket) for bucket in self.config.draft_buckets]
+
+    def _fixed_stages(self) -> list[Stages]:
+        """Of steps without edits, of decodes and of prompts: the same as with edits, so that these change
+        nothing but what is drawn.
+        """
+        buckets = ((self.config.decode_buckets[0], True), (self.config.mixed_buckets[0], False))
+        return [self._editing_stages(*kind, np.zeros(len(NEEDS), np.int64), ()) for kind in buckets]
 
     def _draws_from_parts(self, bucket: int) -> bool:
         """Whether decodes of so many rows without filters have a program of their own."""
@@ -241,8 +250,10 @@ class Runner:
         sizes = sizes_for(needs, vocab_size, processors).within(model.num_seqs)
         return Stages(model, DrawLayout(model.num_seqs, sizes, num_groups))
 
-    def _by_need(self) -> list[Layout]:
+    def _by_need(self) -> Sequence[AnyLayout]:
         """Every program; first the one that a first prompt needs, then the one that continues it."""
+        if self.config.is_deterministic:
+            return _layouts_of(self._fixed_stages()[::-1])
         layouts = self.layouts()
         decode = [layout for layout in layouts if layout.is_decode and not layout.num_drafts]
         mixed = [layout for layout in layouts if not layout.is_decode]
@@ -260,7 +271,7 @@ class Runner:
         Where there are none, waits for them to be made, before all others; raises what that raises.
         """
         if not all(layout in self.programs for layout in wanted.layouts):
-            if covers := self._covers(wanted):
+            if (covers := self._covers(wanted)) and not self.config.waits_for_programs:
                 self._num_misses[wanted] += 1
                 if self._num_misses[wanted] == PATIENCE:
                     self._make(wanted.layouts)
@@ -311,6 +322,13 @@ class Runner:
         if None not in found:
             self._keep([layout for own in found if own is not None for layout in own.layouts])
             return True
+        if self.config.waits_for_programs:
+            self._make(_layouts_of(wanted))
+            try:
+                self._wait(_layouts_of(wanted))
+            except Exception as error:
+                raise CompilationError(f"no program for these parameters: {error}") from error
+            return True
         if self._programs.is_under_way(self._asked):
             return False
         failed, layouts = self._programs.failed, _layouts_of(wanted)
@@ -350,7 +368,7 @@ class Runner:
         """Begins to make programs, before all others."""
         new = [layout for layout in layouts if layout not in self._asked]
         self._asked.update(new)
-        self.recompiles_after_warmup += self._is_warming * len(set(new).difference(self.layouts()))
+        self.recompiles_after_warmup += self._is_warming * len(set(new).difference(self._by_need()))
         self._programs.start(layouts)
         self._keep(layouts)
 

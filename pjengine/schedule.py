@@ -91,6 +91,14 @@ class Schedule:
         each = ((seq, request.edits.activations) for seq, request in enumerate(requests))
         return [(seq, own) for seq, own in each if own is not None]
 
+    def position(self, seq: int) -> int:
+        """Of the token that is sampled for a sequence first."""
+        num_decodes = len(self.decodes.requests)
+        if seq < num_decodes:
+            return int(self.decodes.starts[seq]) + 1
+        chunk = self.chunks[seq - num_decodes]
+        return chunk.start + chunk.length
+
     @property
     def num_seqs(self) -> int:
         return len(self.decodes.requests) + len(self.chunks)

@@ -24,6 +24,7 @@ from pjengine.request import Request, RequestStatus
 from pjengine.row_table import RowTable
 from pjengine.schedule import Chunk, Decodes, Schedule, TokenBudget, step_limit
 from pjengine.speculation import Speculation
+from pjengine.step_turns import StepTurns
 
 _WITH_FUNCTIONS = [NEEDS.index("processed"), NEEDS.index("edited")]
 
@@ -50,12 +51,16 @@ class Scheduler:
     # Whether there are programs for steps that need so much; if not, they are made for what comes soon.
     can_edit: Callable[..., bool] = lambda now, soon, chains=NO_CHAINS: True  # as Runner.can_edit
     speculation: Speculation | None = None  # which steps draft tokens; None: none does
+    # A token is computed in one way only, whatever happens: those of prompts in steps of prompts, outputs in
+    # decodes, also once more after a preemption; pages with outputs are not shared.
+    is_deterministic: bool = False
     num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
     num_cache_hits: int = 0  # tokens found there
     num_prompt_tokens: int = 0  # of requests that have got a row
     num_preemptions: int = 0
     rows: RowTable = field(init=False)
     beams: BeamRows = field(init=False)
+    turns: StepTurns | None = field(init=False)  # None: a step holds decodes and prompts
     _pages: PageGroups = field(init=False)
     _waiting: list[tuple[tuple[int, int], Request]] = field(default_factory=list)  # a heap, by rank
     _orders: Iterator[int] = field(default_factory=itertools.count)
@@ -64,6 +69,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self.rows = RowTable(self.max_num_seqs)
+        self.turns = StepTurns() if self.is_deterministic else None
         self._pages = PageGroups(
             self.pool,
             self.rows,
@@ -73,6 +79,7 @@ class Scheduler:
             is_caching=self.is_caching,
             window_pool=self.window_pool,
             window=self.window,
+            shares_outputs=not self.is_deterministic,
         )
         self.beams = BeamRows(self.rows, self._pages, self.page_size)
 
@@ -142,13 +149,19 @@ class Scheduler:
         refused: list[tuple[Request, str]] = []
         self._pages.give_back_unseen()
         num_preempted = self._make_room()
-        rows = self.rows.decoding()
-        budget = self._budget(len(rows))
-        self._grow(rows[self.rows.computed[rows] == self.rows.room[rows]], updates)
-        for row, length in self._prompt_lengths(budget):
-            chunks.append(self._take(self.rows.owner(row), length, updates))
-        if num_preempted == 0:
-            self._admit(budget, chunks, updates, refused)
+        rows, turns = self.rows.decoding(), self.turns
+        if turns is None:
+            self._grow(rows, updates)
+        if turns is None or turns.is_for_prompts(len(rows), self._num_wanted(0), self.max_num_batched_tokens):
+            budget = self._budget(len(rows))
+            for row, length in self._prompt_lengths(budget):
+                chunks.append(self._take(self.rows.owner(row), length, updates))
+            if num_preempted == 0:
+                self._admit(budget, chunks, updates, refused)
+        if turns is not None:
+            turns.see(sum(chunk.length for chunk in chunks))
+            rows = rows[:0] if chunks else rows
+            self._grow(rows, updates)
         needs = self._needs(rows, chunks)
         # Several tokens where the host has no part in them.
         depth, num_drafts = 1 if chunks or needs.any() else self.decode_steps, 0
@@ -201,7 +214,8 @@ class Scheduler:
                 found.append((seq, chunk.request))
         return found
 
-    def _budget(self, num_decodes: int) -> TokenBudget:
+    def _budget(self, num_decoding: int) -> TokenBudget:
+        num_decodes = num_decoding if self.turns is None else 0
         most = self.max_num_batched_tokens
         if self.mixed_sizes:
             most = step_limit(self._num_wanted(num_decodes), num_decodes, self.mixed_sizes)
@@ -219,8 +233,12 @@ class Scheduler:
         for _, request in self._waiting[: table.num_free]:
             if num_wanted >= self.max_num_batched_tokens:
                 break
-            num_wanted += request.num_known
+            num_wanted += self._prefill_end(request)
         return num_wanted
+
+    def _prefill_end(self, request: Request) -> int:
+        """How many tokens of a waiting request are computed in chunks; its other outputs one by one."""
+        return len(request.prompt_token_ids) if self.is_deterministic else request.num_known
 
     def _prompt_lengths(self, budget: TokenBudget) -> Iterator[tuple[int, int]]:
         """Rows with known tokens left to compute, and how many of them the next step takes."""
@@ -255,14 +273,17 @@ class Scheduler:
         lengths = np.minimum(depth, table.limit[rows] - starts)
         if depth > 1:
             short = rows[starts + lengths > table.room[rows]]
-            self._grow(short[: self._pages.num_free], updates)
+            self._add_pages(short[: self._pages.num_free], updates)
             lengths = np.minimum(lengths, table.room[rows] - starts)
         table.computed[rows] += lengths
         requests: Any = [table.requests[row] for row in rows.tolist()]
         return Decodes(requests, rows, table.admissions[rows], starts, lengths)
 
     def _grow(self, rows: np.ndarray, updates: PageUpdates) -> None:
-        """Gives each of these rows, whose pages are full, one more."""
+        """Gives each of these rows whose pages are full one more."""
+        self._add_pages(rows[self.rows.computed[rows] == self.rows.room[rows]], updates)
+
+    def _add_pages(self, rows: np.ndarray, updates: PageUpdates) -> None:
         for row in rows.tolist():
             self._pages.grow(self.rows.owner(row), 1, updates)
 
@@ -296,7 +317,7 @@ class Scheduler:
             if (cost > left).any():
                 break
             num_cached = len(found.pages) * self.page_size
-            if not (length := budget.take(request, num_cached, request.num_known)):
+            if not (length := budget.take(request, num_cached, self._prefill_end(request))):
                 break  # a step of its own kind is full
             heapq.heappop(self._waiting)
             self._start(request, found, updates)
@@ -340,7 +361,9 @@ class Scheduler:
         """Gives a waiting request a row and the cached pages of its beginning."""
         num_cached = len(found.pages) * self.page_size
         request.status = RequestStatus.RUNNING
-        request.row = self.rows.admit(request, num_cached, room=num_cached)
+        request.row = self.rows.admit(
+            request, num_cached, room=num_cached, prefill_end=self._prefill_end(request)
+        )
         self._pages.take(request, found, updates)
         self.beams.start(request)
         if self.is_caching and request.is_cache_read:

@@ -148,13 +148,18 @@ def _prepare(engine: Engine, before: list[int], tokens: list[int], salt: str, fo
             f"together than max_model_len={most}: shorten them or raise max_model_len"
         )
     generation = engine.prepare({"prompt_token_ids": whole[:-1], "cache_salt": salt}, _PARAMS)
-    request = generation.request
-    request.next_token = whole[-1]
-    # The last token before gives the logprob of the first: it has to be computed.
-    request.is_cache_read, request.max_cached = True, len(before) - 1
-    request.fork = fork and f"{fork}/{request.salt}"
-    generation.prompt_logprobs = PromptLogprobs(whole, 0, True, None, first=len(before))
+    ask_scores(generation, whole[-1], len(before), fork and f"{fork}/{generation.request.salt}")
     return generation
+
+
+def ask_scores(generation: Generation, last: int, first: int, fork: str) -> None:
+    """Has a request tell the logprobs of its prompt's tokens from `first` on, and of `last` after them."""
+    request = generation.request
+    request.next_token, request.fork = last, fork
+    # The last token before gives the logprob of the first: it has to be computed.
+    request.is_cache_read, request.max_cached = True, first - 1
+    whole = [*request.prompt_token_ids, last]
+    generation.prompt_logprobs = PromptLogprobs(whole, 0, True, None, first=first)
 
 
 def score_of(generation: Generation) -> CompletionScore:

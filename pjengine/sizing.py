@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from pjengine.config import EngineConfig
 from pjengine.models.config import ModelConfig
 
+# Requests that run at once, and tokens of a step: there every step costs what a full one does.
+DETERMINISTIC_CPU, DETERMINISTIC_GPU = (16, 128), (256, 512)
+
 
 def choose_dtype(wanted: str, model_config: ModelConfig) -> jnp.dtype:
     """`auto` is the checkpoint's own; float32 checkpoints run in float32 on a CPU, else in bfloat16."""
@@ -39,6 +42,8 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, memory_bytes: 
         )
     is_large = memory_bytes is not None and memory_bytes > 60 * 2**30  # vLLM draws it at 70 GiB cards
     seqs, tokens = (16, 512) if memory_bytes is None else (1024, 16384) if is_large else (256, 8192)
+    if config.deterministic:
+        seqs, tokens = DETERMINISTIC_CPU if memory_bytes is None else DETERMINISTIC_GPU
     max_num_seqs = config.max_num_seqs or seqs
     if config.max_num_seqs is None and config.max_num_batched_tokens is not None:
         max_num_seqs = min(seqs, config.max_num_batched_tokens)

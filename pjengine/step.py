@@ -167,6 +167,7 @@ def compute_logits(
         cache, hidden, kept = run(cache, batch, room=room)
         assert kept is not None
         states = step_states(kept, batch.cu_q_lens, parts["is_mean"], has_tokens=layout.has_token_states)
+    hidden = lax.optimization_barrier(hidden)  # what follows changes nothing before it
     prompt_logprobs = None
     if layout.num_prompt_top is not None:
         prompt_logprobs = prompt_logprobs_of(

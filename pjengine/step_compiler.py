@@ -56,6 +56,9 @@ STRAIGHT_OPTIONS = {
         "DYNAMIC_SLICE_FUSION,FUSION"
     }
 }
+# And of deterministic engines: the first of the products that cuBLAS proposes for a shape, not the one that
+# was fastest today, so that programs that are made anew compute the same bits.
+FIXED_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}
 
 
 class StepCompiler:
@@ -130,7 +133,8 @@ class StepCompiler:
     def compile(self, layout: Layout | DrawLayout, lowered: Lowered) -> Compiled:
         """The program for `layout`, which later runs load."""
         start, options = time.perf_counter(), self._options(layout)
-        if self.cache is not None and self.devices[0].platform == "gpu":
+        is_tuned = self.devices[0].platform == "gpu" and not self.config.is_deterministic
+        if self.cache is not None and is_tuned:
             options["xla_gpu_per_fusion_autotune_cache_dir"] = str(self.cache.autotune_folder)
         program = lowered.compile(options or None)
         logger.info("compiled %s seconds=%.1f", layout, time.perf_counter() - start)
@@ -183,6 +187,8 @@ class StepCompiler:
     def _options(self, layout: Layout | DrawLayout) -> dict[str, Any]:
         """What XLA is told beside its defaults."""
         platform, options = self.devices[0].platform, dict(self.options)
+        if self.config.is_deterministic:
+            options |= FIXED_OPTIONS.get(platform, {})
         if len(self.devices) > 1:
             options |= DIVIDED_OPTIONS.get(platform, {})
             if (

@@ -197,6 +197,13 @@ class PromptLogprobs:
         Before `result`, which costs more.
         """
         empty = (np.zeros(0, np.float32), np.zeros(0, np.int32))
-        parts = [empty, *((arrays.chosen, arrays.rank) for arrays in self._parts.values())]
+        arrays = list(self._parts.values())  # before the result, which another thread may put in their place
+        if self._result is not None:
+            own = zip(self.token_ids, self._result, strict=True)
+            found = [position[token][:2] for token, position in own if position is not None]
+            return np.array([own for own, _ in found], np.float32), np.array(
+                [own for _, own in found], np.int32
+            )
+        parts = [empty, *((part.chosen, part.rank) for part in arrays)]
         logprobs, ranks = (np.concatenate(kind) for kind in zip(*parts, strict=True))
         return logprobs, ranks

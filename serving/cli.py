@@ -20,9 +20,11 @@ from pjengine.serving.bench_commands import add_bench
 from pjengine.serving.bench_serve_command import add_bench_serve
 from pjengine.serving.chat_commands import add_chat, add_complete
 from pjengine.serving.collect_env_command import add_collect_env
+from pjengine.serving.determinism_commands import add_replay, add_verify_determinism
 from pjengine.serving.options import (
     ENGINE_OPTIONS,
     HOST_OPTIONS,
+    RECORD,
     SAMPLING_OPTIONS,
     TOKENIZER_OPTIONS,
     Parser,
@@ -87,6 +89,8 @@ def _parser() -> Parser:
     add_complete(commands)
     add_run_batch(commands)
     add_bench_serve(add_bench(commands))
+    add_verify_determinism(commands)
+    add_replay(commands)
     _add_plan(commands)
     add_collect_env(commands)
     return parser
@@ -142,7 +146,7 @@ def _add_generate(commands: Any) -> None:
         "--stop", metavar="TEXT", action="append", help="end before this text; may be given several times"
     )
     add_options(sampling, SAMPLING_OPTIONS, SamplingParams)
-    engine = add_engine_options(command, *TOKENIZER_OPTIONS, *HOST_OPTIONS)
+    engine = add_engine_options(command, *TOKENIZER_OPTIONS, *HOST_OPTIONS, RECORD)
     engine.add_argument(
         "--warm-up",
         action=argparse.BooleanOptionalAction,
@@ -155,7 +159,7 @@ def _generate(args: argparse.Namespace) -> int:
     asked = {**given(args, SAMPLING_OPTIONS), "max_tokens": args.max_tokens, "stop": args.stop}
     asked = {name: value for name, value in asked.items() if value is not None}
     SamplingParams(**asked)  # refuses before jax is loaded, as the next line does
-    settings = given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS, *HOST_OPTIONS))
+    settings = given(args, (*ENGINE_OPTIONS, *TOKENIZER_OPTIONS, *HOST_OPTIONS, RECORD))
     bars = sys.stderr.isatty()
     config = EngineConfig(model=args.model, warm_up=args.warm_up, use_tqdm_on_load=bars, **settings)
     if config.node_rank > 0:  # the head's prompts count

@@ -125,6 +125,19 @@ ENGINE_OPTIONS = (
     Option("generation_config", str, "NAME", "auto: the model's own sampling defaults; vllm: neutral ones"),
     Option("compile_cache_dir", str, "DIR", "keeps compiled programs (default: ~/.cache/pjengine; '': none)"),
     Option("kernel_backend", str, "NAME", "triton, jax_triton or reference (default: the best that fits)"),
+    Option(
+        "deterministic",
+        argparse.BooleanOptionalAction,
+        "",
+        "give a request the same bits whatever runs beside it",
+    ),
+)
+# Of those that take requests. The file is readable by its owner only: the prompts are in it.
+RECORD = Option(
+    "record",
+    str,
+    "FILE",
+    "write requests, prompts and outputs to a new file (mode 0600), for `pjengine replay`",
 )
 HOST_OPTIONS = (
     Option("nnodes", int, "N", "hosts whose devices compute together, each with a process like this one"),

@@ -11,6 +11,7 @@ from pjengine.serving.options import (
     CHAT_TEMPLATE,
     ENGINE_OPTIONS,
     HOST_OPTIONS,
+    RECORD,
     TOKENIZER_OPTIONS,
     Option,
     add_neutral_options,
@@ -40,6 +41,7 @@ def json_list(text: str) -> tuple[str, ...]:
 
 _SERVED_MODEL = (
     CHAT_TEMPLATE,
+    RECORD,
     Option("skip_tokenizer_init", _SWITCH, "", "do without a tokenizer: prompts must be token ids"),
     Option("warm_up", argparse.BooleanOptionalAction, "", "compile every program at the start"),
 )

@@ -23,6 +23,7 @@ HOST_ONLY = (
     "beam_rows.py",
     "beam_search.py",
     "beams.py",
+    "comparison.py",
     "edits.py",
     "edit_sizes.py",
     "line_file.py",
@@ -42,6 +43,7 @@ HOST_ONLY = (
     "speculation.py",
     "speculation_config.py",
     "step_record.py",
+    "step_turns.py",
 )  # plain Python: no jax
 BANNED_NAMES = ("utils", "common", "manager", "handler", "helpers", "v2")
 
