@@ -20,7 +20,7 @@ from pjengine.request import Request
 from pjengine.runner import Launched
 from pjengine.scheduler import Scheduler
 
-MAX_STEPS = 1024  # that are kept: 6 KB each where 256 requests run at once
+MAX_STEPS = 1024  # that are kept: 7 KB each where 256 requests run at once
 PRUNE = 128  # steps between looks at which admissions no step has any more
 
 
@@ -117,7 +117,7 @@ class LoggedStep:
     schedule_s: float
     launch_s: float  # the wait for programs that had to be made included
     compile_s: float  # of that wait, and of such waits since the step before
-    admissions: np.ndarray  # int32 [rows]: the number of each row's; 0: the row is free
+    admissions: np.ndarray  # int64 [rows]: the number of each row's; 0: the row is free
     room: np.ndarray  # int32 [rows]: slots of its pages
     decoded: Decoded
     chunks: list[ReadChunk]
@@ -218,7 +218,7 @@ class StepLog:
             schedule_s=self._schedule_s,
             launch_s=self._launch_s,
             compile_s=compile_s - (self._compile_s or 0.0),
-            admissions=table.admissions.astype(np.int32),
+            admissions=table.admissions.copy(),
             room=table.room.astype(np.int32),
             decoded=Decoded(decodes.rows, decodes.lengths),
             chunks=chunks,
