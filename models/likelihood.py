@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.precision import widened
 
-ROWS = 1024  # positions whose logits exist at once, forwards and backwards
+ROWS = 1024  # positions whose logits exist at once; of more rows than that, one of each
 
 
 def chosen_logprobs(
