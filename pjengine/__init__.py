@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from pjengine.beams import BeamSearchOutput as BeamSearchOutput
     from pjengine.beams import BeamSearchParams as BeamSearchParams
     from pjengine.beams import BeamSearchSequence as BeamSearchSequence
+    from pjengine.chunks import CompletionChunk as CompletionChunk
     from pjengine.config import EngineConfig as EngineConfig
     from pjengine.embeddings import EmbeddingOutput as EmbeddingOutput
     from pjengine.engine import LLMEngine as LLMEngine
     from pjengine.hidden_states import HiddenStatesParams as HiddenStatesParams
     from pjengine.jsonl import generate_to_jsonl as generate_to_jsonl
     from pjengine.llm import LLM as LLM
-    from pjengine.llm import CompletionChunk as CompletionChunk
     from pjengine.models.hf_names import from_hf as from_hf
     from pjengine.models.hf_names import to_hf as to_hf
     from pjengine.outputs import CompletionOutput as CompletionOutput
@@ -54,7 +54,7 @@ _HOMES = {
     "ScoreOutput": "pjengine.scoring",
     "generate_to_jsonl": "pjengine.jsonl",
     "LLM": "pjengine.llm",
-    "CompletionChunk": "pjengine.llm",
+    "CompletionChunk": "pjengine.chunks",
     "CompletionOutput": "pjengine.outputs",
     "RequestMetrics": "pjengine.outputs",
     "RequestOutput": "pjengine.outputs",

@@ -68,9 +68,9 @@ class LLMEngine:
         self.memory_plan = loaded.memory_plan
         sizes = loaded.runner_config
         compile_cache = open_compile_cache(compile_cache_folder(config.compile_cache_dir))
+        self._recorder = Recorder(config, loaded)
         self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache, hosts)
         self.scheduler = self._new_scheduler()
-        self._recorder = Recorder(config, loaded)
         self.step_log = StepLog()
         self.num_generation_tokens = 0
         self._in_flight: Launched | None = None
@@ -108,7 +108,7 @@ class LLMEngine:
 
     def _new_scheduler(self) -> Scheduler:
         sizes = self.runner.config
-        group = sizes.window_group
+        group, wanted = sizes.window_group, sizes.speculation
         return Scheduler(
             PagePool(sizes.num_pages),
             sizes.page_size,
@@ -121,14 +121,12 @@ class LLMEngine:
             max_states=sizes.max_states,
             mixed_sizes=sizes.mixed_buckets,
             is_deterministic=sizes.is_deterministic,
-            speculation=self._new_speculation(),
+            speculation=None
+            if wanted is None
+            else Speculation(wanted, sizes.max_num_seqs, self.runner.can_draft),
             window_pool=None if group is None else PagePool(group.num_pages),
             window=None if group is None else group.window,
         )
-
-    def _new_speculation(self) -> Speculation | None:
-        wanted, num_rows = self.runner.config.speculation, self.runner.config.max_num_seqs
-        return None if wanted is None else Speculation(wanted, num_rows, self.runner.can_draft)
 
     def add_request(
         self,

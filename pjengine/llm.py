@@ -4,13 +4,13 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 
 from pjengine.beams import BeamSearchOutput, BeamSearchParams, beam_search_output
+from pjengine.chunks import CompletionChunk, chunks_of
 from pjengine.config import EngineConfig, known_settings
 from pjengine.embeddings import EmbeddingOutput, embedding_of, embedding_params
 from pjengine.engine import LLMEngine
@@ -40,18 +40,6 @@ from pjengine.trace import trace
 type Message = Mapping[str, Any]
 
 LOOKS = 16  # requests that `generate` looks at after a step, of those that have not grown in it
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompletionChunk:
-    """What one prompt's completion has grown by."""
-
-    index: int  # of the prompt
-    completion: int = 0  # of its `n` continuations
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
 
 
 class LLM:
@@ -233,7 +221,7 @@ class LLM:
                 "beam search, and best_of above n, cannot be streamed: what is chosen is known at the end. "
                 "Use generate"
             )
-        return self._chunks(generations)
+        return chunks_of(self.engine, generations)
 
     def chat(
         self,
@@ -452,36 +440,6 @@ class LLM:
             )
             bar.update(len(ended))
         return outputs
-
-    def _chunks(self, generations: list[Generation]) -> Iterator[CompletionChunk]:
-        open_ones = [
-            (prompt, completion)
-            for prompt, generation in enumerate(generations)
-            for completion in generation.completions
-        ]
-        try:
-            self._submit(generations)
-            while open_ones:
-                still_open = []
-                for prompt, completion in open_ones:
-                    text, token_ids = completion.take()
-                    request = completion.request
-                    if not request.is_finished:
-                        still_open.append((prompt, completion))
-                    if token_ids or request.is_finished:
-                        yield CompletionChunk(
-                            index=prompt,
-                            completion=completion.index,
-                            text=text,
-                            token_ids=token_ids,
-                            finish_reason=request.finish_reason,
-                            stop_reason=request.stop_reason,
-                        )
-                open_ones = still_open
-                if open_ones:
-                    self.engine.advance()
-        finally:
-            self._abort(generations)
 
     def _abort(self, generations: list[Generation]) -> None:
         if self._engine is not None:
