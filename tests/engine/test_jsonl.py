@@ -29,6 +29,10 @@ def hot(**fields: Any) -> Any:
     return SamplingParams(**{"temperature": 1.0, "max_tokens": 6, **fields})
 
 
+def double(token_ids: Any, logits: Any) -> Any:
+    return 2 * logits
+
+
 def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[1:-1]]
 
@@ -160,6 +164,20 @@ def test_each_prompt_may_have_parameters_of_its_own(demo: Any, tmp_path: Path) -
         ValueError, match="the output of prompt 1 is of another prompt or of other sampling_params"
     ):
         generate_to_jsonl(demo, own, path, params, use_tqdm=False)
+
+
+def test_parameters_are_told_apart_by_what_is_the_same_in_every_process() -> None:
+    from pjengine import StructuredOutputsParams, host_processor
+    from pjengine.jsonl import _described
+
+    form = StructuredOutputsParams(choice=["a", "b"])
+    text = _described(hot(logits_processors=[double, host_processor(double)], structured_outputs=form))
+    assert text.count(".double") == 2 and " at 0x" not in text
+    assert "choice=['a', 'b']" in text
+    told = {
+        _described(own) for own in (hot(), hot(seed=1), hot(stop_token_ids={3, 9}), hot(logit_bias={3: 1.0}))
+    }
+    assert len(told) == 4
 
 
 def test_what_would_not_be_written_is_refused_and_a_bad_prompt_named(demo: Any, tmp_path: Path) -> None:
