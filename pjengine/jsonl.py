@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,15 +233,27 @@ def _header(llm: LLM, common: SamplingParams | None) -> dict[str, Any]:
 
 
 def _described(params: SamplingParams) -> str:
-    """The fields that are not as they are by default; functions by their names."""
+    """The fields that are not as they are by default."""
     given = {own.name: getattr(params, own.name) for own in fields(params)}
-    given = {own.name: given[own.name] for own in fields(params) if given[own.name] != own.default}
-    if functions := given.get("logits_processors"):
-        given["logits_processors"] = [
-            f"{own.__module__}.{own.__qualname__}" if hasattr(own, "__qualname__") else type(own).__qualname__
-            for own in functions
-        ]
-    return ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return ", ".join(
+        f"{own.name}={_shown(given[own.name])}" for own in fields(params) if given[own.name] != own.default
+    )
+
+
+def _shown(value: Any) -> str:
+    """As `repr`, but the same in every process: functions by their names."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_shown(own)}' for key, own in value.items())}}}"
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = ", ".join(f"{own.name}={_shown(getattr(value, own.name))}" for own in fields(value))
+        return f"{type(value).__name__}({inner})"
+    if isinstance(value, set | frozenset):
+        return _shown(sorted(value))
+    if callable(value):
+        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return repr(value)
 
 
 def _digest(number: int, prompt: Prompt, params: Any) -> int:

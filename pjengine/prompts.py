@@ -68,8 +68,8 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if not isinstance(prompts, Sequence | np.ndarray):
         raise TypeError(
-            f"prompts must be a str, token ids, a dict, a list of them or an iterator of them, got "
-            f"{type(prompts).__name__}"
+            f"prompts must be a str, token ids, a dict or a list of them, got {type(prompts).__name__} "
+            "(LLM.generate also takes an iterator, which iter(...) makes)"
         )
     is_one = len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
     return [prompts] if is_one else list(prompts)

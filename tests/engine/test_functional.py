@@ -74,8 +74,8 @@ def greedy(model: Any, num_tokens: int, **settings: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("gqa", "dynamic_growing", "gemma2"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "mixtral_window")),
+        *("dynamic_growing", "gemma2"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gqa", "gpt2", "mixtral_window")),
     ],
 )
 def test_a_scan_over_ragged_prompts_gives_the_tokens_of_the_dense_model(name: str, tmp_path: Path) -> None:
@@ -97,17 +97,22 @@ def test_a_scan_over_ragged_prompts_gives_the_tokens_of_the_dense_model(name: st
         np.testing.assert_array_equal(likeliest[length - 1 : length - 1 + num_tokens], found[row])
 
 
-def test_tokens_are_those_of_the_engine_whose_parameters_they_share(gqa_folder: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_tokens_are_those_of_the_engine_whose_parameters_they_share(
+    gqa: Programs, gqa_folder: Path, dtype: str
+) -> None:
     from pjengine import LLM, SamplingParams
 
     tokens, lengths = ragged(GOLDEN.prompt)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": ROOM, "warm_up": False}
-    with LLM(gqa_folder, dtype="bfloat16", skip_tokenizer_init=True, decode_steps=1, **sizes) as llm:
+    with LLM(gqa_folder, dtype=dtype, skip_tokenizer_init=True, decode_steps=1, **sizes) as llm:
         prompts = [GOLDEN.prompt[:length] for length in lengths.tolist()]
         wanted = [own.outputs[0].token_ids for own in llm.generate(prompts, params, use_tqdm=False)]
-        found = jax.jit(greedy(llm.model, 8))(llm.params, tokens, lengths)
+        run = gqa.greedy if llm.model == gqa.model else jax.jit(greedy(llm.model, 8))
+        found = run(llm.params, tokens, lengths)
     assert found.tolist() == wanted
+    assert dtype != "float32" or wanted[0] == GOLDEN.tokens[:8]
 
 
 def test_vmap_over_prompts_of_one_shape_is_one_batch_of_them(gqa: Programs) -> None:
@@ -143,6 +148,7 @@ def test_vmap_over_models_gives_each_its_own_tokens(gqa: Programs) -> None:
     np.testing.assert_array_equal(found[1], gqa.greedy(other, *inputs))
 
 
+@pytest.mark.slow  # interpreted
 def test_kernels_run_under_vmap(gqa: Programs) -> None:
     """Those for a GPU, in Pallas's interpreter: a batch of mapped caches is one that they know."""
     tokens, lengths = ragged(GOLDEN.prompt)

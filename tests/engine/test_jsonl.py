@@ -29,6 +29,10 @@ def hot(**fields: Any) -> Any:
     return SamplingParams(**{"temperature": 1.0, "max_tokens": 6, **fields})
 
 
+def double(token_ids: Any, logits: Any) -> Any:
+    return 2 * logits
+
+
 def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[1:-1]]
 
@@ -66,7 +70,7 @@ def cut_off():
             os.kill(os.getpid(), signal.SIGKILL)
         yield prompt
 
-llm = LLM("demo", dtype="float32", max_num_seqs=3, max_num_batched_tokens=64, max_model_len=64, warm_up=False)
+llm = LLM("demo", dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, warm_up=False)
 generate_to_jsonl(llm, cut_off(), sys.argv[1], hot(), use_tqdm=False)
 """
 
@@ -80,7 +84,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_file(demo: Any, whole: Path
     killed = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=200)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     num_done = len(lines(path))
-    assert 18 - 6 <= num_done < 18  # all but those that were with the engine
+    assert 18 - 8 <= num_done < 18  # all but those that were with the engine
     with open(path, "ab") as file:  # as if it had been killed in the middle of a line
         file.write(whole.read_bytes().splitlines()[-1][:40])
     found = generate_to_jsonl(demo, prompts(), path, hot(), use_tqdm=False)
@@ -146,12 +150,11 @@ def test_each_prompt_may_have_parameters_of_its_own(demo: Any, tmp_path: Path) -
     from pjengine import generate_to_jsonl
 
     path = tmp_path / "outputs.jsonl"
-    params = [hot(n=2), hot(temperature=0, seed=None), hot(best_of=3, n=1)]
+    params = [hot(n=2), hot(temperature=0, seed=None), hot()]
     own: list[Any] = [[5, 6], {"prompt": "import os"}, np.array([7, 8])]
     assert generate_to_jsonl(demo, own, path, params, use_tqdm=False) == 3
     found = [line["outputs"] for line in lines(path)]
     assert [len(outputs) for outputs in found] == [2, 1, 1]
-    assert ["cumulative_logprob" in outputs[0] for outputs in found] == [False, False, True]
     [greedy] = demo.generate("import os", params[1], use_tqdm=False)
     assert found[1][0]["token_ids"] == greedy.outputs[0].token_ids
     assert generate_to_jsonl(demo, iter(own), path, iter(params), use_tqdm=False) == 0
@@ -160,6 +163,30 @@ def test_each_prompt_may_have_parameters_of_its_own(demo: Any, tmp_path: Path) -
         ValueError, match="the output of prompt 1 is of another prompt or of other sampling_params"
     ):
         generate_to_jsonl(demo, own, path, params, use_tqdm=False)
+
+
+@pytest.mark.slow  # compiles programs with logprobs, and with beams
+def test_what_is_chosen_has_its_logprob(demo: Any, tmp_path: Path) -> None:
+    from pjengine import generate_to_jsonl
+
+    params = [hot(), hot(best_of=3, n=1), hot(temperature=0, use_beam_search=True, best_of=2)]
+    generate_to_jsonl(demo, [[5]] * 3, tmp_path / "outputs.jsonl", params, use_tqdm=False)
+    found = [line["outputs"][0] for line in lines(tmp_path / "outputs.jsonl")]
+    assert ["cumulative_logprob" in output for output in found] == [False, True, True]
+
+
+def test_parameters_are_told_apart_by_what_is_the_same_in_every_process() -> None:
+    from pjengine import StructuredOutputsParams, host_processor
+    from pjengine.jsonl import _described
+
+    form = StructuredOutputsParams(choice=["a", "b"])
+    text = _described(hot(logits_processors=[double, host_processor(double)], structured_outputs=form))
+    assert text.count(".double") == 2 and " at 0x" not in text
+    assert "choice=['a', 'b']" in text
+    told = {
+        _described(own) for own in (hot(), hot(seed=1), hot(stop_token_ids=[3, 9]), hot(logit_bias={3: 1.0}))
+    }
+    assert len(told) == 4
 
 
 def test_what_would_not_be_written_is_refused_and_a_bad_prompt_named(demo: Any, tmp_path: Path) -> None:
