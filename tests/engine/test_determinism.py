@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.golden import golden as goldens
+
 SETTINGS: dict[str, Any] = {
     "load_format": "dummy",
     "hf_overrides": {"num_hidden_layers": 1},
@@ -165,3 +167,21 @@ def test_beam_search_is_refused(llm: Any) -> None:
 
     with pytest.raises(ValueError, match="use_beam_search does not go with deterministic=True"):
         llm.beam_search([[5, 6]], BeamSearchParams(beam_width=2, max_tokens=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2", "mixtral", "bloom", "two devices"])
+def test_other_models_get_the_same_bits_in_random_mixes(tmp_path: Path, name: str) -> None:
+    from pjengine import LLM
+    from pjengine.determinism import verify_determinism
+
+    if name == "two devices":
+        model: Any = "demo"
+        settings = {**SETTINGS, "tensor_parallel_size": 2}
+    else:
+        model = goldens.write_checkpoint(goldens.load(name), tmp_path)
+        settings = {**SETTINGS, "load_format": "auto", "hf_overrides": {}, "max_model_len": 64}
+    with LLM(model, deterministic=True, skip_tokenizer_init=True, **settings) as llm:
+        report = verify_determinism(llm.engine, num_mixes=20)
+    assert report.num_differences == 0, report.first
+    check_variety(report)
