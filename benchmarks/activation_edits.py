@@ -33,7 +33,7 @@ def main() -> None:
         layers: dict[str, list[int]] = {
             "none": [],
             "one layer": [config.num_layers // 2],
-            "eight layers": list(range(8)),
+            "eight layers": list(range(min(8, config.num_layers + 1))),
         }
         for name, numbers in layers.items():
             times = []

@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
 # Deeper than one level: `python -m pjengine.serving.openai.api_server` has been the command since 2023.
 NESTED = {"pjengine.serving.openai": "serving/openai"}
 HOST_ONLY = (
+    "activation_edits.py",
     "beam_rows.py",
     "beam_search.py",
     "beams.py",
