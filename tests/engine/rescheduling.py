@@ -9,6 +9,7 @@ def reschedule(
 ) -> None:
     """Gives an idle engine a new scheduler: fields of `Scheduler`, and at most the pages that there are."""
     from pjengine.page_pool import PagePool
+    from pjengine.step_log import StepLog
 
     most = engine.runner.config.num_pages
     assert not engine.has_unfinished_requests()
@@ -20,6 +21,7 @@ def reschedule(
     for _ in range(2):
         engine.step()  # what is in flight is of the old one
     engine.scheduler = dataclasses.replace(engine.scheduler, pool=PagePool(num_pages or most), **limits)
+    engine.step_log = StepLog(engine.step_log.num_steps)
 
 
 def settle(engine: Any) -> None:
