@@ -114,7 +114,7 @@ def test_a_hundred_rounds_of_training_grow_nothing_and_compile_nothing(
                 llm.update_params(params)
                 assert llm.params["layers"]["qkv"] is params["layers"]["qkv"]
                 answer = greedy(llm, PROMPT[:20], 6)
-                if number in (0, 50, 99):
+                if number in (3, 99):
                     found[number] = answer
                     llm.save_pretrained(tmp_path / str(number))
                 if number == 3:
@@ -124,7 +124,7 @@ def test_a_hundred_rounds_of_training_grow_nothing_and_compile_nothing(
             assert set(runner.programs) == programs and runner.recompiles_after_warmup == 0
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert found[0] != found[99]
+    assert found[3] != found[99]
     for number, answer in found.items():
         with LLM(tmp_path / str(number), **SIZES) as fresh:
             assert greedy(fresh, PROMPT[:20], 6) == answer
@@ -260,6 +260,7 @@ def test_the_engine_deletes_what_is_its_own_and_nothing_else(gqa_folder: Path) -
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_beside_a_draft_model_the_models_own_weights_are_swapped(gqa_folder: Path) -> None:
     from pjengine import LLM
 
