@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.golden import golden as goldens
@@ -174,6 +175,10 @@ def divided(x: Any) -> Any:
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec("x")))
 
 
+def column_major(x: Any) -> Any:
+    return jax.device_put(x, Format(Layout((1, 0)), x.sharding))
+
+
 def deleted(x: Any) -> Any:
     x = x + 0
     x.delete()
@@ -196,6 +201,7 @@ def deleted(x: Any) -> Any:
             lambda p: {**p, "head": divided(p["head"])},
             r"head: .* got P\('x',\) on cpu:0, cpu:1",
         ),
+        (lambda p: {**p, "head": column_major(p["head"])}, r"1 not row-major .*\n  head: .*\(1, 0\)"),
         (lambda p: {**p, "head": deleted(p["head"])}, r"1 deleted:\n  head$"),
     ],
 )
@@ -206,6 +212,11 @@ def test_another_tree_is_refused_with_the_differences(
     with pytest.raises(ValueError, match="(?s)" + message):
         llm.update_params(change(loaded))
     assert all(one is other for one, other in zip(jax.tree.leaves(llm.params), before, strict=True))
+
+
+def test_a_call_from_inside_a_traced_function_is_refused(llm: Any, loaded: Any) -> None:
+    with pytest.raises(ValueError, match=r"9 no jax\.Array .*\n  embed: got a .*Tracer"):
+        jax.jit(lambda params: llm.update_params(params))(loaded)
 
 
 def test_the_old_weights_stay_in_force_after_a_refusal(llm: Any, loaded: Any) -> None:
