@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.golden import golden as goldens
@@ -114,7 +115,7 @@ def test_a_hundred_rounds_of_training_grow_nothing_and_compile_nothing(
                 llm.update_params(params)
                 assert llm.params["layers"]["qkv"] is params["layers"]["qkv"]
                 answer = greedy(llm, PROMPT[:20], 6)
-                if number in (0, 50, 99):
+                if number in (3, 99):
                     found[number] = answer
                     llm.save_pretrained(tmp_path / str(number))
                 if number == 3:
@@ -124,7 +125,7 @@ def test_a_hundred_rounds_of_training_grow_nothing_and_compile_nothing(
             assert set(runner.programs) == programs and runner.recompiles_after_warmup == 0
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert found[0] != found[99]
+    assert found[3] != found[99]
     for number, answer in found.items():
         with LLM(tmp_path / str(number), **SIZES) as fresh:
             assert greedy(fresh, PROMPT[:20], 6) == answer
@@ -174,6 +175,10 @@ def divided(x: Any) -> Any:
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec("x")))
 
 
+def column_major(x: Any) -> Any:
+    return jax.device_put(x, Format(Layout((1, 0)), x.sharding))
+
+
 def deleted(x: Any) -> Any:
     x = x + 0
     x.delete()
@@ -196,6 +201,7 @@ def deleted(x: Any) -> Any:
             lambda p: {**p, "head": divided(p["head"])},
             r"head: .* got P\('x',\) on cpu:0, cpu:1",
         ),
+        (lambda p: {**p, "head": column_major(p["head"])}, r"1 not row-major .*\n  head: .*\(1, 0\)"),
         (lambda p: {**p, "head": deleted(p["head"])}, r"1 deleted:\n  head$"),
     ],
 )
@@ -206,6 +212,11 @@ def test_another_tree_is_refused_with_the_differences(
     with pytest.raises(ValueError, match="(?s)" + message):
         llm.update_params(change(loaded))
     assert all(one is other for one, other in zip(jax.tree.leaves(llm.params), before, strict=True))
+
+
+def test_a_call_from_inside_a_traced_function_is_refused(llm: Any, loaded: Any) -> None:
+    with pytest.raises(ValueError, match=r"9 no jax\.Array .*\n  embed: got a .*Tracer"):
+        jax.jit(lambda params: llm.update_params(params))(loaded)
 
 
 def test_the_old_weights_stay_in_force_after_a_refusal(llm: Any, loaded: Any) -> None:
@@ -260,6 +271,7 @@ def test_the_engine_deletes_what_is_its_own_and_nothing_else(gqa_folder: Path) -
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_beside_a_draft_model_the_models_own_weights_are_swapped(gqa_folder: Path) -> None:
     from pjengine import LLM
 
