@@ -123,6 +123,8 @@ def layout_fields(layout: Layout | DrawLayout) -> dict[str, Any]:
     values = asdict(layout)
     if isinstance(layout, DrawLayout) and values["edits"].pop("chains"):
         raise ValueError("a program with logits processors cannot be named to other hosts")
+    if isinstance(layout, Layout) and values.pop("edit_room"):
+        raise ValueError("a program with activation edits cannot be named to other hosts")
     return values
 
 
@@ -135,7 +137,8 @@ def read_layout(values: Any) -> Layout | DrawLayout:
     if isinstance(values, dict) and isinstance(edits := values.get("edits"), dict):
         own = _checked(EditSizes, {**edits, "chains": ()}, chains=())
         return DrawLayout(**_checked(DrawLayout, values, edits=EditSizes(**own)))
-    return Layout(**_checked(Layout, values))
+    own = {**values, "edit_room": None} if isinstance(values, dict) else values
+    return Layout(**_checked(Layout, own))
 
 
 def _checked(kind: type[Any], values: Any, **known: Any) -> dict[str, Any]:

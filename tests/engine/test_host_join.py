@@ -310,6 +310,7 @@ def test_ray_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_layout_travels_as_json_and_one_with_functions_does_not() -> None:
+    from pjengine.activation_edits import EditChain, EditRoom
     from pjengine.batching import Layout
     from pjengine.draw import DrawLayout
     from pjengine.edit_sizes import EditSizes
@@ -319,6 +320,8 @@ def test_a_layout_travels_as_json_and_one_with_functions_does_not() -> None:
         assert read_layout(json.loads(json.dumps(layout_fields(layout)))) == layout
     with pytest.raises(ValueError, match="logits processors cannot be named to other hosts"):
         layout_fields(DrawLayout(4, EditSizes(chains=((print,),))))
+    with pytest.raises(ValueError, match="activation edits cannot be named to other hosts"):
+        layout_fields(Layout(32, 4, 16, True, edit_room=EditRoom((EditChain(()),), 1)))
     all_damaged: list[Any] = [{}, [], {**layout_fields(Layout(32, 4, 16, True)), "num_tokens": "32"}]
     for damaged in all_damaged:
         with pytest.raises(ValueError, match=r"wanted the fields of Layout|must be a number"):

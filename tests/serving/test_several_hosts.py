@@ -73,7 +73,7 @@ for process in $head $worker; do wait $process && echo 0 || echo $?; done
 
 def answers(llm: Any) -> list[Any]:
     """Of a few requests; and that one that cannot run leaves the engine well."""
-    from pjengine import SamplingParams
+    from pjengine import ActivationEdit, SamplingParams
 
     some: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
     params = [
@@ -85,10 +85,12 @@ def answers(llm: Any) -> list[Any]:
     streamed = [token for chunk in llm.stream(prompt[:20], params[0]) for token in chunk.token_ids]
     refusal = ""
     if llm.engine.config.nnodes > 1:
-        try:
-            llm.generate(prompt, SamplingParams(logits_processors=[never]), use_tqdm=False)
-        except ValueError as error:
-            refusal = str(error)
+        edits = [ActivationEdit(1, never)]
+        for fields in ({"logits_processors": [never]}, {"activation_edits": edits}):
+            try:
+                llm.generate(prompt, SamplingParams(**fields), use_tqdm=False)
+            except ValueError as error:
+                refusal += str(error)
         try:
             llm.update_params(llm.params)
         except NotImplementedError as error:
@@ -190,7 +192,8 @@ def test_two_hosts_give_the_tokens_of_one_and_end_together(
         lines = head.log.splitlines()
     texts, streamed, refusal = json.loads(next(line for line in lines if line.startswith("[[[")))
     assert [texts, streamed] == alone[:2]
-    assert "logits_processors are functions of this process" in refusal
+    for name in ("logits_processors", "activation_edits"):
+        assert f"{name} are functions of this process" in refusal
     assert "update_params is of one host" in refusal
     assert "closed" in lines and "closed" not in worker.log
 
