@@ -10,6 +10,8 @@ import pytest
 
 from tests.golden import golden as goldens
 
+# Two hundred mixes take minutes.
+pytestmark = pytest.mark.timeout(900)
 SETTINGS: dict[str, Any] = {
     "load_format": "dummy",
     "hf_overrides": {"num_hidden_layers": 1},
