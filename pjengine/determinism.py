@@ -24,6 +24,8 @@ from pjengine.generation import Generation
 from pjengine.page_pool import PagePool
 from pjengine.recording import output_of
 from pjengine.sampling_params import SamplingParams
+from pjengine.scheduler import Scheduler
+from pjengine.step_log import StepLog
 
 # What the requests that are compared ask for.
 KINDS: tuple[dict[str, Any], ...] = (
@@ -119,7 +121,7 @@ def verify_determinism(
             show(mix + 1, num_mixes)
     finally:
         _settle(engine)
-        engine.scheduler = own
+        _use(engine, own)
         engine.reset_prefix_cache()  # pages have been written since
     return report
 
@@ -229,7 +231,7 @@ def _limit(engine: LLMEngine, limits: Limits) -> None:
     """Gives an idle engine a scheduler of its own, with empty pages."""
     _settle(engine)
     group = engine.runner.config.window_group
-    engine.scheduler = replace(
+    scheduler = replace(
         engine.scheduler,
         pool=PagePool(limits.num_pages),
         window_pool=None if group is None else PagePool(group.num_pages),
@@ -238,6 +240,12 @@ def _limit(engine: LLMEngine, limits: Limits) -> None:
         mixed_sizes=(),
         is_caching=limits.is_caching,
     )
+    _use(engine, scheduler)
+
+
+def _use(engine: LLMEngine, scheduler: Scheduler) -> None:
+    engine.scheduler = scheduler
+    engine.step_log = StepLog(engine.step_log.num_steps)  # of other pages
 
 
 def _settle(engine: LLMEngine) -> None:
