@@ -14,9 +14,18 @@ MAX_NAMED = 12  # differences of one kind that an error lists
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree, such as "layers/qkv"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    """The leaves of a tree, such as "layers/qkv".
+
+    Raises:
+      ValueError: two leaves have one path, as where a key holds a "/".
+    """
+    found: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in found:
+            raise ValueError(f"two leaves of the tree are called {name!r}: wanted each path once")
+        found[name] = leaf
+    return found
 
 
 def from_paths(like: Any, leaves: Mapping[str, Any]) -> Any:
@@ -32,8 +41,8 @@ def placed_shapes(model: Decoder, mesh: Mesh | AbstractMesh) -> Params:
 
 
 def refuse_differences(wanted: Params, given: Any, *, shapes_only: bool = False) -> None:
-    """Compares a tree with what it must be: paths and shapes, and unless `shapes_only` all
-    else that the compiled programs go by.
+    """Compares a tree with what it must be: paths and shapes of arrays that are there, and unless
+    `shapes_only` all else that the compiled programs go by.
 
     Containers may be of another kind: leaves are known by their paths.
 
@@ -47,14 +56,14 @@ def refuse_differences(wanted: Params, given: Any, *, shapes_only: bool = False)
         "unexpected": [path for path in others if path not in own],
         "of another shape": list(_unequal("shape", own, others, both)),
     }
+    arrays = [path for path in both if _is_array(others[path])]
+    alive = [path for path in arrays if not others[path].is_deleted()]
+    faults["deleted"] = [path for path in arrays if path not in alive]
     if not shapes_only:
-        arrays = [path for path in both if _is_array(others[path])]
-        alive = [path for path in arrays if not others[path].is_deleted()]
         faults |= {
             "no jax.Array (jax.device_put makes one)": [
                 f"{path}: got a {type(others[path]).__name__}" for path in both if path not in arrays
             ],
-            "deleted": [path for path in arrays if path not in alive],
             "of another dtype": list(_unequal("dtype", own, others, arrays)),
             "of another sharding": list(_misplaced(own, others, alive)),
             "not row-major (see jax.experimental.layout)": [

@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pjengine.config import EngineConfig, is_whole, known_settings
 from pjengine.loading import load_alone
@@ -144,8 +144,9 @@ def prefill(
       lengths: how many of `tokens` are real; None: all. A row with 0 stays as it is, and its logits are NaN.
       backend: of the kernels; None: the best that this platform and these shapes allow.
 
-    A row that has no room for its tokens (`init_cache`), or a length that `tokens` do not have, is left as it
-    is, too: its logits are NaN, since a program under way cannot raise.
+    A row that has no room for its tokens (`init_cache`), a length that `tokens` do not have, or a token that
+    the vocabulary does not have, is left as it is, too: its logits are NaN, since a program under way cannot
+    raise.
 
     Raises:
       ValueError: shapes do not fit each other, or the model is divided among devices.
@@ -157,7 +158,9 @@ def prefill(
     if lengths.shape != (num_rows,):
         raise ValueError(f"lengths must be [{num_rows}], one for each row of tokens; got {lengths.shape}")
     wanted = lengths.astype(jnp.int32)
-    is_possible = (wanted >= 1) & (wanted <= width) & (cache["lengths"] + wanted <= _room(model, cache))
+    is_known = _is_known(model, tokens) | (jnp.arange(width) >= wanted[:, None])
+    is_possible = (wanted >= 1) & (wanted <= width) & jnp.all(is_known, axis=1)
+    is_possible &= cache["lengths"] + wanted <= _room(model, cache)
     counts = jnp.where(is_possible, wanted, 0)
     after = cache["lengths"] + counts
     prompt_lengths = jnp.where(is_possible, after, cache["prompt_lengths"])
@@ -175,13 +178,13 @@ def decode_step(
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Appends one token to each row; returns the float32 logits after it.
 
-    A row that is full stays as it is, and its logits are NaN.
+    A row that is full, or whose token is not in the vocabulary, stays as it is, and its logits are NaN.
 
     Raises:
       ValueError: as `prefill`.
     """
     _check_rows(model, cache, tokens, ndim=1)
-    is_possible = cache["lengths"] < _room(model, cache)
+    is_possible = (cache["lengths"] < _room(model, cache)) & _is_known(model, tokens)
     counts = is_possible.astype(jnp.int32)
     after, prompt_lengths = cache["lengths"] + counts, cache["prompt_lengths"]
     rows = _Rows(cache["page_table"], cache["lengths"], prompt_lengths, tokens.astype(jnp.int32), counts)
@@ -218,6 +221,10 @@ def _check_rows(model: Decoder, cache: Cache, tokens: Array, *, ndim: int) -> No
         )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be whole numbers, got {tokens.dtype}")
+
+
+def _is_known(model: Decoder, tokens: Int[Array, "*t"]) -> Bool[Array, "*t"]:
+    return (tokens >= 0) & (tokens < model.config.vocab_size)
 
 
 def _room(model: Decoder, cache: Cache) -> int:

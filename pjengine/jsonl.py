@@ -26,6 +26,7 @@ from pjengine.outputs import RequestOutput
 from pjengine.progress import prompts_bar
 from pjengine.prompts import Prompt, as_prompts, one_each
 from pjengine.sampling_params import SamplingParams
+from pjengine.weights import sample_digest
 
 _FORMAT = 1
 _KEY = "pjengine_outputs"  # the first of the first line
@@ -47,7 +48,8 @@ def generate_to_jsonl(
     follows from the engine's seed and the prompt's number. Prompts come as `LLM.generate` takes them; an
     iterator is taken from the beginning each time, and those that have an output are skipped.
 
-    `sampling_params` are as of `LLM.generate`. A model is known by its name, configuration and dtype.
+    `sampling_params` are as of `LLM.generate`. A model is known by its name, configuration and dtype, and by
+    a sample of its weights, so that no file goes on with others after `update_params`.
 
     Each line is an object: "index" of the prompt, "digest", "num_prompt_tokens", and "outputs", a list of
     "text", "token_ids", "finish_reason", "stop_reason" and, with beams or `best_of`, "cumulative_logprob".
@@ -136,7 +138,7 @@ class _Outputs:
                 if is_known or index < 0 or "outputs" not in output:
                     raise ValueError(f"prompt {index} is not expected here")
                 self._put(index, digest, place)
-            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError, MemoryError) as error:
                 raise ValueError(f"{file.path}: line {number} is no output: give another file") from error
         file.drop_torn_line()
         if not first:
@@ -227,6 +229,7 @@ def _header(llm: LLM, common: SamplingParams | None) -> dict[str, Any]:
         "model": str(name.resolve()) if name.is_dir() else config.model,
         "config_digest": fingerprint(model)[:16],
         "dtype": str(model.dtype),
+        "weights": None if config.nnodes > 1 else sample_digest(llm.params),
         "seed": config.seed,
         "sampling_params": None if common is None else _described(common),
     }

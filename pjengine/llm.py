@@ -170,7 +170,8 @@ class LLM:
 
         Raises:
           ValueError: a prompt or parameter is not possible. Nothing has been run then; of an iterator, what
-            comes before has been yielded, and the text says which prompt it is.
+            comes before has been yielded, and the text says which prompt it is. Where an iterator itself
+            raises, or `sampling_params` end before the prompts, what runs is aborted.
         """
         if isinstance(prompts, Iterator):
             bar = partial(prompts_bar, use_tqdm, None)

@@ -42,7 +42,10 @@ def save_checkpoint(
         write_checkpoint(
             partial, tensors.shapes, tensors.dtype, tensors.read, max_shard_bytes=max_shard_bytes
         )
-        for path in (*(own / name for name in _TOKENIZER_FILES), source / "generation_config.json"):
+        copied = [own / name for name in _TOKENIZER_FILES] + [source / "generation_config.json"]
+        if "auto_map" in about:  # which names code of the model's own
+            copied += sorted(source.glob("*.py"))
+        for path in copied:
             if path.is_file():
                 shutil.copyfile(path, partial / path.name)
         dtype = tensors.dtype(next(iter(tensors.shapes))).name

@@ -1,9 +1,11 @@
 """New parameters for an engine that runs: checked, and put in the place of those that it has."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -36,6 +38,19 @@ def copies_for(runners: Sequence[Runner], tree: Any) -> list[Any]:
     seen = jax.tree.map(_seen_as, given, wanted)
     meshes = [runner.compiler.sharding.mesh for runner in others]
     return [given, *(copied(seen, mesh) for mesh in meshes if isinstance(mesh, Mesh))]
+
+
+def sample_digest(params: Any) -> str:
+    """Tells parameters apart from others of the same shapes, by the first and the last row of each array."""
+    digest = hashlib.sha256()
+    for row in jax.tree.leaves(_ends(params)):
+        digest.update(np.asarray(row).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _ends(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: [leaf[(end,) * (leaf.ndim - 1)] for end in (0, -1)], params)
 
 
 def _wanted(runner: Runner) -> Any:

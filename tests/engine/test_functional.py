@@ -198,6 +198,21 @@ def test_a_row_without_room_stays_as_it_is_and_says_nan(gqa: Programs) -> None:
     logits, after = gqa.prefill(gqa.params, cache, tokens, lengths)
     assert np.isnan(logits).all()
     np.testing.assert_array_equal(after["k"], cache["k"])
+
+
+def test_a_row_with_a_token_that_is_not_in_the_vocabulary_stays_as_it_is_and_says_nan(gqa: Programs) -> None:
+    from pjengine import functional
+
+    size = gqa.model.config.vocab_size
+    cache = functional.init_cache(gqa.model, 4, 64)
+    tokens, lengths = ragged(GOLDEN.prompt)
+    bad = tokens.at[0, 0].set(size).at[1, 0].set(-1)
+    logits, after = gqa.prefill(gqa.params, cache, bad, lengths)
+    assert np.isnan(logits).all(axis=1).tolist() == [True, True, False, False]
+    assert after["lengths"].tolist() == [0, 0, *lengths[2:].tolist()]
+    step = jnp.array([1, size, 1, -1], jnp.int32)
+    logits, after = gqa.decode_step(gqa.params, after, step)
+    assert np.isnan(logits).all(axis=1).tolist() == [False, True, False, True]
     assert after["lengths"].tolist() == cache["lengths"].tolist()
 
 

@@ -137,6 +137,7 @@ def test_a_file_is_not_continued_with_something_else(demo: Any, whole: Path, tmp
         ),
         (first + rest[0] + rest[0], "line 3 is no output"),
         (first + '{"index": 0}\n', "line 2 is no output"),
+        (first + rest[0].replace('"index": 0', '"index": 99999999999999'), "line 2 is no output"),
         ("a note", "holds something else"),
         ('{"custom_id": "a"}\n', "holds something else"),
     ):
@@ -144,6 +145,12 @@ def test_a_file_is_not_continued_with_something_else(demo: Any, whole: Path, tmp
         check(match, prompts(), hot(), other)
     with open_line_file(whole):
         check("is being written by another run", prompts(), hot())
+    weights = demo.params
+    try:
+        demo.update_params({**weights, "final_norm": weights["final_norm"] * 2})
+        check("was begun with weights=", prompts(), hot())
+    finally:
+        demo.update_params(weights)
 
 
 def test_each_prompt_may_have_parameters_of_its_own(demo: Any, tmp_path: Path) -> None:

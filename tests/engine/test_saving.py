@@ -97,7 +97,9 @@ def test_config_says_what_runs(tmp_path: Path) -> None:
     from tests.models.test_mxfp4 import make_checkpoints
 
     _, config = make_checkpoints(tmp_path)
+    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig"}  # code of the model's own goes with it
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "packed" / "configuration_own.py").write_text("class OwnConfig: ...\n")
     overrides = {"max_position_embeddings": 64}
     with LLM(
         tmp_path / "packed", dtype="bfloat16", skip_tokenizer_init=True, hf_overrides=overrides, **SIZES
@@ -105,6 +107,7 @@ def test_config_says_what_runs(tmp_path: Path) -> None:
         wanted = llm.params
         llm.save_pretrained(tmp_path / "saved")
         about = json.loads((tmp_path / "saved" / "config.json").read_text())
+        assert (tmp_path / "saved" / "configuration_own.py").read_text() == "class OwnConfig: ...\n"
         assert about == {
             **{key: value for key, value in config.items() if key != "quantization_config"},
             **overrides,

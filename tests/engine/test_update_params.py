@@ -195,6 +195,7 @@ def deleted(x: Any) -> Any:
         (lambda p: {**p, "head": p["head"].astype(jnp.bfloat16)}, "head: wanted float32, got bfloat16"),
         (lambda p: {**p, "head": np.asarray(p["head"])}, r"device_put makes one\):\n  head: got a ndarray"),
         (lambda p: {**p, "head": None}, r"1 missing:\n  head"),
+        (lambda p: {**p, "layers/qkv": p["head"]}, "two leaves of the tree are called 'layers/qkv'"),
         (lambda p: {**p, "head": 3}, r"head: wanted \(160, 64\), got 3"),
         (lambda p: {**p, "head": elsewhere(p["head"])}, "head: wanted .* on cpu:0 .*, got on cpu:1 "),
         (

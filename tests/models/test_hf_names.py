@@ -199,6 +199,14 @@ def test_parameters_of_another_form_are_refused_with_every_difference() -> None:
     assert "1 of another shape:\n  layers/qkv: wanted (3, 64" in text
 
 
+def test_arrays_that_were_deleted_are_named() -> None:
+    model, params = llama_params()
+    params = {**params, "embed": jnp.asarray(params["embed"]) + 0}
+    params["embed"].delete()
+    with pytest.raises(ValueError, match=r"1 deleted:\n  embed$"):
+        to_hf(model, params)
+
+
 def test_tensors_of_another_model_are_refused_with_every_difference() -> None:
     model, params = llama_params()
     tensors = to_hf(model, params)
