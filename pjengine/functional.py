@@ -158,7 +158,7 @@ def prefill(
     if lengths.shape != (num_rows,):
         raise ValueError(f"lengths must be [{num_rows}], one for each row of tokens; got {lengths.shape}")
     wanted = lengths.astype(jnp.int32)
-    is_known = _is_known(model, tokens) | (jnp.arange(width) >= wanted[:, None])
+    is_known = _is_known(model, tokens) | (jnp.arange(width)[None] >= wanted[:, None])
     is_possible = (wanted >= 1) & (wanted <= width) & jnp.all(is_known, axis=1)
     is_possible &= cache["lengths"] + wanted <= _room(model, cache)
     counts = jnp.where(is_possible, wanted, 0)
