@@ -264,11 +264,7 @@ class Decoder:
     def _dense(
         self, params: Params, tokens: Int[Array, "b t"], rope_lens: Int[Array, "b t"], remat: bool
     ) -> Float[Array, "b t e"]:
-        c = self.config
-        if c.has_learned_positions and tokens.shape[1] > c.max_position_embeddings:
-            raise ValueError(
-                f"the model has {c.max_position_embeddings} positions, got {tokens.shape[1]} tokens in a row"
-            )
+        check_length(self.config, tokens.shape[1])
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
         inputs = tokens, positions, rope_lens
         return self.run_keeping(params, *inputs, None, dense_attend, None, remat=remat)[0]
@@ -285,6 +281,14 @@ class Decoder:
             if rope is not None and rope not in tables:
                 tables[rope] = rotary_table(rope, positions, rope_lens)
         return [tables[rope] for rope in ropes]
+
+
+def check_length(config: ModelConfig, num_tokens: int) -> None:
+    """Raises ValueError if a row of so many tokens ends past the learned positions."""
+    if config.has_learned_positions and num_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"the model has {config.max_position_embeddings} positions, got {num_tokens} tokens in a row"
+        )
 
 
 def _rope_lens(tokens: Int[Array, "b t"], prompt_lens: Int[Array, " b"] | None) -> Int[Array, "b t"]:

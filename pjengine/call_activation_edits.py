@@ -21,10 +21,16 @@ from pjengine.activation_edits import (
     EditRoom,
 )
 from pjengine.batching import Rows
+from pjengine.caller_functions import Role, why_refused
 from pjengine.models.config import ModelConfig
 from pjengine.models.decoder import StateEdit
 from pjengine.models.state import Batch
 
+_ROLE = Role(
+    changes="state",
+    form="It must take (state, token, *args) and return a state, all in jax.numpy",
+    instead="Compute it in jax.numpy, or before the call and pass it in args",
+)
 MAX_TOKENS = 1024  # that a function is called for at once: what it makes of them has to fit into memory
 
 
@@ -33,8 +39,8 @@ def check_edits(edits: Sequence[ActivationEdit], config: ModelConfig) -> Activat
 
     Raises:
       TypeError: a function cannot be told from others by its hash, or its args hold no numbers.
-      ValueError: there is no such layer; args are too large; or a function cannot be traced, or returns
-        another shape or dtype than it gets.
+      ValueError: there is no such layer; args are too large; or a function cannot be traced, calls the
+        host, or returns another shape or dtype than it gets.
     """
     if not edits:
         return None
@@ -84,6 +90,11 @@ def _number(layer: int, name: str, num_layers: int) -> int:
 
 def _plain(leaf: Any, name: str) -> np.ndarray:
     """A number or an array as it travels: float32, int32 or bool."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"the args of {name} must hold numbers and arrays of them, got a key of jax.random: pass its "
+            "seed, and make the key in the function, jax.random.key(seed)"
+        )
     array = np.asarray(leaf)
     if array.dtype == np.bool_:
         return array
@@ -98,26 +109,11 @@ def _plain(leaf: Any, name: str) -> np.ndarray:
 
 @lru_cache(maxsize=128)  # so that it is done once for a thousand requests
 def _error_of(form: EditForm, width: int) -> str:
-    """Why an edit cannot be traced, behind its name; empty: it can."""
+    """Why an edit cannot be part of a program, behind its name; empty: it can."""
     scalar, state = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((width,), jnp.float32)
     args = jax.tree.unflatten(form.tree, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in form.leaves])
     inputs = (state, EditedToken(scalar, scalar, scalar), *args)
-    several = jax.tree.map(lambda own: jax.ShapeDtypeStruct((2, *own.shape), own.dtype), inputs)
-    wanted = f"float32[{width}], as the state that it gets"
-    try:
-        result = jax.eval_shape(form.function, *inputs)
-        jax.eval_shape(jax.vmap(form.function), *several)
-    except Exception as error:  # whatever the caller's function raises
-        first_line = str(error).strip().partition("\n")[0]
-        return (
-            f"cannot be traced by JAX: {type(error).__name__}: {first_line:.300}. It must take "
-            "(state, token, *args) and return a state, all in jax.numpy"
-        )
-    if not isinstance(result, jax.ShapeDtypeStruct):
-        return f"must return {wanted}, got {result!r:.80}"
-    if (result.shape, result.dtype) != (state.shape, state.dtype):
-        return f"must return {wanted}, got {result.dtype}{list(result.shape)}"
-    return ""
+    return why_refused(form.function, inputs, state, _ROLE)
 
 
 def state_edit(

@@ -10,10 +10,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pjengine.caller_functions import Role, why_refused
 from pjengine.logits import History
 from pjengine.processors import Chain, HostProcessor, Processor, processor_name
 from pjengine.schedule import EMPTIED, FAILED
 
+_ROLE = Role(
+    changes="logits",
+    form="It must take (token_ids, logits) and return logits, all in jax.numpy; pjengine.host_processor "
+    "wraps one that cannot",
+    instead="pjengine.host_processor makes a processor of what runs there",
+)
 MAX_ROWS = 64  # sequences that are processed at once: what functions make of them has to fit into memory
 
 
@@ -25,7 +32,7 @@ def check_processors(processors: Sequence[Processor], vocab_size: int, history_l
 
     Raises:
       TypeError: one cannot be told from others by its hash.
-      ValueError: it cannot be traced, or returns another shape or dtype than it gets.
+      ValueError: it cannot be traced, calls the host, or returns another shape or dtype than it gets.
     """
     for index, processor in enumerate(processors):
         name = f"logits_processors[{index}] ({processor_name(processor)})"
@@ -42,28 +49,12 @@ def check_processors(processors: Sequence[Processor], vocab_size: int, history_l
 
 @lru_cache(maxsize=128)  # so that it is done once for a thousand requests
 def _error_of(processor: Processor, vocab_size: int, history_len: int) -> str:
-    """Why a processor cannot be traced, behind its name; empty: it can."""
+    """Why a processor cannot be part of a program, behind its name; empty: it can."""
     if isinstance(processor, HostProcessor):
         return ""  # it is not traced
     token_ids = jax.ShapeDtypeStruct((history_len,), jnp.int32)
     logits = jax.ShapeDtypeStruct((vocab_size,), jnp.float32)
-    wanted = f"float32[{vocab_size}], as the logits that it gets"
-    try:
-        result = jax.eval_shape(processor, token_ids, logits)
-        several = [jax.ShapeDtypeStruct((2, *each.shape), each.dtype) for each in (token_ids, logits)]
-        jax.eval_shape(jax.vmap(processor), *several)
-    except Exception as error:  # whatever the caller's function raises
-        first_line = str(error).strip().partition("\n")[0]
-        return (
-            f"cannot be traced by JAX: {type(error).__name__}: {first_line:.300}. It must take "
-            "(token_ids, logits) and return logits, all in jax.numpy; pjengine.host_processor wraps one "
-            "that cannot"
-        )
-    if not isinstance(result, jax.ShapeDtypeStruct):
-        return f"must return {wanted}, got {result!r:.80}"
-    if (result.shape, result.dtype) != (logits.shape, logits.dtype):
-        return f"must return {wanted}, got {result.dtype}{list(result.shape)}"
-    return ""
+    return why_refused(processor, (token_ids, logits), logits, _ROLE)
 
 
 def apply_processors(

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pjengine.models.attention import Attend, dense_attend
-from pjengine.models.decoder import Decoder, Params
+from pjengine.models.decoder import Decoder, Params, check_length
 from pjengine.models.kept_patterns import PatternAttend
 from pjengine.models.kept_states import KeptStates
 
@@ -46,8 +46,8 @@ def attention_patterns(
       heads: of queries, alike in all layers; None: all.
 
     Raises:
-      ValueError: no such layer or head, no tokens, a token that is not in the vocabulary, or a model that
-        several devices compute.
+      ValueError: no such layer or head, no tokens, more of them than the model has learned positions, a
+        token that is not in the vocabulary, or a model that several devices compute.
     """
     c, ids = model.config, _checked(model, tokens)
     numbers = _numbers("layers", layers, c.num_layers)
@@ -162,6 +162,7 @@ def _checked(
         raise ValueError(f"tokens must be the ids of one sequence, at least one, got {tokens!r:.80}")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(f"tokens must be within the vocabulary of {vocab_size}, got {tokens!r:.80}")
+    check_length(model.config, len(ids))
     return jnp.asarray(ids, jnp.int32)
 
 

@@ -465,6 +465,6 @@ class LLM:
 def _one_of(engines: Sequence[LLMEngine], index: int | None) -> LLMEngine:
     if index is None and len(engines) > 1:
         raise ValueError(f"each of {len(engines)} engines has steps of its own: explain_schedule(engine=0)")
-    if not 0 <= (index or 0) < len(engines):
-        raise ValueError(f"engine must be in 0..{len(engines) - 1}, got {index}")
+    if index is not None and (type(index) is not int or not 0 <= index < len(engines)):
+        raise ValueError(f"engine must be in 0..{len(engines) - 1}, got {index!r:.80}")
     return engines[index or 0]

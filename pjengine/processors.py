@@ -5,7 +5,7 @@ Plain Python and numpy: `call_processors.py` calls them on the device.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -23,20 +23,13 @@ MAX_NOTES = 4096  # errors on the host that nobody has asked for yet
 
 
 class Chains(NamedTuple):
-    """Which a program must have, and which it had better have: those of requests that still wait, too."""
+    """Which a program must have, and which it had better have: those of the next that wait, too."""
 
     now: frozenset[Any]  # a `Chain`, or an `EditChain` of activation edits
     soon: frozenset[Any]
 
 
 NO_CHAINS = Chains(frozenset(), frozenset())
-
-
-def chains_wanted(running: Iterable[Any], waiting: Iterable[Any]) -> Chains:
-    """Of the chains of requests; `soon` as many as run at once, at most."""
-    now = frozenset(running)
-    soon = dict.fromkeys([*now, *waiting])
-    return Chains(now, now | frozenset(list(soon)[:MAX_CHAINS]))
 
 
 def processor_name(processor: Processor) -> str:

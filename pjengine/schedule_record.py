@@ -264,11 +264,11 @@ def explain_schedule(log: StepLog, scheduler: Scheduler, num_steps: int | None =
     """The last `num_steps` of an engine; None: those since it last had nothing to do.
 
     Raises:
-      ValueError: `num_steps` is not positive, or there has been no step yet.
+      ValueError: `num_steps` is no positive whole number, or there has been no step yet.
     """
     logged = list(log.steps)
-    if num_steps is not None and num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if num_steps is not None and (type(num_steps) is not int or num_steps < 1):
+        raise ValueError(f"num_steps must be a whole number, at least 1, got {num_steps!r:.80}")
     if not logged or log.pages_before is None:
         raise ValueError("there is no step to explain yet: call generate first")
     first = _begin_of_run(logged) if num_steps is None else max(0, len(logged) - num_steps)

@@ -18,7 +18,7 @@ from pjengine.beam_rows import BeamRows
 from pjengine.edits import NEEDS, NO_EDITS, Edits, join_needs, past_prompts
 from pjengine.page_groups import Found, PageGroups, PageUpdates
 from pjengine.page_pool import PagePool
-from pjengine.processors import MAX_CHAINS, NO_CHAINS, Chains, chains_wanted
+from pjengine.processors import MAX_CHAINS, NO_CHAINS, Chains
 from pjengine.programs import CompilationError
 from pjengine.request import Request, RequestStatus
 from pjengine.row_table import RowTable
@@ -329,33 +329,39 @@ class Scheduler:
     def _can_run(self, request: Request) -> bool:
         """Whether there are programs for the request among those that run."""
         running = self.rows.needs[self.rows.admissions > 0]
-        now = join_needs(np.vstack([running, *self._row_needs([request])]))
-        chains = self._chains(request)
-        if len(chains.now) > MAX_CHAINS:
+        now = join_needs(np.vstack([running, *(own.edits.needs for own in request.row_requests)]))
+        with_functions = np.flatnonzero(self.rows.needs[:, _WITH_FUNCTIONS].any(axis=1)).tolist()
+        chains = frozenset(chain for row in with_functions for chain in self.rows.owner(row).edits.chains)
+        chains |= frozenset(request.edits.chains)
+        if len(chains) > MAX_CHAINS:
             return False  # until others have ended
-        if (now <= self._approved).all() and chains.now <= self._approved_chains:
+        if (now <= self._approved).all() and chains <= self._approved_chains:
             return True
+        beside, all_chains = self._next_edits(chains)
 
         def soon() -> np.ndarray:
-            waiting = self._row_needs(other for _, other in self._waiting if other.edits is not NO_EDITS)
-            return join_needs(np.vstack([running, *waiting[: self.rows.num_free]]))
+            return join_needs(np.vstack([running, *(edits.needs for edits in beside)]))
 
-        is_ready = self.can_edit(now, soon, chains) if chains.now else self.can_edit(now, soon)
+        wanted = (Chains(chains, all_chains),) if all_chains else ()
+        is_ready = self.can_edit(now, soon, *wanted)
         if is_ready:
-            self._approved, self._approved_chains = now, chains.now
+            self._approved, self._approved_chains = now, chains
         return is_ready
 
-    def _chains(self, request: Request) -> Chains:
-        """The functions of all that run with the request, and of those that wait."""
-        rows = np.flatnonzero(self.rows.needs[:, _WITH_FUNCTIONS].any(axis=1)).tolist()
-        running = [chain for row in rows for chain in self.rows.owner(row).edits.chains]
-        if not running and not request.edits.chains:
-            return NO_CHAINS
-        waiting = (chain for _, other in self._waiting for chain in other.edits.chains)
-        return chains_wanted([*running, *request.edits.chains], waiting)
+    def _next_edits(self, chains: frozenset[Any]) -> tuple[list[Edits], frozenset[Any]]:
+        """Those of the waiting that the free rows are for, and all functions then, `chains` among them.
 
-    def _row_needs(self, requests: Iterable[Request]) -> list[tuple[int, ...]]:
-        return [own.edits.needs for request in requests for own in request.row_requests]
+        A request whose functions no program would hold beside these is left out, needs and all.
+        """
+        edits: list[Edits] = []
+        for _, request in self._waiting:
+            if request.edits is NO_EDITS or len(joined := chains.union(request.edits.chains)) > MAX_CHAINS:
+                continue
+            if len(edits) + len(request.row_requests) > self.rows.num_free:
+                break
+            edits += [own.edits for own in request.row_requests]
+            chains = joined
+        return edits, chains
 
     def _start(self, request: Request, found: Found, updates: PageUpdates) -> None:
         """Gives a waiting request a row and the cached pages of its beginning."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 from tests.engine.rescheduling import reschedule, settle
 from tests.engine.test_sampling_features import LONG, PROMPT, params
@@ -309,6 +310,27 @@ def take_first(state: Any, token: Any, table: Any) -> Any:
     return state + table[0]
 
 
+def on_host(state: Any, token: Any) -> Any:
+    return jax.pure_callback(np.negative, state, state, vmap_method="sequential")
+
+
+def on_host_within(state: Any, token: Any) -> Any:
+    def body(_: Any, own: Any) -> Any:
+        return io_callback(np.negative, own, own)
+
+    return jax.jit(lambda own: jax.lax.fori_loop(0, 2, body, own))(state)
+
+
+@jax.custom_batching.custom_vmap
+def on_host_batched(state: Any, token: Any) -> Any:
+    return state
+
+
+@on_host_batched.def_vmap
+def _(size: int, is_batched: Any, state: Any, token: Any) -> Any:
+    return jax.pure_callback(np.negative, state, state), True
+
+
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "shape": ([edit(1, lambda state, token: state[:5])], ValueError, r"float32\[64\].*got float32\[5\]"),
     "dtype": ([edit(1, lambda state, token: state > 0)], ValueError, r"got bool\[64\]"),
@@ -318,6 +340,13 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         [edit(1, add, ONE, 1.0), edit(2, lambda state, token: state if state[0] > 0 else -state)],
         ValueError, r"activation_edits\[1\].*TracerBoolConversionError",
     ),
+    "host": (
+        [edit(1, on_host)], ValueError,
+        r"\(on_host at layer 1\) must not call the host, got pure_callback: .* pass it in args",
+    ),
+    "host in a loop": ([edit(1, on_host_within)], ValueError, "must not call the host, got io_callback"),
+    "host if batched": ([edit(1, on_host_batched)], ValueError, "must not call the host, got pure_callback"),
+    "key": ([edit(1, add, jax.random.key(0), 1.0)], TypeError, "got a key of jax.random: pass its seed"),
     "width": ([edit(1, add, ONE[:9], 1.0)], ValueError, "cannot be traced by JAX"),
     "layer": ([edit(4, nan_in_prompt)], ValueError, r"must be within \[-4, 3\] with this model, got 4"),
     "no number": ([edit(1, add, "left", 1.0)], TypeError, "must hold numbers and arrays of them, got 'left'"),

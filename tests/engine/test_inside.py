@@ -1,6 +1,7 @@
 """Looking into a model: what its layers would answer, and what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -83,6 +84,22 @@ def test_what_is_not_there_to_look_at_is_refused(demo: Any, name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         call(demo)
+
+
+def test_more_tokens_than_learned_positions_are_refused_as_by_forward() -> None:
+    from pjengine.inside import attention_patterns, logit_lens
+    from pjengine.models.registry import build_model
+    from pjengine.models.shapes import SHAPES
+
+    config = replace(SHAPES["tiny"], has_learned_positions=True, max_position_embeddings=9)
+    model = build_model(config, jnp.dtype("float32"), 1)
+    message = "^the model has 9 positions, got 10 tokens in a row$"
+    with pytest.raises(ValueError, match=message):
+        model.forward({}, jnp.zeros((1, 10), jnp.int32))
+    with pytest.raises(ValueError, match=message):
+        attention_patterns(model, {}, [0] * 10, layers=[0])
+    with pytest.raises(ValueError, match=message):
+        logit_lens(model, {}, [0] * 10)
 
 
 def test_a_model_on_several_devices_is_refused() -> None:

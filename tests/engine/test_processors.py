@@ -235,6 +235,12 @@ def test_continuations_streams_seeds_and_raw_logprobs_go_with_functions(llm: Any
     assert [chunk.token_ids for chunk in llm.stream(PROMPT, own)] == [[t] for t in together[0].token_ids]
 
 
+def told(logits: Any) -> Any:
+    jax.debug.print("{}", logits[0])
+    jax.debug.callback(np.asarray, logits)
+    return logits
+
+
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "shape": (lambda token_ids, logits: logits[:5], ValueError, r"float32\[160\].*got float32\[5\]"),
     "dtype": (lambda token_ids, logits: logits.astype(jnp.bfloat16), ValueError, r"got bfloat16\[160\]"),
@@ -245,7 +251,15 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError, "TracerBoolConversionError.*pjengine.host_processor",
     ),
     "no batches": (
-        lambda token_ids, logits: jax.pure_callback(np.asarray, logits, logits), ValueError, "vmap",
+        jax.custom_batching.custom_vmap(lambda token_ids, logits: logits), ValueError, "custom_vmap",
+    ),
+    "host": (
+        lambda token_ids, logits: jax.pure_callback(np.asarray, logits, logits), ValueError,
+        r"must not call the host, got pure_callback: .* pjengine.host_processor makes a processor",
+    ),
+    "host in a branch": (
+        lambda token_ids, logits: jax.lax.cond(logits[0] > 0, jax.jit(told), jnp.negative, logits),
+        ValueError, "must not call the host, got debug_callback, debug_print: an error there",
     ),
 }  # fmt: skip
 

@@ -147,7 +147,7 @@ def test_a_run_begins_where_nothing_ran_and_nothing_waited() -> None:
     whole = explain_schedule(device.log, device.scheduler, 100)
     assert [own.request_id for own in whole.requests] == ["r-0", "r-1", "r-2"]
     assert len(explain_schedule(device.log, device.scheduler, 2).steps) == 2
-    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_steps must be a whole number, at least 1, got 0"):
         explain_schedule(device.log, device.scheduler, 0)
 
 
@@ -191,6 +191,15 @@ def test_an_engine_tells_what_it_has_just_run(tiny: Any) -> None:
     assert tiny.explain_schedule().steps[0].number == number + 1
     with pytest.raises(ValueError, match=r"engine must be in 0\.\.0, got 1"):
         tiny.explain_schedule(engine=1)
+
+
+@pytest.mark.parametrize("number", ["a", 1.5, True, 0])
+def test_numbers_that_are_none_are_refused(tiny: Any, unchecked_types: None, number: Any) -> None:
+    with pytest.raises(ValueError, match=f"num_steps must be a whole number, at least 1, got {number!r}$"):
+        tiny.explain_schedule(num_steps=number)
+    if number:
+        with pytest.raises(ValueError, match=rf"engine must be in 0\.\.0, got {number!r}$"):
+            tiny.explain_schedule(engine=number)
 
 
 def test_text_and_json_have_all_steps_and_requests(tiny: Any) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pjengine.config import buckets
-from pjengine.edits import NO_EDITS, Edits, join_needs
+from pjengine.edits import NEEDS, NO_EDITS, Edits, join_needs
 from pjengine.page_pool import PagePool
 from pjengine.processors import MAX_CHAINS, Chains
 from pjengine.programs import CompilationError
@@ -316,6 +316,30 @@ def test_more_different_processors_than_a_program_holds_wait_for_each_other() ->
     assert largest == MAX_CHAINS and asked[0] == (1, MAX_CHAINS)
     assert max(asked) == (MAX_CHAINS, MAX_CHAINS)
     assert [r.output_token_ids for r in requests] == [expected(r) for r in requests]
+
+
+@pytest.mark.parametrize(
+    ("first", "two_free", "one_free"),
+    [({"processors": (max,)}, [(max,), (min,)], [(max,)]), ({"bias": {1: 1.0}}, [(min,)], [])],
+)
+def test_programs_are_asked_for_with_the_functions_of_those_that_the_free_rows_are_for(
+    first: dict[str, Any], two_free: list[Any], one_free: list[Any]
+) -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    device = StubDevice(scheduler)
+    asked: list[tuple[int, frozenset[Any]]] = []
+
+    def can_edit(now: np.ndarray, soon: Callable[[], np.ndarray], *chains: Chains) -> bool:
+        asked.append((soon()[NEEDS.index("processed")], chains[0].soon if chains else frozenset()))
+        return False
+
+    scheduler.can_edit = can_edit
+    all_edits = [Edits(**first), Edits(processors=(min,)), Edits(processors=(sum,)), NO_EDITS]
+    for number, edits in enumerate(all_edits):
+        scheduler.add(make_request(str(number), 4, 9, edits=edits))
+    for wanted in (two_free, one_free):
+        device.step()
+        assert asked[-1] == (len(wanted), frozenset(wanted))
 
 
 def test_what_only_prompts_need_is_gone_with_the_prompt() -> None:
