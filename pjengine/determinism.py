@@ -6,8 +6,10 @@ prefix cache holds, and whether it is preempted. Two things make it so.
 
 Every token is computed in one way only. Prompts are read in steps of prompts, outputs computed in steps of
 decodes, also where a preempted request gets them once more; the cache holds pages of prompts alone. And every
-step of a kind is one program of one shape, which ends in logits: how a product is summed depends on its
-shape, so it never changes. In such a program a row's result must not depend on the other rows, nor on its
+step of a kind runs the model at one shape, in a program that ends in logits: how a product is summed depends
+on its shape, so it never changes. Steps of prompts with logprobs or hidden states are programs of their own,
+of the same shape, that give these out too; penalties, biases, forms and processors are in a program of their
+own that draws from the logits. In such a program a row's result must not depend on the other rows, nor on its
 place among them. Kernels here are written so: a split of the decode attention follows from the row's own
 length, blocks of slots begin at the sequence's own beginning. Of products that libraries make it is no more
 than the rule, so `verify_determinism` tries.
@@ -21,6 +23,7 @@ from typing import Any
 from pjengine.comparison import Difference, first_difference
 from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
+from pjengine.hidden_states import HiddenStatesParams
 from pjengine.page_pool import PagePool
 from pjengine.recording import output_of
 from pjengine.sampling_params import SamplingParams
@@ -35,6 +38,8 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.2, "top_p": 0.9, "min_p": 0.02},
     {"temperature": 1.0, "n": 2},
     {"temperature": 0, "prompt_logprobs": 2},
+    {"temperature": 0, "hidden_states": HiddenStatesParams(layers=(0, -1))},
+    {"temperature": 1.0, "logit_bias": {0: 5.0, 1: -100.0}},
     {"temperature": 0.7, "repetition_penalty": 1.2, "presence_penalty": 0.3},
     {"temperature": 0},
 )
@@ -152,7 +157,11 @@ def _trial(engine: LLMEngine, rng: random.Random, kind: int | None) -> Trial:
     if kind is not None or rng.random() < 0.5:
         params = {"logprobs": NUM_LOGPROBS, **params}
     if kind is None:
-        params = {name: value for name, value in params.items() if name not in ("n", "prompt_logprobs")}
+        params = {
+            name: value
+            for name, value in params.items()
+            if name not in ("n", "prompt_logprobs", "hidden_states")
+        }
     return Trial(
         prompt=[rng.randrange(engine.model_config.vocab_size) for _ in range(length)],
         params=SamplingParams(

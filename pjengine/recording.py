@@ -24,7 +24,7 @@ from pjengine.config import EngineConfig
 from pjengine.generation import Completion, Generation
 from pjengine.hidden_states import HiddenStatesParams
 from pjengine.loading import LoadedModel
-from pjengine.sampling_params import SamplingParams
+from pjengine.sampling_params import MAX_BIAS, SamplingParams
 from pjengine.structured_outputs import StructuredOutputsParams
 from pjengine.token_logprobs import PositionLogprobs
 
@@ -142,7 +142,7 @@ def params_to_json(params: SamplingParams) -> dict[str, Any]:
     """The parameters that are not as they are by default.
 
     Raises:
-      ValueError: one is a Python function, or holds one.
+      ValueError: one is a Python function or holds one, or is nothing that JSON has.
     """
     found: dict[str, Any] = {}
     for own in fields(params):
@@ -151,12 +151,18 @@ def params_to_json(params: SamplingParams) -> dict[str, Any]:
             continue
         if own.name in _PARTS:
             found[own.name] = {part.name: _plain(getattr(value, part.name)) for part in fields(value)}
+        elif own.name == "logit_bias":  # as much as counts: JSON has no infinity
+            found[own.name] = {
+                str(token): float(min(max(bias, -MAX_BIAS), MAX_BIAS)) for token, bias in value.items()
+            }
         else:
             found[own.name] = _plain(value)
     for name, value in found.items():
         try:
             json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be recorded: {error}") from error
+        except TypeError as error:
             raise ValueError(
                 f"{name} cannot be recorded: functions are of this process alone. Leave it out, or "
                 "do without record"

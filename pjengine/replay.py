@@ -2,25 +2,18 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import pjengine
 from pjengine.comparison import Difference, first_difference
 from pjengine.config import EngineConfig
 from pjengine.engine import LLMEngine
 from pjengine.generation import Generation
 from pjengine.loading import LoadedModel, load_model
-from pjengine.recording import FORMAT, header, output_of, params_from_json
+from pjengine.recording import UNRECORDED, header, output_of, params_from_json
+from pjengine.recording_reader import Recording
 from pjengine.scoring import ask_scores
-
-KEYS = {
-    "submit": {"step", "request", "prompt_token_ids", "cache_salt", "params", "seed", "priority", "scored"},
-    "abort": {"step", "request"},
-    "reset": {"step"},
-    "failure": {"step"},
-    "output": {"request", "completions"},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,51 +30,6 @@ class ReplayReport:
     @property
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recording:
-    """What a file holds."""
-
-    engine: Mapping[str, Any]
-    events: list[Mapping[str, Any]]  # what was done to the engine, in order
-    outputs: Mapping[int, Mapping[str, Any]]  # by the request's number
-
-
-def read_recording(path: str | Path) -> Recording:
-    """Reads what `Recorder` wrote.
-
-    Raises:
-      OSError: the file cannot be read.
-      ValueError: it is no recording, or one of another format; the text names the line.
-    """
-    lines = Path(path).read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # the process ended while it wrote
-    parsed = [_parsed(path, number, line) for number, line in enumerate(lines, 1)]
-    if not parsed or parsed[0].get("event") != "engine" or parsed[0].get("format") != FORMAT:
-        raise ValueError(f"{path} is no recording of format {FORMAT}: wanted a file that --record wrote")
-    events: list[Mapping[str, Any]] = []
-    outputs: dict[int, Mapping[str, Any]] = {}
-    for number, line in enumerate(parsed[1:], 2):
-        event = line.get("event")
-        if event not in KEYS or not KEYS[event] <= line.keys():
-            raise ValueError(f"{path}, line {number}: wanted one of {', '.join(KEYS)}, whole; got {event!r}")
-        if event == "output":
-            outputs[line["request"]] = line
-        else:
-            events.append(line)
-    return Recording(engine=parsed[0], events=events, outputs=outputs)
-
-
-def _parsed(path: str | Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}, line {number}: wanted a JSON object, got {line!r:.80}")
-    return value
 
 
 def replay(recording: Recording, *, model: str | None = None) -> ReplayReport:
@@ -102,18 +50,42 @@ def replay(recording: Recording, *, model: str | None = None) -> ReplayReport:
 
 def start_again(recording: Recording, model: str | None = None) -> LLMEngine:
     """The engine of a recording, idle; raises as `replay`."""
+    facts = recording.engine["facts"]
+    _check_same(facts, {"pjengine": pjengine.__version__})  # before settings, which a version may not have
     settings = {**recording.engine["settings"]} | ({} if model is None else {"model": model})
+    _check_settings(settings)
     # Named as if it recorded: then it waits for programs, and its weights are known by a digest.
     config = EngineConfig(**settings, record="replayed", warm_up=False)
     loaded = with_pages(load_model(config), recording)
     own = header(config, loaded)["facts"]
-    for name, wanted in recording.engine["facts"].items():
-        if own.get(name) != wanted:
+    _check_same(facts, dict.fromkeys(facts) | own)
+    return LLMEngine(replace(config, record=None), loaded)
+
+
+def _check_same(facts: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    for name, got in own.items():
+        if name not in facts:
+            raise ValueError(f"the recording does not say its {name}: its first line has lost it")
+        if facts[name] != got:
             raise ValueError(
-                f"the recording is of another {name}: wanted {wanted}, got {own.get(name)}. Replay it "
+                f"the recording is of another {name}: wanted {facts[name]}, got {got}. Replay it "
                 "with what it was recorded with"
             )
-    return LLMEngine(replace(config, record=None), loaded)
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError where they are not those that a recording of this version has."""
+    known = {own.name: own.type for own in fields(EngineConfig) if own.name not in UNRECORDED}
+    for problem, names in (
+        ("has settings that there are not", settings.keys() - known.keys()),
+        ("has lost the settings", known.keys() - settings.keys()),
+    ):
+        if names:
+            raise ValueError(f"the first line of the recording {problem}: {', '.join(sorted(names))}")
+    for name, kind in known.items():
+        allowed: tuple[Any, ...] = {str: (str,), str | None: (str, type(None))}.get(kind, (object,))
+        if not isinstance(settings[name], allowed):
+            raise ValueError(f"{name} of the recording's settings must be a text, got {settings[name]!r:.80}")
 
 
 def with_pages(loaded: LoadedModel, recording: Recording) -> LoadedModel:
@@ -140,9 +112,12 @@ def _run(engine: LLMEngine, recording: Recording) -> ReplayReport:
     generations: dict[int, Generation] = {}
     num_steps, is_cut_short = 0, False
     for event in recording.events:
-        while num_steps < event["step"]:
+        num_idle = 0
+        while num_steps < event["step"] and num_idle < 2:  # after two with nothing to do, all are so
+            num_idle = 0 if engine.has_unfinished_requests() else num_idle + 1
             engine.advance()
             num_steps += 1
+        num_steps = event["step"]
         if event["event"] == "submit":
             generations[event["request"]] = _submit(engine, event)
         elif event["event"] == "abort":
@@ -158,12 +133,13 @@ def _run(engine: LLMEngine, recording: Recording) -> ReplayReport:
         # As it would have been written.
         number: first_difference(number, wanted, json.loads(json.dumps(output_of(generations[number]))))
         for number, wanted in recording.outputs.items()
+        if number in generations  # and not after a step that failed
     }
     differences = [difference for difference in found.values() if difference is not None]
     return ReplayReport(
         num_requests=len(found),
         num_tokens=sum(
-            len(own["token_ids"]) for wanted in recording.outputs.values() for own in wanted["completions"]
+            len(own["token_ids"]) for number in found for own in recording.outputs[number]["completions"]
         ),
         num_unended=len(generations) - len(found),
         num_differences=len(differences),

@@ -64,7 +64,7 @@ def add_replay(commands: Any) -> None:
         usage="%(prog)s [options] FILE",
         description="Runs what `--record FILE` wrote again, each request before the same step as then, and "
         "compares tokens and logprobs bit for bit. Status 0: all are the same; 1: some are not; 2: the "
-        "model, a version, the device or a setting is another one.",
+        "model, a version, the device or a setting is another one, or the file is damaged.",
     )
     command.set_defaults(run=_replay)
     command.add_argument("file", metavar="FILE", help="the recording")
@@ -75,7 +75,8 @@ def add_replay(commands: Any) -> None:
 
 def _replay(args: argparse.Namespace) -> int:
     check_output(args.output)
-    from pjengine.replay import read_recording, replay
+    from pjengine.recording_reader import read_recording
+    from pjengine.replay import replay
 
     found = replay(read_recording(args.file), model=args.model)
     line = json.dumps({"replay": args.file, **found.as_json})
