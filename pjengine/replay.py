@@ -83,9 +83,9 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         if names:
             raise ValueError(f"the first line of the recording {problem}: {', '.join(sorted(names))}")
     for name, kind in known.items():
-        allowed: tuple[Any, ...] = {str: (str,), str | None: (str, type(None))}.get(kind, (object,))
-        if not isinstance(settings[name], allowed):
-            raise ValueError(f"{name} of the recording's settings must be a text, got {settings[name]!r:.80}")
+        value, may_lack = settings[name], kind == (str | None)
+        if (kind is str or may_lack) and not (isinstance(value, str) or (may_lack and value is None)):
+            raise ValueError(f"{name} of the recording's settings must be a text, got {value!r:.80}")
 
 
 def with_pages(loaded: LoadedModel, recording: Recording) -> LoadedModel:

@@ -237,7 +237,7 @@ def test_continuations_streams_seeds_and_raw_logprobs_go_with_functions(llm: Any
 
 def told(logits: Any) -> Any:
     jax.debug.print("{}", logits[0])
-    jax.debug.callback(np.asarray, logits)
+    jax.debug.callback(lambda logits: None, logits)
     return logits
 
 
