@@ -139,6 +139,7 @@ def main() -> None:
         ((arguments.output or FOLDER) / f"{name}.ipynb").write_text(text)
         for number, picture in enumerate(pictures(notebook), 1):
             if arguments.pictures:
+                arguments.pictures.mkdir(parents=True, exist_ok=True)
                 (arguments.pictures / f"{name}-{number}.png").write_bytes(picture)
         print(f"{name}: {time.perf_counter() - begin:.0f} s, {len(text.encode()):,} bytes")
 
