@@ -11,7 +11,7 @@ import pytest
 from tests.golden import golden as goldens
 
 # Two hundred mixes take minutes.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 SETTINGS: dict[str, Any] = {
     "load_format": "dummy",
     "hf_overrides": {"num_hidden_layers": 1},
