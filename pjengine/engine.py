@@ -95,6 +95,7 @@ class LLMEngine:
                 self.runner.warm_up(use_tqdm=config.use_tqdm_on_load)
             except BaseException:
                 self.runner.close()
+                self._recorder.close()
                 raise
 
     @property
@@ -121,9 +122,7 @@ class LLMEngine:
             max_states=sizes.max_states,
             mixed_sizes=sizes.mixed_buckets,
             is_deterministic=sizes.is_deterministic,
-            speculation=None
-            if wanted is None
-            else Speculation(wanted, sizes.max_num_seqs, self.runner.can_draft),
+            speculation=Speculation(wanted, sizes.max_num_seqs, self.runner.can_draft) if wanted else None,
             window_pool=None if group is None else PagePool(group.num_pages),
             window=None if group is None else group.window,
         )
