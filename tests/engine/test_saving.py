@@ -140,16 +140,36 @@ def test_nothing_is_overwritten(llm: Any, tmp_path: Path) -> None:
         llm.save_pretrained(tmp_path / "other", max_shard_bytes=0)
 
 
-def test_a_failure_half_way_leaves_no_folder(llm: Any, tmp_path: Path) -> None:
+def test_weights_that_are_gone_are_named(llm: Any, tmp_path: Path) -> None:
     broken = {**llm.params, "head": llm.params["head"] + 0}
     broken["head"].delete()
     before = llm.params
     llm.engine.runner.params = broken
     try:
-        with pytest.raises(RuntimeError, match="deleted"):
+        with pytest.raises(ValueError, match=r"1 deleted:\s+head"):
             llm.save_pretrained(tmp_path / "saved")
     finally:
         llm.engine.runner.params = before
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_failure_half_way_leaves_no_folder(
+    llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pjengine.models.hf_names import HFTensors
+
+    read, names = HFTensors.read, []
+
+    def read_two(self: HFTensors, name: str) -> np.ndarray:
+        names.append(name)
+        if len(names) == 3:
+            assert [path.suffix for path in tmp_path.glob(".saved.partial-*/*")] == [".safetensors"]
+            raise OSError("No space left on device")
+        return read(self, name)
+
+    monkeypatch.setattr(HFTensors, "read", read_two)
+    with pytest.raises(OSError, match="No space left"):
+        llm.save_pretrained(tmp_path / "saved")
     assert not any(tmp_path.iterdir())
 
 
