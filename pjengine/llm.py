@@ -87,7 +87,7 @@ class LLM:
     def params(self) -> Any:
         """The model's parameters in force: nested dicts of `jax.Array`, no copy.
 
-        README's "Weights in and out" says what the names mean, and how the arrays are shaped and divided.
+        `docs/weights_and_training.md` says what the names mean, and how the arrays are shaped and divided.
         Of several engines they are the first one's. What the engine has loaded ends with `close()`.
         """
         runner = self._runner

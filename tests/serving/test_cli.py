@@ -49,15 +49,16 @@ def test_text_goes_to_stdout_and_speed_to_stderr(
     assert "8 tokens in" in err and "tokens/s" in err and "start-up" in err
 
 
-def commands_of_readme() -> list[str]:
-    text = (ROOT / "README.md").read_text().replace("\\\n", "")
+def documented_commands() -> list[str]:
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", "")
     found = re.findall(r"^    (pjengine (?:bench|plan|generate) .*)", text, re.MULTILINE)
-    assert len(found) > 10
-    return found
+    assert len(found) > 20
+    return sorted(set(found))
 
 
-@pytest.mark.parametrize("command", commands_of_readme())
-def test_the_commands_of_the_readme_have_options_that_there_are(command: str) -> None:
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_have_options_that_there_are(command: str) -> None:
     from pjengine.serving.cli import _parser
 
     assert _parser().parse_args(shlex.split(command)[1:]).run

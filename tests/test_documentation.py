@@ -1,0 +1,174 @@
+"""README and the pages of docs/: their examples run and print what they show, their links lead somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving.process import start_server
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+LINKING = (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "pallas_kernels" / "README.md")
+PACKAGES = ("pjengine", "models", "sharding", "serving", "pallas_kernels")
+SERVER = "http://localhost:8000"  # what examples of clients have as their base URL
+LIMIT_S = 280
+SLOW = ("python", "inside")
+MARK = "<end of a block>"
+# A block of Python, and what stands directly behind it: indented lines, or a fenced block without a language.
+EXAMPLE = re.compile(r"^```python\n.*?^```\n(?:\n((?:    [^\n]*\n)+)|\n```\n(.*?)^```\n)?", re.M | re.S)
+
+
+def with_examples() -> list[object]:
+    """The pages that have Python, as pytest's parameters."""
+    found = [page for page in PAGES if "```python" in page.read_text()]
+    assert len(found) > 5
+    return [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW else [])
+        for page in found
+    ]
+
+
+def program(text: str) -> str:
+    """A page's Python, each line where it is on the page (so tracebacks say where), and a mark behind each block."""
+    lines = []
+    is_code = False
+    for line in text.splitlines():
+        if line == "```python":
+            is_code = True
+        elif line == "```" and is_code:
+            is_code = False
+            lines.append(f"print({MARK!r}, end='', flush=True)")
+            continue
+        lines.append(line if is_code and line != "```python" else "")
+    return "\n".join(lines)
+
+
+def shown(text: str) -> list[str | None]:
+    """What a page says that each block prints; None where it says nothing."""
+    outputs = []
+    for indented, fenced in EXAMPLE.findall(text):
+        outputs.append(re.sub("^    ", "", indented, flags=re.M) or fenced or None)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of one server of the packaged model, for all pages that ask one."""
+    with start_server(tmp_path_factory.mktemp("server"), "--model=demo", "--port=0") as running:
+        yield running.url
+
+
+@pytest.mark.parametrize("page", with_examples())
+def test_the_examples_of_a_page_run_in_order_and_print_what_it_shows(
+    page: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    text = page.read_text()
+    code = program(text)
+    if SERVER in code:
+        code = code.replace(SERVER, request.getfixturevalue("server"))
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text(code)
+    # As its reader runs it: on a CPU, as many devices as there are, and with XLA's optimizations.
+    env = {name: value for name, value in os.environ.items() if name not in OF_THE_TESTS}
+    env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    printed = done.stdout.split(MARK)[:-1]
+    expected = shown(text)
+    assert len(printed) == len(expected)
+    said = [own if own is None else output for own, output in zip(expected, printed, strict=True)]
+    assert said == expected
+
+
+OF_THE_TESTS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # set by conftest.py
+
+
+def test_an_output_belongs_to_the_block_before_it() -> None:
+    text = "# A\n\n```python\nprint(1)\nprint(2)\n```\n\n    1\n    2\n\nb\n\n```python\nx = 3\n```\n\nc\n\n    make\n"
+    text += "\n```python\nprint(x)\n```\n\n```\n3\n```\n"
+    assert shown(text) == ["1\n2\n", None, "3\n"]
+    done = subprocess.run(
+        [sys.executable, "-c", program(text)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split(MARK) == ["1\n2\n", "", "3\n", ""]
+    assert program(text).splitlines()[3] == text.splitlines()[3] == "print(1)"
+
+
+def prose(text: str) -> str:
+    """A page without blocks of code and what stands between backticks."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    text = re.sub(r"^    .*$", "", text, flags=re.M)
+    return re.sub(r"`[^`\n]*`", "code", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page in its URLs."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.add(anchor if anchor not in found else f"{anchor}-1")
+    return found
+
+
+def broken_links(page: Path) -> list[str]:
+    """Relative links to files or headings that do not exist."""
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_or_a_heading(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("# The `KV` cache, twice\n\n```\n# no heading\n```\n")
+    page = tmp_path / "a.md"
+    page.write_text(
+        "# Here\n[good](#here) [good](b.md#the-kv-cache-twice) [`good`](b.md) [good](https://there.is/none)\n"
+        "[bad](#there) [bad](b.md#no-heading) [`bad`](c.md) `[code](d.md)`\n"
+    )
+    assert broken_links(page) == ["#there", "b.md#no-heading", "c.md"]
+
+
+def test_readme_is_short_and_leads_to_every_page() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 330, "move the details to a page of docs/"
+    assert [page.name for page in PAGES[1:] if f"](docs/{page.name}" not in text] == []
+
+
+def test_the_tree_names_every_module_and_no_other() -> None:
+    tree = (ROOT / "docs" / "tree.md").read_text().split("```")[1]
+    for package in PACKAGES:
+        section = re.search(rf"^{package}/ .*?(?=^\w|\Z)", tree, re.M | re.S)
+        assert section, package
+        named = set(re.findall(r"[\w/]+(?:\.py|/(?= ))", section[0])) - {f"{package}/"}
+        assert named == modules(ROOT / package), package
+
+
+def modules(package: Path) -> set[str]:
+    """The files of a package by their names, and `name/` for a folder in it that has some."""
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    return files | {f"{path.parent.name}/" for path in package.glob("*/*.py") if not path.parent.is_symlink()}
