@@ -16,6 +16,7 @@ README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 LINKING = (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "pallas_kernels" / "README.md")
 PACKAGES = ("pjengine", "models", "sharding", "serving", "pallas_kernels")
+OF_THE_TESTS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # conftest.py sets them
 SERVER = "http://localhost:8000"  # what examples of clients have as their base URL
 LIMIT_S = 280
 SLOW = ("python", "inside")
@@ -35,7 +36,7 @@ def with_examples() -> list[object]:
 
 
 def program(text: str) -> str:
-    """A page's Python, each line where it is on the page (so tracebacks say where), and a mark behind each block."""
+    """The Python of a page, each line where the page has it, for tracebacks; a mark behind each block."""
     lines = []
     is_code = False
     for line in text.splitlines():
@@ -94,12 +95,9 @@ def test_the_examples_of_a_page_run_in_order_and_print_what_it_shows(
     assert said == expected
 
 
-OF_THE_TESTS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # set by conftest.py
-
-
 def test_an_output_belongs_to_the_block_before_it() -> None:
-    text = "# A\n\n```python\nprint(1)\nprint(2)\n```\n\n    1\n    2\n\nb\n\n```python\nx = 3\n```\n\nc\n\n    make\n"
-    text += "\n```python\nprint(x)\n```\n\n```\n3\n```\n"
+    text = "# A\n\n```python\nprint(1)\nprint(2)\n```\n\n    1\n    2\n\n"
+    text += "```python\nx = 3\n```\n\nA command:\n\n    make\n\n```python\nprint(x)\n```\n\n```\n3\n```\n"
     assert shown(text) == ["1\n2\n", None, "3\n"]
     done = subprocess.run(
         [sys.executable, "-c", program(text)], capture_output=True, text=True, check=True, timeout=60
@@ -166,6 +164,13 @@ def test_the_tree_names_every_module_and_no_other() -> None:
         assert section, package
         named = set(re.findall(r"[\w/]+(?:\.py|/(?= ))", section[0])) - {f"{package}/"}
         assert named == modules(ROOT / package), package
+
+
+def test_the_folders_in_readme_have_the_files_that_it_names() -> None:
+    section = README.read_text().split("## Where things are")[1].split("```")[1]
+    names = re.findall(r"\w+\.(?:py|md)", section)
+    assert len(names) > 20
+    assert [name for name in names if not any(ROOT.glob(f"*/{name}"))] == []
 
 
 def modules(package: Path) -> set[str]:
