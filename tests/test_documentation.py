@@ -62,6 +62,7 @@ def shown(text: str) -> list[str | None]:
 
 def is_close(said: str, printed: str) -> bool:
     """Whether they are equal, but for what rounding in one batch or another does to numbers."""
+    said, printed = said.rstrip("\n"), printed.rstrip("\n")
     numbers = [[float(number) for number in NUMBER.findall(text)] for text in (said, printed)]
     return NUMBER.sub("", said) == NUMBER.sub("", printed) and all(
         math.isclose(one, other, rel_tol=0.02, abs_tol=0.02) for one, other in zip(*numbers, strict=True)
