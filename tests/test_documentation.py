@@ -20,7 +20,7 @@ PACKAGES = ("pjengine", "models", "sharding", "serving", "pallas_kernels")
 OF_THE_TESTS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # conftest.py sets them
 SERVER = "http://localhost:8000"  # what examples of clients have as their base URL
 LIMIT_S = 280
-SLOW = ("python", "inside")
+SLOW = ("determinism", "inside", "pipelines", "speculation", "weights_and_training")
 MARK = "<end of a block>"
 # A block of Python, and what stands directly behind it: indented lines, or a fenced block without a language.
 EXAMPLE = re.compile(r"^```python\n.*?^```\n(?:\n((?:    [^\n]*\n)+)|\n```\n(.*?)^```\n)?", re.M | re.S)
@@ -72,10 +72,12 @@ def is_close(said: str, printed: str) -> bool:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of one server of the packaged model, for all pages that ask one."""
-    with start_server(tmp_path_factory.mktemp("server"), "--model=demo", "--port=0") as running:
+    arguments = ("--model=demo", "--port=0", "--max-num-seqs=4", "--max-num-batched-tokens=64")
+    with start_server(tmp_path_factory.mktemp("server"), *arguments) as running:
         yield running.url
 
 
+@pytest.mark.timeout(2 * LIMIT_S)  # a server may have to start first
 @pytest.mark.parametrize("page", with_examples())
 def test_the_examples_of_a_page_run_in_order_and_print_what_it_shows(
     page: Path, tmp_path: Path, request: pytest.FixtureRequest
