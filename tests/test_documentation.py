@@ -20,7 +20,7 @@ PACKAGES = ("pjengine", "models", "sharding", "serving", "pallas_kernels")
 OF_THE_TESTS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # conftest.py sets them
 SERVER = "http://localhost:8000"  # what examples of clients have as their base URL
 LIMIT_S = 280
-SLOW = ("determinism", "inside", "pipelines", "speculation", "weights_and_training")
+SLOW = ("inside", "speculation", "weights_and_training")
 MARK = "<end of a block>"
 # A block of Python, and what stands directly behind it: indented lines, or a fenced block without a language.
 EXAMPLE = re.compile(r"^```python\n.*?^```\n(?:\n((?:    [^\n]*\n)+)|\n```\n(.*?)^```\n)?", re.M | re.S)
