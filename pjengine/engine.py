@@ -95,7 +95,7 @@ class LLMEngine:
                 self.runner.warm_up(use_tqdm=config.use_tqdm_on_load)
             except BaseException:
                 self.runner.close()
-                self._recorder.close()
+                self._recorder.discard()
                 raise
 
     @property

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any, TextIO
 
 import jax
@@ -54,10 +55,9 @@ class Recorder:
         if config.record is not None:
             line = header(config, loaded)
             try:
-                descriptor = os.open(config.record, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                self._file = open(config.record, "x", opener=partial(os.open, mode=0o600))
             except FileExistsError as error:
                 raise OSError(f"{config.record} exists: name a new file to record into") from error
-            self._file = os.fdopen(descriptor, "w")
             self._write(line)
 
     def check(self, params: SamplingParams) -> None:
@@ -102,6 +102,13 @@ class Recorder:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def discard(self) -> None:
+        """Removes the file of an engine that could not start: it says nothing of it."""
+        if self._file is not None:
+            path = self._file.name
+            self.close()
+            os.unlink(path)
 
     def _note(self, event: str, generation: Generation | None, **more: Any) -> None:
         own = {} if generation is None else {"request": self._numbers[generation.request.request_id]}

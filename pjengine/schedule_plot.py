@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from pjengine.step_record import CACHED, FREE, SHARED, RequestRecord, State, StepRecord
+from pjengine.step_record import CACHED, FREE, LONG_S, SHARED, RequestRecord, State, StepRecord
 
 COLOURS = {
     State.WAITING: "#d4d4d8",
@@ -23,7 +23,7 @@ NAMES = {
     State.PREEMPTED: "preempted",
 }
 FOUND_COLOUR, FREE_COLOUR, CACHED_COLOUR, SHARED_COLOUR = "#63b598", "#ffffff", "#dfe5dd", "#1f2937"
-TIMES = (("schedule", "#8d6a9f"), ("launch", "#dda15e"), ("read", "#3f7cac"), ("output", "#84a98c"))
+TIMES = (("schedule", "#8d6a9f"), ("launch", "#dda15e"), ("read", "#64748b"), ("output", "#84a98c"))
 MAX_LABELS = 40  # requests that are named
 WIDTH_IN = 9.5
 
@@ -37,6 +37,7 @@ def plot_batch(
 ) -> Any:
     """Requests over steps, the tokens of each step, and the host's part of its time.
 
+    Waits for a program to be made are named, and not drawn: one of them would flatten all other times.
     Where a request starts behind a cached prefix, its cell is divided as its tokens are.
     """
     rows_in = min(max(1.2, 0.24 * len(labels)), 7.0)
@@ -70,11 +71,14 @@ def plot_batch(
         taken, [("padding", None), ("prefill", COLOURS[State.PREFILL]), ("decode", COLOURS[State.DECODE])]
     )
 
+    made_s = np.array([own.compile_s for own in steps])
     bottom = np.zeros(len(steps))
     for name, colour in TIMES:
-        own_ms = np.array([1e3 * (getattr(own, f"{name}_s") or 0.0) for own in steps])
+        own_s = np.array([getattr(own, f"{name}_s") or 0.0 for own in steps])
+        own_ms = 1e3 * (np.maximum(own_s - made_s, 0.0) if name == "launch" else own_s)
         times.bar(numbers, own_ms, width=0.9, bottom=bottom, color=colour)
         bottom += own_ms
+    _name_waits(times, numbers, made_s)
     times.set_ylabel("host, ms")
     times.set_xlabel("step")
     _legend(times, list(TIMES))
@@ -167,6 +171,28 @@ def _name_rows(axes: Any, labels: Sequence[str]) -> None:
     every = -(-len(labels) // MAX_LABELS)
     axes.set_yticks(range(0, len(labels), every), labels[::every])
     axes.set_ylabel("request")
+
+
+def _name_waits(axes: Any, numbers: np.ndarray, waits_s: np.ndarray) -> None:
+    """Marks the steps that waited long, above the panel, and says for how long it was in all."""
+    long = waits_s > LONG_S
+    if not long.any():
+        return
+    axes.plot(
+        numbers[long],
+        [1.0] * int(long.sum()),
+        "v",
+        color=COLOURS[State.PREEMPTED],
+        markersize=4,
+        transform=axes.get_xaxis_transform(),
+        clip_on=False,
+    )
+    axes.set_title(
+        f"▾ and {waits_s[long].sum():.1f} s for programs to be made",
+        fontsize=8,
+        loc="right",
+        color=COLOURS[State.PREEMPTED],
+    )
 
 
 def _whole_numbers(axes: Any) -> None:

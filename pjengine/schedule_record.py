@@ -20,7 +20,7 @@ from pjengine.page_pool import HELD as HELD_PAGE
 from pjengine.schedule_plot import plot_batch, plot_latencies, plot_pages
 from pjengine.scheduler import Scheduler
 from pjengine.step_log import Admission, LoggedStep, PageStates, StepLog, admission_of
-from pjengine.step_record import CACHED, FREE, SHARED, RequestRecord, State, StepRecord
+from pjengine.step_record import CACHED, FREE, LONG_S, SHARED, RequestRecord, State, StepRecord
 
 WIDTH = 96  # steps that the text shows
 GLYPHS = {
@@ -31,7 +31,6 @@ GLYPHS = {
     State.HELD: "-",
     State.PREEMPTED: "x",
 }
-LONG_S = 1e-3  # a wait for a program that the table tells
 FOUND = "c"  # in place of P: pages from the prefix cache came before these tokens
 LEGEND = ". waits, P prefill, c prefill after a cached prefix, d decode, - holds its pages, x preempted"
 

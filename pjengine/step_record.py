@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 FREE, CACHED, SHARED = -1, -2, -3  # in place of a page's owner
+LONG_S = 1e-3  # a wait for a program that is told of
 
 
 class State(IntEnum):

@@ -52,6 +52,7 @@ def test_quickstart_runs_and_shows_what_it_promises(tmp_path: Path) -> None:
     assert "closed" in closed
 
 
+@pytest.mark.slow
 def test_a_model_learns_to_comment_in_the_process_that_serves_it(tmp_path: Path) -> None:
     shown = [text for text in execute("03_rl_in_one_process.ipynb", tmp_path) if text]
     loaded, rewards, before, agreement, learned, kept, after = shown
@@ -86,6 +87,7 @@ def error_of(text: str) -> float:
     return float(text.split()[-1])
 
 
+@pytest.mark.slow
 def test_a_step_is_taken_apart_and_a_crowd_is_watched(tmp_path: Path) -> None:
     text = [shown for shown in execute("02_inside_one_step.ipynb", tmp_path) if shown]
     sizes, scheduled, packed, ahead, chart, pool, slowest = text
@@ -102,6 +104,7 @@ def test_a_step_is_taken_apart_and_a_crowd_is_watched(tmp_path: Path) -> None:
     assert len(slowest.splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_a_server_is_started_measured_and_ended(tmp_path: Path) -> None:
     text = [shown for shown in execute("06_serve_and_load_test.ipynb", tmp_path) if shown]
     url, answer, streamed, refused, loads, poisson, counters, histogram, ended = text
@@ -118,6 +121,7 @@ def test_a_server_is_started_measured_and_ended(tmp_path: Path) -> None:
     assert histogram == "74 requests\n" and ended == "the server ended with 0\n"
 
 
+@pytest.mark.slow
 def test_heads_have_habits_and_a_direction_steers_its_own_requests(tmp_path: Path) -> None:
     text = [shown for shown in execute("05_steer_and_look_inside.ipynb", tmp_path) if shown]
     _, habits, settled, length, swept, written, failed = text

@@ -8,7 +8,10 @@ from tests.compile.kernels import FEATURED_MOSAIC, PROGRAMS
 from tests.compile.target import chosen
 from tests.compile.worker import Report
 
-pytestmark = pytest.mark.timeout(1200)  # the first test to ask for `compiled` waits for all programs
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+]  # the first test to ask for `compiled` waits for all programs
 
 
 def assert_fits(report: Report) -> None:

@@ -46,6 +46,7 @@ def replicated() -> Iterator[Any]:
         yield llm
 
 
+@pytest.mark.slow
 def test_every_way_to_decode_gives_the_tokens_of_one_engine(replicated: Any) -> None:
     from pjengine import LLM
 

@@ -53,11 +53,13 @@ def check_variety(report: Any) -> None:
         assert getattr(report, name) >= 3, (name, report)
 
 
+@pytest.mark.slow
 def test_requests_get_the_same_bits_in_random_mixes(report: Any) -> None:
     assert report.first_mix == 7, f"differs before the weights do: {report}"
     check_variety(report)
 
 
+@pytest.mark.slow
 def test_a_difference_is_reported_with_where_it_is(report: Any) -> None:
     from pjengine.determinism import KINDS
 

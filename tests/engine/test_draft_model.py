@@ -111,6 +111,7 @@ def test_tokens_are_those_without_a_draft_model(plain: Any, other: Any, name: st
     other.engine.scheduler.check_integrity()
 
 
+@pytest.mark.slow
 def test_logprobs_and_penalties_are_those_without_a_draft_model(plain: Any, other: Any) -> None:
     from pjengine import SamplingParams
 

@@ -109,6 +109,7 @@ def test_nothing_is_compiled_after_warm_up(gqa_folder: Path) -> None:
         assert set(runner.programs) == set(runner.layouts())
 
 
+@pytest.mark.slow
 def test_five_cycles_of_create_and_close_return_the_memory(gqa_folder: Path) -> None:
     def live_bytes() -> int:
         gc.collect()

@@ -35,6 +35,7 @@ def found_in(schema: dict[str, Any]) -> set[str]:
     return found | ({"objects in objects in objects"} if depth_of_objects(schema) >= 3 else set())
 
 
+@pytest.mark.slow
 def test_every_output_parses_and_is_valid(full_compile: None, unchecked_types: None) -> None:
     """All of them end by themselves: texts, numbers and lists have limits, spaces between tokens too,
     and a bias to the brackets that close lists ends chains of objects.

@@ -6,6 +6,7 @@ import random
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pjengine.page_pool import CACHED as CACHED_PAGE
 from pjengine.request import Request
 from pjengine.runner import Launched
 from pjengine.schedule import Schedule
+from pjengine.schedule_plot import plot_batch
 from pjengine.schedule_record import ScheduleRecord, explain_schedule
 from pjengine.scheduler import Scheduler
 from pjengine.step_log import StepLog
@@ -229,6 +231,19 @@ def test_pictures_have_a_row_for_each_request_and_a_pixel_for_each_page(tiny: An
     first_token, _ = record.plot_latencies().axes
     assert sum(bar.get_height() for bar in first_token.patches) == 6
     assert record._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_wait_for_a_program_is_named_and_flattens_no_other_time(tiny: Any) -> None:
+    generate(tiny)
+    steps = [replace(own, compile_s=0.0) for own in tiny.explain_schedule().steps]
+    record = tiny.explain_schedule()
+    plain = plot_batch(record.labels(), steps, record.states, record.tokens, record.cached_tokens)
+    steps[2] = replace(steps[2], launch_s=steps[2].launch_s + 60, compile_s=60.0)
+    waited = plot_batch(record.labels(), steps, record.states, record.tokens, record.cached_tokens)
+    heights = [max(bar.get_height() for bar in figure.axes[2].patches) for figure in (plain, waited)]
+    assert heights[0] == pytest.approx(heights[1]) and heights[0] < 60_000
+    titles = [figure.axes[2].get_title(loc="right") for figure in (plain, waited)]
+    assert titles == ["", "▾ and 60.0 s for programs to be made"]
 
 
 def test_without_matplotlib_pictures_name_the_extra(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def alone(folder: Path) -> Iterator[tuple[Any, Any]]:
         yield llm.engine.memory_plan, answers(llm)
 
 
-@pytest.mark.parametrize("num_devices", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("num_devices", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_way_to_decode_gives_the_tokens_of_one_device(
     num_devices: int, folder: Path, alone: tuple[Any, Any]
 ) -> None:
@@ -107,9 +107,10 @@ def test_rows_with_and_without_filters_get_the_tokens_of_one_device(folder: Path
     ("name", "settings"),
     [
         ("mqa", {}),  # its only KV head is on both devices
-        pytest.param("gpt_oss", {"enable_expert_parallel": True}, marks=pytest.mark.slow),
+        ("gpt_oss", {"enable_expert_parallel": True}),
     ],
 )
+@pytest.mark.slow
 def test_a_draft_model_is_divided_as_the_model_is(
     name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -155,11 +156,12 @@ def test_devices_that_divide_any_architecture_generate_what_transformers_does(
     ("name", "num_devices"),
     [
         ("gpt_oss", 4),
-        pytest.param("mixtral", 2, marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", 2, marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", 4, marks=pytest.mark.slow),
+        ("mixtral", 2),
+        ("qwen3_moe", 2),
+        ("qwen3_moe", 4),
     ],
 )
+@pytest.mark.slow
 def test_devices_with_whole_experts_generate_what_transformers_does(
     name: str, num_devices: int, tmp_path: Path
 ) -> None:

@@ -45,10 +45,10 @@ def differences(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     "name",
     [
-        *("gemma2", "mixtral"),
+        "gqa",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("gqa", "gpt2", "bloom", "gpt_oss", "phi3_longrope_long")
+            for name in ("gpt2", "gemma2", "mixtral", "bloom", "gpt_oss", "phi3_longrope_long")
         ),
     ],
 )

@@ -37,7 +37,7 @@ def open_llm(folder: Path, layers: str, **settings: Any) -> Any:
     )
 
 
-@pytest.fixture(scope="module", params=LAYERS)
+@pytest.fixture(scope="module", params=["mixed", pytest.param("all", marks=pytest.mark.slow)])
 def pair(request: pytest.FixtureRequest, folder: Path, unchecked_types: None) -> Iterator[tuple[Any, Any]]:
     """Engines of the same model, with pages of windows apart and with one group of pages for all layers."""
     with pytest.MonkeyPatch.context() as patch, open_llm(folder, request.param) as apart:

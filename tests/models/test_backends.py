@@ -38,7 +38,7 @@ def test_no_backend_is_less_exact_than_the_reference(backend: str | None, num_se
     check(LARGE, backend, num_seqs, num_steps=48 if num_seqs == 1 else 16)
 
 
-@pytest.mark.parametrize("num_seqs", [1, 5])
+@pytest.mark.parametrize("num_seqs", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_interpreted_kernels_are_no_less_exact_than_the_reference(num_seqs: int) -> None:
     check(SMALL, "triton_interpret", num_seqs, num_steps=12)
 

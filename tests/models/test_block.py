@@ -63,6 +63,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bias of the output": {"head_bias": True},
     "tied": {"tie_word_embeddings": True},
 }
+# That `make test` tries; CI tries all.
+QUICK = {
+    *("layer norm", "learned positions", "ALiBi", "windows by layer", "norm of each head", "experts"),
+    *("side by side", "norms before and after", "scaled residuals"),
+}
 
 
 def logits(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +85,13 @@ def plain() -> np.ndarray:
     return logits(TINY)[0]
 
 
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(own, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, own in FIELDS.items()
+    ],
+)
 def test_each_field_counts_and_pages_agree_with_whole_sequences(
     fields: dict[str, Any], plain: np.ndarray
 ) -> None:

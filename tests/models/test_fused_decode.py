@@ -81,7 +81,7 @@ LIKE_LLAMA: dict[str, Any] = {
     ("num_seqs", "backend"),
     [
         (1, "triton_interpret"),
-        (5, "triton_interpret"),
+        pytest.param(5, "triton_interpret", marks=pytest.mark.slow),
         *(pytest.param(n, None, marks=pytest.mark.gpu) for n in (1, 5, 32)),  # the dispatch chooses
     ],
 )

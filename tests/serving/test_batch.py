@@ -118,6 +118,7 @@ def cut_off(command: list[str], output: Path, signal_number: int) -> tuple[int, 
 NUM_LONG = 120
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("takes_interrupts")
 def test_a_run_that_was_killed_goes_on_with_what_is_left(tmp_path: Path) -> None:
     lines = [completion(f"c{i}", f"import {i}", ignore_eos=True, max_tokens=30) for i in range(NUM_LONG)]
