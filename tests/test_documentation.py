@@ -118,7 +118,7 @@ def run(script: Path) -> str:
     """What it prints, as its reader runs it: on a CPU, as many devices as there are, XLA's optimizations."""
     env = {name: value for name, value in os.environ.items() if name not in OF_THE_TESTS}
     env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, script]
+    command = [sys.executable, str(script)]
     done = subprocess.run(
         command, cwd=script.parent, env=env, capture_output=True, text=True, check=False, timeout=LIMIT_S
     )
