@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -68,35 +69,34 @@ class LLMEngine:
         self.memory_plan = loaded.memory_plan
         sizes = loaded.runner_config
         compile_cache = open_compile_cache(compile_cache_folder(config.compile_cache_dir))
-        self._recorder = Recorder(config, loaded)
-        self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache, hosts)
-        self.scheduler = self._new_scheduler()
-        self.step_log = StepLog()
-        self.num_generation_tokens = 0
-        self._in_flight: Launched | None = None
-        self._turns = Turns()  # to change what is below, and the scheduler
-        self._generations: dict[str, Generation] = {}
-        self._completions: dict[str, tuple[Completion, Generation]] = {}  # by the id of each continuation
-        self._preparation = Preparation(
-            model_config=self.model_config,
-            tokenizer=self.tokenizer,
-            max_model_len=sizes.max_model_len,
-            max_logprobs=config.max_logprobs,
-            history_len=sizes.pages_per_seq * sizes.page_size,
-            generation_config=loaded.generation_config,
-            draw_seed=seed_source(config.seed),
-        )
-        self.is_broken = False  # a step failed, and so did starting over: nothing can run any more
-        self.is_closed = False
-        if hosts is not None:
-            hosts.begin(loaded.facts)
-        if config.warm_up:
-            try:
+        with ExitStack() as undo:  # of what a start that fails has begun
+            self._recorder = Recorder(config, loaded)
+            undo.callback(self._recorder.discard)
+            self.runner = Runner(loaded.model, loaded.params, sizes, loaded.sharding, compile_cache, hosts)
+            undo.callback(self.runner.close)
+            self.scheduler = self._new_scheduler()
+            self.step_log = StepLog()
+            self.num_generation_tokens = 0
+            self._in_flight: Launched | None = None
+            self._turns = Turns()  # to change what is below, and the scheduler
+            self._generations: dict[str, Generation] = {}
+            self._completions: dict[str, tuple[Completion, Generation]] = {}  # by the id of each continuation
+            self._preparation = Preparation(
+                model_config=self.model_config,
+                tokenizer=self.tokenizer,
+                max_model_len=sizes.max_model_len,
+                max_logprobs=config.max_logprobs,
+                history_len=sizes.pages_per_seq * sizes.page_size,
+                generation_config=loaded.generation_config,
+                draw_seed=seed_source(config.seed),
+            )
+            self.is_broken = False  # a step failed, and so did starting over: nothing can run any more
+            self.is_closed = False
+            if hosts is not None:
+                hosts.begin(loaded.facts)
+            if config.warm_up:
                 self.runner.warm_up(use_tqdm=config.use_tqdm_on_load)
-            except BaseException:
-                self.runner.close()
-                self._recorder.discard()
-                raise
+            undo.pop_all()
 
     @property
     def max_model_len(self) -> int:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO
 
 import jax
@@ -58,7 +59,11 @@ class Recorder:
                 self._file = open(config.record, "x", opener=partial(os.open, mode=0o600))
             except FileExistsError as error:
                 raise OSError(f"{config.record} exists: name a new file to record into") from error
-            self._write(line)
+            try:
+                self._write(line)
+            except BaseException:
+                self.discard()
+                raise
 
     def check(self, params: SamplingParams) -> None:
         """Raises ValueError where parameters cannot be written down."""
@@ -106,9 +111,9 @@ class Recorder:
     def discard(self) -> None:
         """Removes the file of an engine that could not start: it says nothing of it."""
         if self._file is not None:
-            path = self._file.name
+            path = Path(self._file.name)
             self.close()
-            os.unlink(path)
+            path.unlink(missing_ok=True)
 
     def _note(self, event: str, generation: Generation | None, **more: Any) -> None:
         own = {} if generation is None else {"request": self._numbers[generation.request.request_id]}

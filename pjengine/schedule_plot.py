@@ -22,6 +22,7 @@ NAMES = {
     State.HELD: "holds its pages",
     State.PREEMPTED: "preempted",
 }
+WAIT_COLOUR = "#8b5e34"  # for a program
 FOUND_COLOUR, FREE_COLOUR, CACHED_COLOUR, SHARED_COLOUR = "#63b598", "#ffffff", "#dfe5dd", "#1f2937"
 TIMES = (("schedule", "#8d6a9f"), ("launch", "#dda15e"), ("read", "#64748b"), ("output", "#84a98c"))
 MAX_LABELS = 40  # requests that are named
@@ -37,7 +38,7 @@ def plot_batch(
 ) -> Any:
     """Requests over steps, the tokens of each step, and the host's part of its time.
 
-    Waits for a program to be made are named, and not drawn: one of them would flatten all other times.
+    Waits for a program to be made are named, and taken off the launch: one would flatten all other times.
     Where a request starts behind a cached prefix, its cell is divided as its tokens are.
     """
     rows_in = min(max(1.2, 0.24 * len(labels)), 7.0)
@@ -182,16 +183,16 @@ def _name_waits(axes: Any, numbers: np.ndarray, waits_s: np.ndarray) -> None:
         numbers[long],
         [1.0] * int(long.sum()),
         "v",
-        color=COLOURS[State.PREEMPTED],
+        color=WAIT_COLOUR,
         markersize=4,
         transform=axes.get_xaxis_transform(),
         clip_on=False,
     )
     axes.set_title(
-        f"▾ and {waits_s[long].sum():.1f} s for programs to be made",
+        f"▾ waited for programs to be made: {waits_s[long].sum():.1f} s in all",
         fontsize=8,
         loc="right",
-        color=COLOURS[State.PREEMPTED],
+        color=WAIT_COLOUR,
     )
 
 

@@ -89,7 +89,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield running.url
 
 
-@pytest.mark.timeout(2 * LIMIT_S)  # a server may have to start first
+@pytest.mark.timeout(3 * LIMIT_S)  # a server may have to start first
 @pytest.mark.parametrize("page", with_examples())
 def test_the_examples_of_a_page_run_in_order_and_print_what_it_shows(
     page: Path, tmp_path: Path, request: pytest.FixtureRequest

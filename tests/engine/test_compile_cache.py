@@ -405,16 +405,16 @@ def test_a_program_that_fails_in_the_background_ends_only_what_needs_it(
         assert len(output.outputs[0].token_ids) == 9
 
 
+@pytest.mark.parametrize("place", ["step_compiler.StepCompiler.lower", "runner.new_state"])
 def test_a_start_that_fails_leaves_no_thread_and_no_recording(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pjengine import LLM
-    from pjengine.step_compiler import StepCompiler
 
-    def fail(self: Any, layout: Any) -> Any:
+    def fail(*_: Any) -> Any:
         raise NotImplementedError("no kernel for this shape")
 
-    monkeypatch.setattr(StepCompiler, "lower", fail)
+    monkeypatch.setattr(f"pjengine.{place}", fail)
     with pytest.raises(NotImplementedError, match="no kernel"):
         LLM(**TINY, compile_cache_dir=str(tmp_path), record=str(tmp_path / "recording"))
     assert not [thread for thread in threading.enumerate() if thread.name == "pjengine-programs"]

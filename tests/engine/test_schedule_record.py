@@ -243,7 +243,7 @@ def test_a_wait_for_a_program_is_named_and_flattens_no_other_time(tiny: Any) -> 
     heights = [max(bar.get_height() for bar in figure.axes[2].patches) for figure in (plain, waited)]
     assert heights[0] == pytest.approx(heights[1]) and heights[0] < 60_000
     titles = [figure.axes[2].get_title(loc="right") for figure in (plain, waited)]
-    assert titles == ["", "▾ and 60.0 s for programs to be made"]
+    assert titles == ["", "▾ waited for programs to be made: 60.0 s in all"]
 
 
 def test_without_matplotlib_pictures_name_the_extra(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

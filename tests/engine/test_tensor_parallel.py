@@ -107,10 +107,9 @@ def test_rows_with_and_without_filters_get_the_tokens_of_one_device(folder: Path
     ("name", "settings"),
     [
         ("mqa", {}),  # its only KV head is on both devices
-        ("gpt_oss", {"enable_expert_parallel": True}),
+        pytest.param("gpt_oss", {"enable_expert_parallel": True}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.slow
 def test_a_draft_model_is_divided_as_the_model_is(
     name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -152,16 +151,16 @@ def test_devices_that_divide_any_architecture_generate_what_transformers_does(
     assert output.outputs[0].token_ids == golden.tokens
 
 
+LARGER = [("gpt_oss", 4), ("qwen3_moe", 2), ("qwen3_moe", 4)]
+
+
 @pytest.mark.parametrize(
     ("name", "num_devices"),
     [
-        ("gpt_oss", 4),
         ("mixtral", 2),
-        ("qwen3_moe", 2),
-        ("qwen3_moe", 4),
+        *(pytest.param(name, num, marks=pytest.mark.slow) for name, num in LARGER),
     ],
 )
-@pytest.mark.slow
 def test_devices_with_whole_experts_generate_what_transformers_does(
     name: str, num_devices: int, tmp_path: Path
 ) -> None:
