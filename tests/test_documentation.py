@@ -24,8 +24,8 @@ SLOW = ("determinism", "inside", "pipelines", "speculation", "weights_and_traini
 MARK = "<end of a block>"
 # A block of Python, and what stands directly behind it: indented lines, or a fenced block without a language.
 EXAMPLE = re.compile(r"^```python\n.*?^```\n(?:\n((?:    [^\n]*\n)+)|\n```\n(.*?)^```\n)?", re.M | re.S)
-# What the packaged model computes on the CPU that the pages were written on: another may round otherwise, and
-# its tokens differ where two are almost as likely.
+# What the packaged model computes on the CPU and with the JAX that the pages were written with: others may
+# round otherwise, and tokens differ where two are almost as likely.
 LOGITS = "75fa025b1d3f50f8"
 HASH_LOGITS = """
 import hashlib
@@ -109,7 +109,7 @@ def test_the_examples_of_a_page_run_in_order_and_print_what_it_shows(
     if different:
         script.write_text(HASH_LOGITS)
         if run(script).strip() != LOGITS:
-            pytest.skip("the examples ran; what they print is of a CPU that rounds otherwise than this one")
+            pytest.skip("the examples ran; what they print is of a CPU or a JAX that rounds otherwise")
         said, own = different[0]
         assert own == said
 

@@ -8,10 +8,8 @@ from tests.compile.hlo import kernels
 from tests.compile.timed import NUM_KERNELS, PROGRAMS
 from tests.compile.worker import Report
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1200),
-]  # the first test to ask for `compiled` waits for all programs
+# The first test to ask for `compiled` waits for all programs.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -8,10 +8,8 @@ from tests.compile.kernels import FEATURED_MOSAIC, PROGRAMS
 from tests.compile.target import chosen
 from tests.compile.worker import Report
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1200),
-]  # the first test to ask for `compiled` waits for all programs
+# The first test to ask for `compiled` waits for all programs.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def assert_fits(report: Report) -> None:

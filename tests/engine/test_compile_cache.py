@@ -419,6 +419,8 @@ def test_a_start_that_fails_leaves_no_thread_and_no_recording(
         LLM(**TINY, compile_cache_dir=str(tmp_path), record=str(tmp_path / "recording"))
     assert not [thread for thread in threading.enumerate() if thread.name == "pjengine-programs"]
     assert not (tmp_path / "recording").exists()
+    open_files = [os.readlink(link) for link in Path("/dev/fd").iterdir() if link.is_symlink()]
+    assert not [name for name in open_files if name.startswith(str(tmp_path / "recording"))]
 
 
 def test_an_interpreter_that_ends_while_it_compiles_ends_cleanly(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Load:
     alone: list[Answer] = field(default_factory=list)
     num_whole: int = 0
     num_left: int = 0
-    held_bytes: list[int] = field(default_factory=list)  # by the server, after each request
+    rss_bytes: list[int] = field(default_factory=list)  # of the server, after each request
 
     async def run(self) -> None:
         self.endpoint = Endpoint(f"{self.server.url}/v1")
@@ -136,8 +136,7 @@ class Load:
         statm = Path(f"/proc/{self.server.process.pid}/statm")
         for index in todo:
             await self._one(index)
-            resident, shared = map(int, statm.read_text().split()[1:3])
-            self.held_bytes.append((resident - shared) * 4096)  # pages of files come and go
+            self.rss_bytes.append(int(statm.read_text().split()[1]) * 4096)
 
     async def _one(self, index: int) -> None:
         which, leaves = self.chance.randrange(NUM_DISTINCT), self.chance.random()
@@ -184,6 +183,7 @@ def test_of_500_streams_nothing_is_lost_or_crossed_and_nothing_stays_behind(tmp_
         assert "Traceback" not in server.log and "ERROR" not in server.log
     assert load.num_whole + load.num_left == NUM_REQUESTS
     assert NUM_REQUESTS / 4 < load.num_left < NUM_REQUESTS / 2.5, load.num_left
-    quarter = NUM_REQUESTS // 4
-    before, last = max(load.held_bytes[2 * quarter : 3 * quarter]), max(load.held_bytes[3 * quarter :])
+    # The floor: a compilation takes tens of MB for a moment. Compared over three eighths of the requests.
+    part = NUM_REQUESTS // 8
+    before, last = min(load.rss_bytes[4 * part : 5 * part]), min(load.rss_bytes[7 * part :])
     assert last < 1.05 * before, (before, last)
