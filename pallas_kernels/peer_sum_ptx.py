@@ -1,0 +1,385 @@
+"""The instructions of `peer_sum`: what each thread of a block of one GPU does, as PTX.
+
+Every GPU counts its sums, and so all count alike (`epoch`). What it sends lies in the half of the receivers'
+inboxes that its epoch names, even or odd. No half is written while somebody still reads it: a GPU ends the
+sum before last ere it starts the last one, whose numbers the writer has received.
+"""
+
+from dataclasses import dataclass
+
+MAX_BLOCKS = 256
+PACKET_THREADS, ROW_THREADS = 128, 512  # of a block
+VALUES = 8  # of a thread at a time: 16 bytes
+LANES = 32  # of a warp
+PACKET_BYTES = MAX_BLOCKS * PACKET_THREADS * 32  # from one GPU: four bytes in eight are the epoch
+ROW_BYTES = 16 * 2**20  # from one GPU, without
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """Where things are in the memory that the other GPUs write to, in bytes from its start.
+
+    First one epoch for each block, all alike, which only the owner sees: a block reads its own, and a kernel's
+    blocks together set all. Then, for each half and each sender, the epochs that its blocks have sent, packets
+    and rows.
+    """
+
+    num_gpus: int
+
+    @property
+    def flags(self) -> int:
+        return 4 * MAX_BLOCKS
+
+    @property
+    def packets(self) -> int:
+        return self.flags + 2 * self.num_gpus * 4 * MAX_BLOCKS
+
+    @property
+    def rows(self) -> int:
+        return self.packets + 2 * self.num_gpus * PACKET_BYTES
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows + 2 * self.num_gpus * ROW_BYTES
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One compiled kernel: a sum of `num_values` 16-bit values of each GPU."""
+
+    num_gpus: int
+    num_values: int
+    dtype: str  # bf16 or f16
+    # Of rows that a residual is added to, whose norm is then started; 0: the sum is all.
+    row_size: int = 0
+
+    @property
+    def num_vectors(self) -> int:
+        """Threads' worth of values."""
+        return self.num_values // VALUES
+
+    @property
+    def in_packets(self) -> bool:
+        """Whether each value comes with its epoch: no wait behind the last one, and twice the bytes."""
+        return self.num_vectors <= MAX_BLOCKS * PACKET_THREADS
+
+    @property
+    def num_blocks(self) -> int:
+        if self.in_packets:
+            return -(-self.num_vectors // PACKET_THREADS)
+        return min(MAX_BLOCKS // 2, -(-self.num_vectors // ROW_THREADS))  # fewer than processors
+
+    @property
+    def num_threads(self) -> int:
+        return PACKET_THREADS if self.in_packets else ROW_THREADS
+
+    def ptx(self) -> str:
+        """The program. Its operands $0, … are addresses: of `x`, of the table of inboxes, of the sum; with rows then of the
+        residual, of the norm's weights, of its number among these, of the scaled rows and of the sums of squares.
+        """
+        parts = [_DECLARED, _start(self)]
+        parts += _packets(self) if self.in_packets else _rows(self)
+        return "{\n" + "\n".join([*parts, _end(self)]) + "\n}"
+
+
+_DECLARED = """
+.reg .pred again, other, own, inside;
+.reg .b16 low, high;
+.reg .b32 thread, block, vector, stop, rank, epoch, half, mine, peer, place, seen, index, part, row;
+.reg .b32 x0, x1, x2, x3, w0, w1, w2, w3, f0, f1, f2, f3;
+.reg .b64 table, inbox, base, from, to, offset, at;
+.reg .f32 a0, a1, a2, a3, a4, a5, a6, a7, v0, v1, v2, v3, v4, v5, v6, v7, square, shuffled;
+""".strip()
+
+
+def _start(s: Sum) -> str:
+    return f"""
+mov.u32 thread, %tid.x;
+mov.u32 block, %ctaid.x;
+mov.b64 table, $1;
+ld.global.u64 inbox, [table+{8 * s.num_gpus}];
+ld.global.u32 rank, [table+{8 * s.num_gpus + 8}];
+mul.wide.u32 offset, block, 4;
+add.s64 at, inbox, offset;
+ld.volatile.global.u32 epoch, [at];
+add.u32 epoch, epoch, 1;
+setp.eq.u32 again, epoch, 0;
+@again mov.u32 epoch, 2;
+and.b32 half, epoch, 1;
+mul.lo.u32 half, half, {s.num_gpus};
+add.u32 mine, half, rank;
+""".strip()
+
+
+def _end(s: Sum) -> str:
+    """Every block has read its epoch by now; all together set all."""
+    return f"""
+DONE:
+bar.sync 0;
+mad.lo.u32 index, thread, {s.num_blocks}, block;
+COUNT:
+setp.ge.u32 again, index, {MAX_BLOCKS};
+@again bra COUNTED;
+mul.wide.u32 offset, index, 4;
+add.s64 at, inbox, offset;
+st.volatile.global.u32 [at], epoch;
+add.u32 index, index, {s.num_threads * s.num_blocks};
+bra COUNT;
+COUNTED:
+""".strip()
+
+
+def _peer(s: Sum, distance: int) -> str:
+    """The GPU `distance` behind this one, and its inbox in `base`."""
+    return f"""
+add.u32 peer, rank, {distance};
+setp.ge.u32 again, peer, {s.num_gpus};
+@again sub.u32 peer, peer, {s.num_gpus};
+mul.wide.u32 offset, peer, 8;
+add.s64 at, table, offset;
+ld.global.u64 base, [at];
+""".strip()
+
+
+def _place(base: str, section: int, sender: str, num_bytes: int, to: str) -> str:
+    """The address of what `sender` (of a half) has in a section of an inbox."""
+    return f"""
+mul.wide.u32 {to}, {sender}, {num_bytes};
+add.s64 {to}, {to}, {base};
+add.s64 {to}, {to}, {section};
+""".strip()
+
+
+def _packets(s: Sum) -> list[str]:
+    section = Inbox(s.num_gpus).packets
+    lines = [
+        f"""
+mad.lo.u32 vector, block, {PACKET_THREADS}, thread;
+setp.ge.u32 again, vector, {s.num_vectors};
+@again bra DONE;
+mul.wide.u32 from, vector, 16;
+mov.b64 at, $0;
+add.s64 at, at, from;
+ld.global.v4.b32 {{x0, x1, x2, x3}}, [at];
+""".strip()
+    ]
+    for distance in range(1, s.num_gpus):
+        lines += [
+            _peer(s, distance),
+            _place("base", section, "mine", PACKET_BYTES, "to"),
+            """
+mul.wide.u32 offset, vector, 32;
+add.s64 to, to, offset;
+st.volatile.global.v4.b32 [to], {x0, epoch, x1, epoch};
+st.volatile.global.v4.b32 [to+16], {x2, epoch, x3, epoch};
+""".strip(),
+        ]
+    for sender in range(s.num_gpus):
+        lines += [
+            f"""
+setp.eq.u32 own, rank, {sender};
+@own bra OWN{sender};
+add.u32 peer, half, {sender};
+""".strip(),
+            _place("inbox", section, "peer", PACKET_BYTES, "to"),
+            f"""
+mul.wide.u32 offset, vector, 32;
+add.s64 to, to, offset;
+WAIT{sender}:
+ld.volatile.global.v4.b32 {{w0, f0, w1, f1}}, [to];
+ld.volatile.global.v4.b32 {{w2, f2, w3, f3}}, [to+16];
+setp.ne.u32 again, f0, epoch;
+setp.ne.or.u32 again, f1, epoch, again;
+setp.ne.or.u32 again, f2, epoch, again;
+setp.ne.or.u32 again, f3, epoch, again;
+@again bra WAIT{sender};
+bra ADD{sender};
+OWN{sender}:
+{_copy("x", "w")}
+ADD{sender}:
+{_add(s, is_first=sender == 0)}
+""".strip(),
+        ]
+    return [*lines, _residual(s) if s.row_size else _store(s)]
+
+
+def _rows(s: Sum) -> list[str]:
+    """Each block has a share of the vectors, sends it, then a flag; the block that receives it waits for that."""
+    inbox, share = Inbox(s.num_gpus), -(-s.num_vectors // s.num_blocks)
+    lines = [
+        f"""
+mul.lo.u32 row, block, {share};
+add.u32 stop, row, {share};
+min.u32 stop, stop, {s.num_vectors};
+add.u32 row, row, thread;
+""".strip()
+    ]
+    for distance in range(1, s.num_gpus):
+        lines += [
+            _peer(s, distance),
+            _place("base", inbox.rows, "mine", ROW_BYTES, "to"),
+            f"""
+mov.u32 vector, row;
+SEND{distance}:
+setp.ge.u32 again, vector, stop;
+@again bra SENT{distance};
+mul.wide.u32 from, vector, 16;
+mov.b64 at, $0;
+add.s64 at, at, from;
+ld.global.v4.b32 {{x0, x1, x2, x3}}, [at];
+add.s64 at, to, from;
+st.global.v4.b32 [at], {{x0, x1, x2, x3}};
+add.u32 vector, vector, {ROW_THREADS};
+bra SEND{distance};
+SENT{distance}:
+""".strip(),
+        ]
+    lines += [
+        f"""
+bar.sync 0;
+setp.ge.u32 again, thread, {s.num_gpus};
+@again bra RECEIVED;
+setp.eq.u32 again, thread, rank;
+@again bra RECEIVED;
+mul.wide.u32 offset, thread, 8;
+add.s64 at, table, offset;
+ld.global.u64 base, [at];
+""".strip(),
+        _place("base", inbox.flags, "mine", 4 * MAX_BLOCKS, "to"),
+        """
+mul.wide.u32 offset, block, 4;
+add.s64 to, to, offset;
+fence.acq_rel.sys;
+st.release.sys.global.u32 [to], epoch;
+add.u32 peer, half, thread;
+""".strip(),
+        _place("inbox", inbox.flags, "peer", 4 * MAX_BLOCKS, "from"),
+        """
+add.s64 from, from, offset;
+WAIT:
+ld.acquire.sys.global.u32 seen, [from];
+setp.ne.u32 again, seen, epoch;
+@again bra WAIT;
+RECEIVED:
+bar.sync 0;
+mov.u32 vector, row;
+NEXT:
+setp.ge.u32 again, vector, stop;
+@again bra DONE;
+mul.wide.u32 from, vector, 16;
+""".strip(),
+    ]
+    for sender in range(s.num_gpus):
+        lines += [
+            f"""
+setp.eq.u32 own, rank, {sender};
+mov.b64 at, $0;
+@own bra OWN{sender};
+add.u32 peer, half, {sender};
+""".strip(),
+            _place("inbox", inbox.rows, "peer", ROW_BYTES, "at"),
+            f"""
+OWN{sender}:
+add.s64 at, at, from;
+ld.relaxed.sys.global.v4.b32 {{w0, w1, w2, w3}}, [at];
+{_add(s, is_first=sender == 0)}
+""".strip(),
+        ]
+    return [*lines, _store(s), f"add.u32 vector, vector, {ROW_THREADS};\nbra NEXT;"]
+
+
+def _copy(source: str, to: str) -> str:
+    return "\n".join(f"mov.b32 {to}{i}, {source}{i};" for i in range(4))
+
+
+def _widen(s: Sum, source: str, to: str) -> str:
+    """Four pairs of values as eight of float32."""
+    lines = []
+    for i in range(4):
+        if s.dtype == "bf16":
+            lines += [
+                f"shl.b32 index, {source}{i}, 16;",
+                f"mov.b32 {to}{2 * i}, index;",
+                f"and.b32 index, {source}{i}, 0xffff0000;",
+                f"mov.b32 {to}{2 * i + 1}, index;",
+            ]
+        else:
+            lines += [
+                f"mov.b32 {{low, high}}, {source}{i};",
+                f"cvt.f32.f16 {to}{2 * i}, low;",
+                f"cvt.f32.f16 {to}{2 * i + 1}, high;",
+            ]
+    return "\n".join(lines)
+
+
+def _narrow(s: Sum, source: str, to: str) -> str:
+    kind = f"{s.dtype}x2"
+    return "\n".join(f"cvt.rn.{kind}.f32 {to}{i}, {source}{2 * i + 1}, {source}{2 * i};" for i in range(4))
+
+
+def _add(s: Sum, *, is_first: bool) -> str:
+    if is_first:
+        return _widen(s, "w", "a")
+    sums = "\n".join(f"add.rn.f32 a{i}, a{i}, v{i};" for i in range(VALUES))
+    return f"{_widen(s, 'w', 'v')}\n{sums}"
+
+
+def _store(s: Sum) -> str:
+    return f"""
+{_narrow(s, "a", "w")}
+mov.b64 at, $2;
+add.s64 at, at, from;
+st.global.v4.b32 [at], {{w0, w1, w2, w3}};
+""".strip()
+
+
+def _residual(s: Sum) -> str:
+    """A warp has VALUES * LANES columns of one row."""
+    parts = s.row_size // (VALUES * LANES)
+    num_rows = s.num_values // s.row_size
+    scaled = "\n".join(f"mul.rn.f32 v{i}, v{i}, a{i};" for i in range(VALUES))
+    squares = "\n".join(
+        [
+            f"mul.rn.f32 square, a0, a0;",
+            *(f"fma.rn.f32 square, a{i}, a{i}, square;" for i in range(1, VALUES)),
+        ]
+    )
+    shuffles = "\n".join(
+        f"shfl.sync.bfly.b32 shuffled, square, {distance}, 31, 0xffffffff;\nadd.rn.f32 square, square, shuffled;"
+        for distance in (16, 8, 4, 2, 1)
+    )
+    return f"""
+mov.b64 at, $3;
+add.s64 at, at, from;
+ld.global.v4.b32 {{w0, w1, w2, w3}}, [at];
+{_add(s, is_first=False)}
+{_store(s)}
+{_widen(s, "w", "a")}
+{squares}
+mov.b64 at, $5;
+ld.global.u32 index, [at];
+rem.u32 place, vector, {s.row_size // VALUES};
+mad.lo.u32 place, index, {s.row_size // VALUES}, place;
+mul.wide.u32 offset, place, 16;
+mov.b64 at, $4;
+add.s64 at, at, offset;
+ld.global.v4.b32 {{w0, w1, w2, w3}}, [at];
+{_widen(s, "w", "v")}
+{scaled}
+{_narrow(s, "v", "w")}
+mov.b64 at, $6;
+add.s64 at, at, from;
+st.global.v4.b32 [at], {{w0, w1, w2, w3}};
+{shuffles}
+and.b32 index, thread, {LANES - 1};
+setp.ne.u32 again, index, 0;
+@again bra DONE;
+shr.u32 index, vector, 5;
+div.u32 row, index, {parts};
+rem.u32 part, index, {parts};
+mad.lo.u32 index, part, {num_rows}, row;
+mul.wide.u32 offset, index, 4;
+mov.b64 at, $7;
+add.s64 at, at, offset;
+st.global.f32 [at], square;
+""".strip()
