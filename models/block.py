@@ -79,7 +79,8 @@ class Block(nn.Module):
         )
         out = out.reshape(*h.shape[:-1], c.num_kv_heads, c.group, c.head_dim)
         weight = self.weight("out", c.num_kv_heads, c.group, c.head_dim, c.hidden_size)
-        return self.joined(out, weight, self.bias("out_bias", c.out_bias, c.hidden_size), contract=3), cache
+        bias = self.bias("out_bias", c.out_bias, c.hidden_size)
+        return self.joined(out, weight, bias, layer, contract=3), cache
 
     def mlp(self, h: Float[Array, "*t e"], layer: Layer) -> Float[Array, "*t e"]:
         c = self.config
@@ -99,15 +100,15 @@ class Block(nn.Module):
                 linear(h, weight, self.bias("up_bias", c.mlp_bias, c.intermediate_size))
             )
         down = self.weight("down", c.intermediate_size, c.hidden_size)
-        return self.joined(h, down, self.bias("down_bias", c.mlp_bias, c.hidden_size))
+        return self.joined(h, down, self.bias("down_bias", c.mlp_bias, c.hidden_size), layer)
 
     def joined(
-        self, x: Float[Array, "..."], weight: Array, bias: Array | None, *, contract: int = 1
+        self, x: Float[Array, "..."], weight: Array, bias: Array | None, layer: Layer, *, contract: int = 1
     ) -> Float[Array, "*t e"]:
         """A product that adds to the residual stream: the sum of what each device has a part of."""
         if self.config.share is None:
             return linear(x, weight, bias, contract=contract)
-        out = total(self.config, linear(x, weight, contract=contract))
+        out = self.total(linear(x, weight, contract=contract), layer)
         return out if bias is None else out + jnp.broadcast_to(bias, out.shape)
 
     def experts(self, experts: ExpertConfig, h: Float[Array, "*t e"], layer: Layer) -> Float[Array, "*t e"]:
@@ -126,7 +127,7 @@ class Block(nn.Module):
         is_token = layer.attend.batch.slots >= 0 if isinstance(layer.attend, PagedAttend) else None
         if layer.stack is None:
             out = experts_mlp(experts, h, logits, weights, first=first, is_token=is_token)
-            return total(self.config, out)
+            return self.total(out, layer)
         stack = ExpertWeights(
             layer.stack["expert_gate_up"],
             layer.stack["expert_down"],
@@ -134,7 +135,11 @@ class Block(nn.Module):
             self._once(experts, layer.stack.get("expert_down_bias")),
         )
         out = experts_mlp(experts, h, logits, stack, layer.place, first=first, is_token=is_token)
-        return total(self.config, out)
+        return self.total(out, layer)
+
+    def total(self, x: Float[Array, "*t e"], layer: Layer) -> Float[Array, "*t e"]:
+        """The sum of what the devices have. Side by side, attention and MLP do not wait for each other."""
+        return total(self.config, x, None if self.config.is_parallel else layer.cache)
 
     def _once(self, experts: ExpertConfig, down_bias: Array | None) -> Array | None:
         """What is added behind an expert: on one device only where others have parts of the same expert."""

@@ -18,6 +18,7 @@ from pjengine.models.share import total
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.dispatch import platform
 from pjengine.pallas_kernels.last_split import Counters
+from pjengine.pallas_kernels.peer_sum import peer_sum_residual
 from pjengine.pallas_kernels.skinny_linear import (
     MAX_ROWS,
     Normed,
@@ -28,6 +29,7 @@ from pjengine.pallas_kernels.skinny_linear import (
     start_norm,
 )
 from pjengine.pallas_kernels.skinny_qkv import Destination, skinny_qkv
+from pjengine.sharding.mesh import TENSOR
 
 
 def has_fused_form(config: ModelConfig) -> bool:
@@ -87,9 +89,10 @@ def fused_layers(
             return skinny_residual(
                 h, weights, layer, residual, biases=own_biases, counters=counters, backend=backend
             )
-        x = residual.rows + total(c, skinny_linear(h, weights, layer, counters=counters, backend=backend))
-        if own_biases is not None:
-            x = x + own_biases[layer][None]
+        part = skinny_linear(h, weights, layer, counters=counters, backend=backend)
+        if own_biases is None:
+            return peer_sum_residual(part, cache.own_inboxes, residual, axis=TENSOR)
+        x = residual.rows + total(c, part, cache) + own_biases[layer][None]
         return x, start_norm(x, residual.norm_weights[residual.norm])
 
     normed = start_norm(x, layers["attn_norm"][0])

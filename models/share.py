@@ -14,6 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pjengine.models.config import ExpertConfig, ModelConfig, Share
+from pjengine.models.state import KVCache
+from pjengine.pallas_kernels.peer_sum import peer_sum
 from pjengine.sharding.mesh import TENSOR
 
 NOBODY = -1  # in place of a head's number: padding
@@ -108,9 +110,15 @@ def share_of(config: ModelConfig, num_devices: int) -> ModelConfig:
     )
 
 
-def total(config: ModelConfig, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The sum of what the devices have; `x` itself where one has all."""
-    return x if config.share is None else lax.psum(x, TENSOR)
+def total(config: ModelConfig, x: Float[Array, "..."], cache: KVCache | None = None) -> Float[Array, "..."]:
+    """The sum of what the devices have; `x` itself where one has all.
+
+    With a cache that has inboxes the devices sum through these. Only sums of which each depends on the one
+    before may be given it.
+    """
+    if config.share is None:
+        return x
+    return peer_sum(x, None if cache is None else cache.own_inboxes, axis=TENSOR)
 
 
 def own_part(config: ModelConfig, values: Float[Array, " all"]) -> Float[Array, " own"]:

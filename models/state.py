@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from pjengine.models.config import ModelConfig
 from pjengine.models.window_group import WindowGroup
@@ -23,6 +23,13 @@ class KVCache(NamedTuple):
     # The draft model's, where there is one, `num_pages` of each layer: a page's id is the same in all.
     draft_k: Float[Array, "draft_pages draft_heads page_size draft_dim"] | None = None
     draft_v: Float[Array, "draft_pages draft_heads page_size draft_dim"] | None = None
+    # Of GPUs that sum through each other's memory: each one's table, as `peer_sum` takes it.
+    inboxes: UInt32[Array, "tables gpus+2 2"] | None = None
+
+    @property
+    def own_inboxes(self) -> UInt32[Array, "gpus+2 2"] | None:
+        """The table of the device that computes, within a `shard_map`."""
+        return None if self.inboxes is None else self.inboxes.reshape(self.inboxes.shape[1:])
 
 
 class Batch(NamedTuple):

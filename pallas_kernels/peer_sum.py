@@ -91,7 +91,7 @@ def peer_sum_residual(
 def reference(
     x: Float[Array, "m n"], inboxes: UInt32[Array, "gpus+2 2"] | None, residual: Residual, *, axis: str
 ) -> tuple[Float[Array, "m n"], Normed]:
-    """The spec of `peer_sum_residual`; that of `peer_sum` is `lax.psum`, but for the rounding of its parts."""
+    """The spec of `peer_sum_residual`; that of `peer_sum` is `lax.psum`, summed in float32."""
     rows = residual.rows + peer_sum(x, inboxes, axis=axis)
     return rows, start_norm(rows, residual.norm_weights[residual.norm])
 
@@ -167,7 +167,7 @@ def _run(sum_: Sum, name: str, out_type: Any, *operands: Any, order: tuple[int, 
     """The program with the addresses of operands and results, which `order` puts into its own order."""
 
     def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))  # type: ignore[untyped-decorator]
         def run(_: Any, *memrefs: Any) -> None:
             word = ir.IntegerType.get_signless(64)
             addresses = [llvm.ptrtoint(word, mgpu_utils.memref_ptr(memrefs[i])) for i in order]

@@ -19,9 +19,9 @@ ROW_BYTES = 16 * 2**20  # from one GPU, without
 class Inbox:
     """Where things are in the memory that the other GPUs write to, in bytes from its start.
 
-    First one epoch for each block, all alike, which only the owner sees: a block reads its own, and a kernel's
-    blocks together set all. Then, for each half and each sender, the epochs that its blocks have sent, packets
-    and rows.
+    First one epoch for each block, all alike, which only the owner sees: a block reads its own, and the
+    blocks of a kernel together set all. Then, for each half and each sender, the epochs that its blocks have
+    sent, packets and rows.
     """
 
     num_gpus: int
@@ -74,8 +74,9 @@ class Sum:
         return PACKET_THREADS if self.in_packets else ROW_THREADS
 
     def ptx(self) -> str:
-        """The program. Its operands $0, … are addresses: of `x`, of the table of inboxes, of the sum; with rows then of the
-        residual, of the norm's weights, of its number among these, of the scaled rows and of the sums of squares.
+        """The program. Its operands $0, … are addresses: of `x`, of the table of inboxes, of the sum; with a
+        residual then of that, of the norms' weights, of the norm's number among these, of the scaled rows and
+        of the sums of squares.
         """
         parts = [_DECLARED, _start(self)]
         parts += _packets(self) if self.in_packets else _rows(self)
@@ -204,7 +205,7 @@ ADD{sender}:
 
 
 def _rows(s: Sum) -> list[str]:
-    """Each block has a share of the vectors, sends it, then a flag; the block that receives it waits for that."""
+    """Each block has a share of the vectors, sends it, then a flag that the block of its number waits for."""
     inbox, share = Inbox(s.num_gpus), -(-s.num_vectors // s.num_blocks)
     lines = [
         f"""
@@ -340,12 +341,13 @@ def _residual(s: Sum) -> str:
     scaled = "\n".join(f"mul.rn.f32 v{i}, v{i}, a{i};" for i in range(VALUES))
     squares = "\n".join(
         [
-            f"mul.rn.f32 square, a0, a0;",
+            "mul.rn.f32 square, a0, a0;",
             *(f"fma.rn.f32 square, a{i}, a{i}, square;" for i in range(1, VALUES)),
         ]
     )
     shuffles = "\n".join(
-        f"shfl.sync.bfly.b32 shuffled, square, {distance}, 31, 0xffffffff;\nadd.rn.f32 square, square, shuffled;"
+        f"shfl.sync.bfly.b32 shuffled, square, {distance}, 31, 0xffffffff;\n"
+        "add.rn.f32 square, square, shuffled;"
         for distance in (16, 8, 4, 2, 1)
     )
     return f"""

@@ -157,7 +157,7 @@ def _copy_pages(
         num_pages = len(cache.token_ids)
         own_first = _first_pages(len(cache.draft_k) // num_pages, num_pages, None)
         draft_k, draft_v = copy(cache.draft_k, own_first), copy(cache.draft_v, own_first)
-    return KVCache(k, v, token_ids, draft_k, draft_v)
+    return KVCache(k, v, token_ids, draft_k, draft_v, cache.inboxes)
 
 
 def _first_pages(num_layers: int, num_pages: int, window_group: WindowGroup | None) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from pjengine.batching import Layout, Rows, update_page_table
 from pjengine.beam_selection import BeamOutput
 from pjengine.config import RunnerConfig
 from pjengine.draw import DrawLayout, Undrawn
+from pjengine.inboxes import Inboxes
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
 from pjengine.models.pair import empty_cache
@@ -39,8 +40,10 @@ class Held(Protocol):
     def programs(self) -> Mapping[AnyLayout, Program]: ...
 
 
-def new_state(model: Decoder, config: RunnerConfig, sharding: NamedSharding) -> tuple[KVCache, Rows]:
-    """Empty pages and rows."""
+def new_state(
+    model: Decoder, config: RunnerConfig, sharding: NamedSharding, inboxes: Inboxes | None = None
+) -> tuple[KVCache, Rows]:
+    """Empty pages and rows; and empties the inboxes."""
 
     def make() -> tuple[KVCache, Rows]:
         cache = empty_cache(model, config.num_pages, config.page_size, config.window_group)
@@ -48,7 +51,8 @@ def new_state(model: Decoder, config: RunnerConfig, sharding: NamedSharding) -> 
 
     pages = NamedSharding(sharding.mesh, KV_PAGES)
     shardings: Any = (pages, pages, sharding, pages, pages)
-    return jax.jit(make, out_shardings=(KVCache(*shardings), sharding))()
+    cache, rows = jax.jit(make, out_shardings=(KVCache(*shardings), sharding))()
+    return cache._replace(inboxes=None if inboxes is None else inboxes.renew()), rows
 
 
 def page_updater(rows: Rows, sharding: NamedSharding) -> Program:

@@ -35,6 +35,7 @@ from pjengine.draw import DrawLayout, Stages, Undrawn, pack_draw
 from pjengine.edit_sizes import has_token_states, num_states_for, prompt_top_for, sizes_for
 from pjengine.edits import NEEDS, past_prompts, without
 from pjengine.hosts import Hosts
+from pjengine.inboxes import Inboxes
 from pjengine.logprobs import Logprobs
 from pjengine.models.decoder import Decoder, Params
 from pjengine.pooling import StepStates
@@ -83,7 +84,8 @@ class Runner:
         self.config = config
         self.params = params
         self.owned = Owned(params)
-        self.cache, self.rows = new_state(model, config, sharding)
+        self.inboxes = Inboxes(sharding, config.kernel_backend)
+        self.cache, self.rows = new_state(model, config, sharding, self.inboxes)
         self._enter_pages = page_updater(self.rows, sharding)
         state = params, self.cache, self.rows
         self.compiler = StepCompiler(model, config, state, sharding, compile_cache, hosts)
@@ -106,7 +108,7 @@ class Runner:
     def reset(self) -> None:
         """Starts over with empty pages, after a step that failed half-way."""
         free(self.cache, self.rows)
-        self.cache, self.rows = new_state(self.model, self.config, self.compiler.sharding)
+        self.cache, self.rows = new_state(self.model, self.config, self.compiler.sharding, self.inboxes)
 
     def launch(self, schedule: Schedule) -> Launched:
         """Starts a step and returns at once; the tokens follow by themselves, or, if some of its sequences
@@ -399,6 +401,7 @@ class Runner:
         self.owned.free()
         self.params = {}  # of which some may be the caller's
         free(self.cache, self.rows)
+        self.inboxes.free()
 
 
 def _layouts_of(several: Sequence[Stages]) -> list[AnyLayout]:

@@ -32,6 +32,7 @@ class DividedStep(Step):
 
 
 STEPS: Mapping[str, DividedStep] = {
+    "llama-8b decode 8, divided": DividedStep("llama-8b", 8, True, has_filters=False),
     "llama-8b decode 128, divided": DividedStep("llama-8b", 128, True, has_filters=False),
     "llama-8b decode 128, divided and filtered": DividedStep("llama-8b", 128, True),
 }

@@ -22,7 +22,7 @@ from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
 from pjengine.models.state import KVCache, page_bytes
 from pjengine.models.window_group import WindowGroup
-from pjengine.sharding.mesh import AXES
+from pjengine.sharding.mesh import AXES, TENSOR
 from pjengine.sharding.partition import KV_PAGES, placed
 from pjengine.speculation_config import SpeculationConfig
 from pjengine.step import step
@@ -106,6 +106,9 @@ class Step:
         params, cache, rows = jax.eval_shape(make)
         params = placed(params, mesh, has_whole_experts=self.model.config.has_whole_experts)
         cache = KVCache(place(cache.k, *KV_PAGES), place(cache.v, *KV_PAGES), place(cache.token_ids))
+        if (num := self.model.num_devices) > 1:
+            tables = jax.ShapeDtypeStruct((num, num + 2, 2), jnp.uint32)
+            cache = cache._replace(inboxes=place(tables, TENSOR))
         return params, cache, jax.tree.map(place, rows)
 
     def compile(
