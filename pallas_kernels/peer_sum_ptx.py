@@ -235,7 +235,13 @@ bra SEND{distance};
 SENT{distance}:
 """.strip(),
         ]
-    lines += [
+    return [*lines, *_flags(s), *_add_rows(s)]
+
+
+def _flags(s: Sum) -> list[str]:
+    """What the block has sent becomes visible, then its flags; the first threads wait for one GPU each."""
+    inbox = Inbox(s.num_gpus)
+    return [
         f"""
 bar.sync 0;
 setp.ge.u32 again, thread, {s.num_gpus};
@@ -263,12 +269,20 @@ setp.ne.u32 again, seen, epoch;
 @again bra WAIT;
 RECEIVED:
 bar.sync 0;
+""".strip(),
+    ]
+
+
+def _add_rows(s: Sum) -> list[str]:
+    inbox = Inbox(s.num_gpus)
+    lines = [
+        """
 mov.u32 vector, row;
 NEXT:
 setp.ge.u32 again, vector, stop;
 @again bra DONE;
 mul.wide.u32 from, vector, 16;
-""".strip(),
+""".strip()
     ]
     for sender in range(s.num_gpus):
         lines += [
