@@ -101,9 +101,12 @@ def run_draw(
 
 
 class Owned:
-    """Which parameters the engine deletes when it is closed. All others are the caller's."""
+    """What the engine deletes when it is closed, beside the state: inboxes, and which of the parameters. All
+    others are the caller's.
+    """
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Params, inboxes: Inboxes) -> None:
+        self.inboxes = inboxes
         # What it has loaded itself: a caller may go on with them when others have taken their place.
         self._loaded = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
         self._donated: list[Array] = []  # deleted as soon as others take their place
@@ -118,6 +121,7 @@ class Owned:
         self._donated = new if is_donated else []
 
     def free(self) -> None:
+        self.inboxes.free()
         free([own() for own in self._loaded], self._donated)
 
 

@@ -83,9 +83,8 @@ class Runner:
         self.model = model
         self.config = config
         self.params = params
-        self.owned = Owned(params)
-        self.inboxes = Inboxes(sharding, config.kernel_backend)
-        self.cache, self.rows = new_state(model, config, sharding, self.inboxes)
+        self.owned = Owned(params, Inboxes(sharding, config.kernel_backend))
+        self.cache, self.rows = new_state(model, config, sharding, self.owned.inboxes)
         self._enter_pages = page_updater(self.rows, sharding)
         state = params, self.cache, self.rows
         self.compiler = StepCompiler(model, config, state, sharding, compile_cache, hosts)
@@ -108,7 +107,8 @@ class Runner:
     def reset(self) -> None:
         """Starts over with empty pages, after a step that failed half-way."""
         free(self.cache, self.rows)
-        self.cache, self.rows = new_state(self.model, self.config, self.compiler.sharding, self.inboxes)
+        sharding, inboxes = self.compiler.sharding, self.owned.inboxes
+        self.cache, self.rows = new_state(self.model, self.config, sharding, inboxes)
 
     def launch(self, schedule: Schedule) -> Launched:
         """Starts a step and returns at once; the tokens follow by themselves, or, if some of its sequences
@@ -401,7 +401,6 @@ class Runner:
         self.owned.free()
         self.params = {}  # of which some may be the caller's
         free(self.cache, self.rows)
-        self.inboxes.free()
 
 
 def _layouts_of(several: Sequence[Stages]) -> list[AnyLayout]:
