@@ -19,7 +19,7 @@ GENERATION_CONFIGS = ("auto", "vllm")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 FLAGS = (
     *("skip_tokenizer_init", "enable_expert_parallel", "enable_prefix_caching"),
-    *("warm_up", "use_tqdm_on_load", "deterministic"),
+    *("disable_custom_all_reduce", "warm_up", "use_tqdm_on_load", "deterministic"),
 )
 # Whole numbers: the least, and one more than the most.
 LIMITS = {
@@ -71,6 +71,7 @@ class EngineConfig:
     speculative_config: Any = None
     tensor_parallel_size: int = 1  # devices that compute each token together
     enable_expert_parallel: bool = False  # each of them has whole experts, and not a part of every one
+    disable_custom_all_reduce: bool = False  # sums over devices by the collective library alone
     data_parallel_size: int = 1  # engines beside each other, each on as many devices as that
     nnodes: int = 1  # hosts that the devices are divided among evenly, each with a process of its own
     node_rank: int = 0  # of this one; 0 is the head, which takes the requests
@@ -239,6 +240,7 @@ class RunnerConfig:
         None  # hidden states that a step keeps: its tokens times layers. None: any number
     )
     kernel_backend: str | None = None
+    disable_custom_all_reduce: bool = False
     window_group: WindowGroup | None = (
         None  # layers with pages of their own; then `num_pages` is of the others
     )
@@ -290,7 +292,6 @@ RENAMED = {"block_size": "page_size"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pipeline_parallel_size": (1,),
     **dict.fromkeys(("trust_remote_code", "enforce_eager", "enable_lora", "enable_sleep_mode"), (False,)),
-    "disable_custom_all_reduce": (False,),
     **dict.fromkeys(("quantization", "quantization_config"), (None,)),
     **dict.fromkeys(("code_revision", "logits_processors"), (None,)),
     **dict.fromkeys(("kv_cache_dtype", "tokenizer_mode", "config_format"), ("auto",)),

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
+from pjengine.config import RunnerConfig
 from pjengine.pallas_kernels.peer_sum import inbox_bytes
 from pjengine.sharding.mesh import TENSOR
 
@@ -23,11 +24,12 @@ class Inboxes:
     stay where they are as long as a program runs that was given their table.
     """
 
-    def __init__(self, sharding: NamedSharding, backend: str | None) -> None:
+    def __init__(self, sharding: NamedSharding, config: RunnerConfig) -> None:
+        is_wanted = not config.disable_custom_all_reduce and config.kernel_backend != "reference"
         self._devices = list(sharding.mesh.devices.flat)
         self._sharding = NamedSharding(sharding.mesh, PartitionSpec(TENSOR))
         self._memory: Array | None = None
-        self._is_usable = sharding.is_fully_addressable and backend != "reference" and can_lend(self._devices)
+        self._is_usable = is_wanted and sharding.is_fully_addressable and can_lend(self._devices)
 
     def renew(self) -> UInt32[Array, "gpus gpus+2 2"] | None:
         """Empty inboxes in place of those before, and their tables, one for each device; None: no inboxes."""

@@ -140,6 +140,7 @@ def _runner_config(
         max_states=plan.max_states,
         decode_steps=choose_decode_steps(decode_steps, plan.weights_bytes, is_gpu=is_gpu),
         kernel_backend=config.kernel_backend,
+        disable_custom_all_reduce=config.disable_custom_all_reduce,
         window_group=plan.window_group,
         speculation=config.speculation,
         is_deterministic=config.deterministic,

@@ -20,6 +20,7 @@ from pjengine.models.config import ModelConfig
 from pjengine.models.window_group import WindowGroup
 from pjengine.page_counts import count_pages
 from pjengine.page_groups import window_pages
+from pjengine.pallas_kernels.peer_sum import inbox_bytes
 from pjengine.speculation_config import SpeculationConfig
 from pjengine.state_sizes import max_states, state_bytes
 
@@ -90,7 +91,7 @@ class MemoryPlan:
             (
                 "program temp",
                 self.temp_bytes,
-                "for penalties, logprobs, grammars, hidden states and compilation, at most",
+                "for penalties, logprobs, grammars, hidden states, sums and compilation, at most",
             ),
             ("KV pages", self.kv_bytes - self.window_bytes, pages),
         ]
@@ -257,6 +258,8 @@ def _program_bytes(
         temp += speculation.lookup_bytes(max_num_seqs, max_len)
     if budget_bytes is not None:
         temp += max(tuning_bytes(own, dtype, num_seqs) for own in models)
+        if config.share is not None:
+            temp += inbox_bytes(config.share.num_devices)
     states = max_states(config, dtype, budget_bytes, max_num_batched_tokens)
     return activations, temp + states * state_bytes(config, dtype), bound, states
 

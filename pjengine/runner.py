@@ -83,7 +83,7 @@ class Runner:
         self.model = model
         self.config = config
         self.params = params
-        self.owned = Owned(params, Inboxes(sharding, config.kernel_backend))
+        self.owned = Owned(params, Inboxes(sharding, config))
         self.cache, self.rows = new_state(model, config, sharding, self.owned.inboxes)
         self._enter_pages = page_updater(self.rows, sharding)
         state = params, self.cache, self.rows

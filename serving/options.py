@@ -113,6 +113,12 @@ ENGINE_OPTIONS = (
         short="-ep",
     ),
     Option(
+        "disable_custom_all_reduce",
+        argparse.BooleanOptionalAction,
+        "",
+        "sum over these devices with NCCL alone, and not through each other's memory",
+    ),
+    Option(
         "data_parallel_size",
         int,
         "N",
