@@ -39,7 +39,7 @@ class Inboxes:
         if before is not None:
             before.delete()
         shards = {shard.device: shard.data for shard in self._memory.addressable_shards}
-        return jax.device_put(_tables([shards[device] for device in self._devices]), self._sharding)
+        return jax.device_put(tables_of([shards[device] for device in self._devices]), self._sharding)
 
     def free(self) -> None:
         """Gives the memory back, once no program runs any more."""
@@ -71,7 +71,7 @@ def _sees(device: int | None, peer: int | None) -> bool:
     return driver.cuDeviceCanAccessPeer(ctypes.byref(answer), device, peer) == 0 and answer.value == 1
 
 
-def _tables(inboxes: Sequence[Array]) -> UInt32[np.ndarray, "gpus gpus+2 2"]:
+def tables_of(inboxes: Sequence[Array]) -> UInt32[np.ndarray, "gpus gpus+2 2"]:
     addresses = np.array([inbox.unsafe_buffer_pointer() for inbox in inboxes], np.uint64)
     tables = np.zeros((len(inboxes), len(inboxes) + 2), np.uint64)
     tables[:, :-2] = addresses
