@@ -136,7 +136,7 @@ class Decoder:
         copy every layer's weights each step.
         """
         c = self.own
-        x = self.embed(params, tokens, positions)
+        x = self.embed(params, tokens, positions, cache)
         rotary = self._rotary_tables(positions, rope_lens)
         if isinstance(attend, PagedAttend) and cache is not None and self.block is Block:
             table = rotary[0]
@@ -161,11 +161,15 @@ class Decoder:
         return x, cache, kept
 
     def embed(
-        self, params: Params, tokens: Int[Array, "*t"], positions: Int[Array, "*t"]
+        self,
+        params: Params,
+        tokens: Int[Array, "*t"],
+        positions: Int[Array, "*t"],
+        cache: KVCache | None = None,
     ) -> Float[Array, "*t e"]:
-        """What goes into the first layer."""
+        """What goes into the first layer. The cache is for sums over devices, as `total` takes it."""
         c = self.own
-        x = embedded(c, params["embed"], tokens)
+        x = embedded(c, params["embed"], tokens, cache)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.has_learned_positions:

@@ -120,12 +120,16 @@ class OPT(Decoder):
         return params
 
     def embed(
-        self, params: Params, tokens: Int[Array, "*t"], positions: Int[Array, "*t"]
+        self,
+        params: Params,
+        tokens: Int[Array, "*t"],
+        positions: Int[Array, "*t"],
+        cache: KVCache | None = None,
     ) -> Float[Array, "*t e"]:
         c = self.config
         if not c.has_projections:
-            return super().embed(params, tokens, positions)
-        x = linear(embedded(self.own, params["embed"], tokens), params["project_in"])
+            return super().embed(params, tokens, positions, cache)
+        x = linear(embedded(self.own, params["embed"], tokens, cache), params["project_in"])
         return x + params["positions"][positions + c.position_offset]
 
     def own_logits(self, params: Params, hidden: Float[Array, "*t e"]) -> Float[Array, "*t own"]:

@@ -174,15 +174,15 @@ def _over(array: Array, like: Array) -> Array:
 
 
 def embedded(
-    config: ModelConfig, table: Float[Array, "v e"], tokens: Int[Array, "*t"]
+    config: ModelConfig, table: Float[Array, "v e"], tokens: Int[Array, "*t"], cache: KVCache | None = None
 ) -> Float[Array, "*t e"]:
-    """The tokens' rows of a table of which each device has a part."""
+    """The tokens' rows of a table of which each device has a part. `cache` as in `total`."""
     if config.share is None:
         return table[tokens]
     place = tokens - lax.axis_index(TENSOR) * len(table)
     is_own = (place >= 0) & (place < len(table))
     rows = table[jnp.clip(place, 0, len(table) - 1)]
-    return total(config, jnp.where(is_own[..., None], rows, jnp.zeros_like(rows)))
+    return total(config, jnp.where(is_own[..., None], rows, jnp.zeros_like(rows)), cache)
 
 
 def gathered(config: ModelConfig, logits: Float[Array, "*t own"]) -> Float[Array, "*t v"]:

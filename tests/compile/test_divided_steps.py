@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 import pytest
 
+from pjengine.pallas_kernels.skinny_linear import MAX_ROWS
 from tests.compile.divided_steps import NUM_DEVICES, STEPS
 from tests.compile.hlo import collectives
 from tests.compile.test_steps import (
@@ -42,15 +43,24 @@ def test_devices_tell_each_other_what_adds_up_and_no_row_of_logits_but_to_filter
     step = STEPS[program]
     config, num_rows = step.model.config, step.num_tokens
     part = num_rows * config.vocab_size // NUM_DEVICES
-    sums = [("all-reduce", "bf16", num_rows * config.hidden_size)] * (1 + 2 * config.num_layers)
     if step.has_filters:
         drawn = [("all-to-all", "f32", part), ("all-gather", "s32", num_rows)]
     else:
         drawn = [("all-gather", "s32", 2 * NUM_DEVICES * num_rows)]
-    assert collectives(compiled[program].hlo) == sums + drawn
+    assert collectives(compiled[program].hlo) == drawn
     assert "conditional(" not in compiled[program].hlo  # the host would look which way it goes
     # The product has a device's part of the logits; what filters has as many beside them, of other rows.
     assert compiled[program].temp_bytes <= CUBLAS_BYTES + 4 * part * (1 + step.has_filters)
+
+
+@every_program
+def test_devices_sum_through_their_memory_after_the_embedding_and_twice_a_layer(
+    compiled: Mapping[str, Report], program: str
+) -> None:
+    step = STEPS[program]
+    kernels = re.findall(r" custom-call\(.*/(peer_sum\w*)/mpmd_map\b", compiled[program].hlo)
+    kind = "peer_sum_residual" if step.num_tokens <= MAX_ROWS else "peer_sum"
+    assert kernels == ["peer_sum", *[kind] * 2 * step.model.config.num_layers]
 
 
 @every_program
