@@ -3,11 +3,11 @@
 An unknown instruction, an access that is misaligned or outside of an allocation, and a read of what nobody
 wrote raise. Memory is no stronger than the kernel may rely on:
 
-- A store is seen by others some time later, in no order with the thread's others, and 16 bytes as two times 8.
-  It is seen before what follows a fence or a release of its thread or, behind a barrier, of its block.
+- A store is seen by others some time later, in no order with the thread's others, and 16 bytes as 8 and 8. It
+  is seen before what follows a fence or a release of its thread or, behind a barrier, of its block.
 - A load may give what was there before, back to what the thread knows of: what it saw there, what was there
-  when its kernel started, and what came before a store that its block has acquired. Nothing newer may be there
-  for a load that is not volatile, relaxed or acquire.
+  when its kernel started, and what came before a store that its block has acquired. A load that is not
+  volatile, relaxed or acquire must have no choice.
 
 A GPU starts a kernel when all blocks of its last one have ended, wherever the other GPUs are. Between two
 accesses a thread touches only its own registers, so that all orders of instructions are orders of accesses.
@@ -31,7 +31,7 @@ class Deadlock(Exception):
 
 
 class Memory:
-    """Every value that was ever there: of each 8 bytes, when they were stored to, and their two words then."""
+    """Every value that was ever there: for each 8 bytes the times of the stores, and the two words then."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)

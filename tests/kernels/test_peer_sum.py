@@ -1,8 +1,8 @@
-"""Sums through the memory of the other GPUs: the kernel's text interpreted, its reference, and itself on GPUs."""
+"""Sums through the memory of other GPUs: the kernel's text interpreted, the reference, the kernel on GPUs."""
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pjengine.pallas_kernels import peer_sum_ptx
+from pjengine.pallas_kernels.dispatch import chosen_backends
 from pjengine.pallas_kernels.peer_sum import (
     check_peer_sum_can,
     inbox_bytes,
@@ -23,6 +24,7 @@ from pjengine.pallas_kernels.peer_sum_ptx import VALUES, Inbox, Sum
 from pjengine.pallas_kernels.skinny_linear import Residual
 from pjengine.sharding.mesh import TENSOR, choose_devices, make_mesh
 from tests.kernels import ptx
+from tests.kernels.cases import cuda_mesh, cuda_target
 from tests.kernels.ptx_steps import decode
 
 DTYPES: dict[str, Any] = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
@@ -200,7 +202,10 @@ WRONG = {
     "a flag is not acquired": (r"ld.acquire.sys", "ld.relaxed.sys"),
     "a block does not wait for who has the flag": (r"RECEIVED:\nbar.sync 0;", "RECEIVED:"),
     "who is first counts for the others, too": (r"DONE:\nbar.sync 0;", "DONE:"),
-    "only the first block's counter is set": (r"setp.ge.u32 again, index, \d+;", "setp.ge.u32 again, index, 1;"),
+    "only the first block's counter is set": (
+        r"setp.ge.u32 again, index, \d+;",
+        "setp.ge.u32 again, index, 1;",
+    ),
     "an odd epoch follows an odd one": (r"@again mov.u32 epoch, 2;", "@again mov.u32 epoch, 1;"),
     "an epoch is that of new inboxes": (r"@again mov.u32 epoch, 2;\n", ""),
 }  # fmt: skip
@@ -225,3 +230,225 @@ def test_a_kernel_that_does_less_is_found(name: str, small: None) -> None:
     with pytest.raises((AssertionError, ptx.Deadlock)):
         try_all()
     assert any(changes)
+
+
+ADD = "{\n.reg .b32 x0;\n%s\n}"
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("mul.hi.u32 x0, 1, 2;", NotImplementedError, "mul.hi"),
+        ("bar.sync 1;", NotImplementedError, "bar.sync 1"),
+        ("ld.global.u32 x0, [$0+8];", IndexError, "outside"),
+        ("ld.global.u32 x0, [$0+2];", IndexError, "misaligned"),
+        ("ld.global.u32 x0, [$0+4];", AssertionError, "read before it was written"),
+        ("mov.u32 x0, x1;", ValueError, "x1"),
+        ("HERE:\nbra HERE;", ptx.Deadlock, "1 blocks wait"),
+        ("setp.eq.u32 x0, %tid.x, 0;\n@x0 bar.sync 0;", ptx.Deadlock, "1 blocks wait"),
+        ("ld.global.u32 x0, [$0];\nst.global.u32 [$0], x0;\nHERE:\nld.global.u32 x0, [$0];\nbra HERE;",
+         AssertionError, "what a plain load gives"),
+    ],
+)  # fmt: skip
+def test_the_interpreter_refuses(line: str, error: type[Exception], message: str) -> None:
+    memory = ptx.Memory(0)
+    address = memory.allocate(8)
+    memory.write(address, np.zeros(1, np.uint32))
+    with pytest.raises(error, match=message):
+        ptx.run(memory, [[ptx.Launch(decode(ADD % line), 1, 2, [address])]])
+
+
+@pytest.mark.parametrize("num_gpus", [2, 3, 4])
+def test_sections_of_an_inbox_hold_the_largest_sums_and_touch_none_beside(num_gpus: int) -> None:
+    inbox, blocks = Inbox(num_gpus), peer_sum_ptx.MAX_BLOCKS
+    ends = [
+        4 * blocks,
+        inbox.flags + 2 * num_gpus * 4 * blocks,
+        inbox.packets + 2 * num_gpus * peer_sum_ptx.PACKET_BYTES,
+        inbox.rows + 2 * num_gpus * peer_sum_ptx.ROW_BYTES,
+    ]
+    assert ends == [inbox.flags, inbox.packets, inbox.rows, inbox_bytes(num_gpus)]
+    assert not any(each % 32 for each in ends)
+    packets = Sum(num_gpus=num_gpus, num_values=VALUES * blocks * peer_sum_ptx.PACKET_THREADS, dtype="bf16")
+    assert packets.in_packets and packets.num_vectors * 32 == peer_sum_ptx.PACKET_BYTES
+    rows = Sum(num_gpus=num_gpus, num_values=packets.num_values + VALUES, dtype="bf16")
+    assert not rows.in_packets and max(packets.num_blocks, rows.num_blocks) <= blocks
+
+
+BACKENDS = ["reference", pytest.param("mosaic", marks=pytest.mark.gpu)]
+# Packets of one block and of all, rows that fill the last block's share and rows that do not.
+SIZES = [8, 4096, 33 * 4096, 2**18, 2**18 + 8, 3 * 2**18 + 104, 128 * 4096]
+
+
+class Devices:
+    """Some devices with their inboxes."""
+
+    def __init__(self, num_devices: int) -> None:
+        if len(jax.devices()) < num_devices:
+            pytest.skip(f"needs {num_devices} GPUs, found {len(jax.devices())}")
+        devices = choose_devices(num_devices)
+        self.mesh = make_mesh(devices)
+        words = np.zeros(inbox_bytes(num_devices) // 4, np.uint32)
+        self.inboxes = jax.block_until_ready([jax.device_put(words, device) for device in devices])
+        addresses = [each.unsafe_buffer_pointer() for each in self.inboxes]
+        table = np.array([[*addresses, own, rank] for rank, own in enumerate(addresses)], np.uint64)
+        self.table = self.divide(table.view(np.uint32).reshape(num_devices, num_devices + 2, 2))
+
+    def divide(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(TENSOR)))
+
+    def jit(self, function: Callable[..., Any], *, num_whole: int = 0) -> Any:
+        """The function of a device's part of an array, its table, and arrays that all have; all results."""
+        own = PartitionSpec(TENSOR)
+
+        def run(x: jax.Array, table: jax.Array, *whole: Any) -> Any:
+            return jax.tree.map(lambda out: out[None], function(x[0], table[0], *whole))
+
+        specs = (own, own, *[PartitionSpec()] * num_whole)
+        return jax.jit(jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=own, check_vma=False))
+
+
+def assert_sums(found: jax.Array, xs: np.ndarray, backend: str) -> None:
+    """Every device has the same; the kernel's has the bits of float32, the collective rounds as it likes."""
+    wanted = total(xs)
+    for out in np.asarray(found):
+        if backend == "mosaic":
+            np.testing.assert_array_equal(out.view(np.uint16), wanted.astype(xs.dtype).view(np.uint16))
+        else:
+            np.testing.assert_allclose(out.astype(np.float32), wanted, rtol=0.02, atol=0.02)
+            assert (out == np.asarray(found)[0]).all()
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_one_program_are_psum(backend: str, num_devices: int) -> None:
+    devices, rng = Devices(num_devices), np.random.default_rng(0)
+    sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=12)]
+
+    def sums(x: jax.Array, table: jax.Array) -> list[jax.Array]:
+        outs: list[jax.Array] = []
+        for size in sizes:
+            part = x[:size]
+            if outs:  # one after the other
+                part = jnp.where(jnp.isnan(outs[-1][0]), outs[-1][0], part)
+            outs.append(peer_sum(part, table, axis=TENSOR, backend=backend))
+        return outs
+
+    run = devices.jit(sums)
+    for _ in range(20 if backend == "mosaic" else 2):
+        xs = rng.standard_normal((num_devices, max(SIZES))).astype(DTYPES["bf16"])
+        for size, out in zip(sizes, run(devices.divide(xs), devices.table), strict=True):
+            assert_sums(out, xs[:, :size], backend)
+
+
+@pytest.mark.parametrize(("num_devices", "dtype"), [(2, "f16"), (4, "bf16")])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_many_programs_are_psum(backend: str, num_devices: int, dtype: str) -> None:
+    devices, rng = Devices(num_devices), np.random.default_rng(1)
+    run = devices.jit(lambda x, table: peer_sum(x, table, axis=TENSOR, backend=backend))
+    outs = []
+    for size in rng.choice(SIZES, 60 if backend == "mosaic" else 8):
+        xs = rng.standard_normal((num_devices, size)).astype(DTYPES[dtype])
+        outs.append((run(devices.divide(xs), devices.table), xs))  # not waited for
+    for out, xs in outs:
+        assert_sums(out, xs, backend)
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_residuals_are_added_and_norms_started(backend: str, num_devices: int) -> None:
+    devices, rng = Devices(num_devices), np.random.default_rng(2)
+
+    def two_layers(x: jax.Array, table: jax.Array, rows: jax.Array, norms: jax.Array) -> Any:
+        first = peer_sum_residual(x, table, Residual(rows, norms, 2), axis=TENSOR, backend=backend)
+        again = Residual(first[0], norms, jnp.int32(0))
+        return first, peer_sum_residual(first[1].scaled, table, again, axis=TENSOR, backend=backend)
+
+    run = devices.jit(two_layers, num_whole=2)
+    for num_rows, row_size in [(1, 4096), (32, 4096), (3, 256), (32, 8192)]:
+        shapes = (num_devices, num_rows, row_size), (num_rows, row_size), (3, row_size)
+        xs, rows, norms = (rng.standard_normal(shape).astype(DTYPES["bf16"]) for shape in shapes)
+        layers = jax.device_get(run(devices.divide(xs), devices.table, rows, norms))
+        for (new, normed), norm in zip(layers, (2, 0), strict=True):
+            wide = new.astype(np.float32)
+            before = total(xs) + rows.astype(np.float32)
+            np.testing.assert_allclose(wide, np.broadcast_to(before, wide.shape), rtol=0.02, atol=0.1)
+            if backend == "mosaic":
+                assert (new == before.astype(new.dtype)).all()
+            np.testing.assert_allclose(normed.squares.sum(axis=1), (wide**2).sum(axis=-1), rtol=1e-5)
+            scaled = (wide * norms[norm].astype(np.float32)).astype(new.dtype)
+            np.testing.assert_array_equal(normed.scaled.view(np.uint16), scaled.view(np.uint16))
+            xs, rows = normed.scaled, new[0]
+
+
+def struct(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+TABLE = struct(4, 2, dtype=jnp.uint32)
+
+
+@pytest.mark.parametrize(
+    ("x", "inboxes", "residual", "message"),
+    [
+        (struct(8), None, None, "no inboxes"),
+        (struct(8, dtype=jnp.float32), TABLE, None, "float32: wanted bfloat16 or float16"),
+        (struct(3, 4), TABLE, None, "12 values: wanted a multiple of 8"),
+        (struct(0, 8), TABLE, None, "0 values: wanted a multiple of 8"),
+        (struct(2**23 + 8), TABLE, None, "8388616 values to 1 GPUs: at most 16777216 bytes"),
+        (struct(2**22), struct(6, 2, dtype=jnp.uint32), None, "4194304 values to 3 GPUs"),
+        (
+            struct(1, 256, dtype=jnp.float16), TABLE,
+            Residual(struct(1, 256, dtype=jnp.float16), struct(1, 256, dtype=jnp.float16), 0),
+            "dtypes float16 with a norm: wanted bfloat16",
+        ),
+        (
+            struct(1, 256), TABLE, Residual(struct(1, 256), struct(1, 256, dtype=jnp.float32), 0),
+            "float32.* with a norm: wanted bfloat16",
+        ),
+        (struct(2, 384), TABLE, Residual(struct(2, 384), struct(1, 384), 0), "rows of 256, and fewer"),
+        (struct(65, 4096), TABLE, Residual(struct(65, 4096), struct(1, 4096), 0), "rows of 256, and fewer"),
+    ],
+)  # fmt: skip
+def test_what_the_kernel_cannot_do_is_refused(x: Any, inboxes: Any, residual: Any, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(check_peer_sum_can, x, inboxes, residual)
+
+
+@pytest.mark.parametrize(
+    ("num_values", "gpus"), [(8, 2), (2**23, 2), (2**21, 4)], ids=["smallest", "largest of 2", "of 4"]
+)
+def test_what_the_kernel_can_do_is_not_refused(num_values: int, gpus: int) -> None:
+    found: list[Sum] = []
+
+    def check(x: jax.Array, inboxes: jax.Array) -> None:
+        found.append(check_peer_sum_can(x, inboxes))
+
+    jax.eval_shape(check, struct(num_values), struct(gpus + 2, 2, dtype=jnp.uint32))
+    assert found == [Sum(num_gpus=gpus, num_values=num_values, dtype="bf16")]
+
+
+def test_a_backend_that_is_named_runs_or_raises() -> None:
+    x, rows = jnp.ones(8, jnp.bfloat16), jnp.ones((1, 256), jnp.bfloat16)
+    residual = Residual(rows, rows, 0)
+    for backend in ("triton", "mosaic_interpret"):
+        with pytest.raises(ValueError, match="backend must be one of mosaic, reference"):
+            peer_sum(x, None, axis=TENSOR, backend=backend)
+        with pytest.raises(ValueError, match="backend must be one of mosaic, reference"):
+            peer_sum_residual(rows, None, residual, axis=TENSOR, backend=backend)
+    with cuda_target():
+        with pytest.raises(NotImplementedError, match="no inboxes"):
+            peer_sum(x, None, axis=TENSOR, backend="mosaic")
+        with pytest.raises(NotImplementedError, match="no inboxes"):
+            peer_sum_residual(rows, None, residual, axis=TENSOR, backend="mosaic")
+    with jax.sharding.use_abstract_mesh(cuda_mesh("NVIDIA B200")):
+        with pytest.raises(NotImplementedError, match="wanted a Hopper GPU"):
+            peer_sum(x, jnp.zeros((4, 2), jnp.uint32), axis=TENSOR, backend="mosaic")
+
+
+def test_without_inboxes_a_collective_sums() -> None:
+    devices = Devices(2)
+    run = devices.jit(lambda x, _: peer_sum(x, None, axis=TENSOR))
+    with cuda_target():
+        jax.eval_shape(run, struct(2, 8), struct(2, 4, 2, dtype=jnp.uint32))
+    assert chosen_backends()["peer_sum"] == "reference"
