@@ -31,7 +31,7 @@ def inbox_bytes(num_gpus: int) -> int:
 
 def peer_sum(
     x: Float[Array, "..."],
-    inboxes: UInt32[Array, "gpus+2 2"] | None,
+    inboxes: UInt32[Array, "words 2"] | None,
     *,
     axis: str,
     backend: str | None = None,
@@ -64,7 +64,7 @@ def peer_sum(
 
 def peer_sum_residual(
     x: Float[Array, "m n"],
-    inboxes: UInt32[Array, "gpus+2 2"] | None,
+    inboxes: UInt32[Array, "words 2"] | None,
     residual: Residual,
     *,
     axis: str,
@@ -89,7 +89,7 @@ def peer_sum_residual(
 
 
 def reference(
-    x: Float[Array, "m n"], inboxes: UInt32[Array, "gpus+2 2"] | None, residual: Residual, *, axis: str
+    x: Float[Array, "m n"], inboxes: UInt32[Array, "words 2"] | None, residual: Residual, *, axis: str
 ) -> tuple[Float[Array, "m n"], Normed]:
     """The spec of `peer_sum_residual`; that of `peer_sum` is `lax.psum`, summed in float32."""
     rows = residual.rows + peer_sum(x, inboxes, axis=axis)
@@ -100,10 +100,10 @@ def check_peer_sum_can(x: Array, inboxes: Array | None, residual: Residual | Non
     """Refuses what the kernel does not do.
 
     Raises:
-      NotImplementedError: no inboxes; dtypes other than bfloat16 and float16; a number of values that is no
-        multiple of 8; more than 16 MiB for the others together. With a residual: other dtypes than bfloat16
-        (rows that are not yet divided by their root mean square may leave float16's range), rows of no
-        multiple of 256, and more of them than fit into packets.
+      NotImplementedError: no inboxes; dtypes other than bfloat16 and float16; no values, or no multiple of 8;
+        more than 16 MiB for the others together. With a residual: other dtypes than bfloat16 (rows that are
+        not yet divided by their root mean square may leave float16's range), rows of no multiple of 256, and
+        more of them than fit into packets.
     """
     if inboxes is None:
         raise NotImplementedError("no inboxes: the GPUs do not see each other's memory")
@@ -126,7 +126,7 @@ def check_peer_sum_can(x: Array, inboxes: Array | None, residual: Residual | Non
 
 
 @jax.jit
-def peer_sum_mosaic(x: Float[Array, "..."], inboxes: UInt32[Array, "gpus+2 2"] | None) -> Float[Array, "..."]:
+def peer_sum_mosaic(x: Float[Array, "..."], inboxes: UInt32[Array, "words 2"] | None) -> Float[Array, "..."]:
     """`peer_sum` as a kernel. The jit is there so that the layers of a model share one trace.
 
     Raises:
@@ -144,7 +144,7 @@ def _residual_mosaic(x: Array, inboxes: Array | None, residual: Residual) -> tup
 
 @jax.jit
 def peer_sum_residual_mosaic(
-    x: Float[Array, "m n"], inboxes: UInt32[Array, "gpus+2 2"] | None, residual: Residual
+    x: Float[Array, "m n"], inboxes: UInt32[Array, "words 2"] | None, residual: Residual
 ) -> tuple[Float[Array, "m n"], Normed]:
     """`peer_sum_residual` as a kernel.
 

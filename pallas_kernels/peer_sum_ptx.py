@@ -84,7 +84,7 @@ class Sum:
 
 
 _DECLARED = """
-.reg .pred again, other, own, inside;
+.reg .pred again, own;
 .reg .b16 low, high;
 .reg .b32 thread, block, vector, stop, rank, epoch, half, mine, peer, place, seen, index, part, row;
 .reg .b32 x0, x1, x2, x3, w0, w1, w2, w3, f0, f1, f2, f3;
@@ -113,7 +113,7 @@ add.u32 mine, half, rank;
 
 
 def _end(s: Sum) -> str:
-    """Every block has read its epoch by now; all together set all."""
+    """The block's threads have all read its epoch: it sets that, and others that none of this sum reads."""
     return f"""
 DONE:
 bar.sync 0;
