@@ -1,4 +1,4 @@
-"""Kernels of an LLM server, as functions of JAX arrays: attention over pages, products, experts, filters.
+"""Kernels of an LLM server, as functions of JAX arrays: attention, products, experts, filters, sums of GPUs.
 
 They need nothing of the engine. `pallas_kernels/README.md` says of each what it takes, where it runs and what
 was measured, with an example. A name here is the function, also where a module has the same name: what else
@@ -13,6 +13,7 @@ from pjengine.pallas_kernels.keep_threshold import keep_threshold
 from pjengine.pallas_kernels.kv_update import write_kv
 from pjengine.pallas_kernels.last_split import Counters
 from pjengine.pallas_kernels.paged_attention import paged_attention
+from pjengine.pallas_kernels.peer_sum import inbox_bytes, peer_sum, peer_sum_residual
 from pjengine.pallas_kernels.ragged_prefill import ragged_paged_attention
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write, rotate
 from pjengine.pallas_kernels.skinny_linear import (
@@ -40,8 +41,11 @@ __all__ = [
     "Routing",
     "chosen_backends",
     "gated_linear",
+    "inbox_bytes",
     "keep_threshold",
     "paged_attention",
+    "peer_sum",
+    "peer_sum_residual",
     "ragged_paged_attention",
     "rope_kv_write",
     "rotate",

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
 from pjengine.config import buckets
@@ -27,12 +28,14 @@ from pjengine.pallas_kernels.grouped_linear import (
 from pjengine.pallas_kernels.keep_threshold import threshold_triton
 from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, check_mosaic_can, ragged_mosaic
 from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
+from pjengine.pallas_kernels.peer_sum import peer_sum, peer_sum_residual
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
 from pjengine.pallas_kernels.shapes import EXPERTS, PRODUCTS, SHAPES, ExpertShape, HeadShape
 from pjengine.pallas_kernels.skinny_linear import MAX_ROWS, Normed, Residual, SkinnyTiles, skinny_triton
 from pjengine.pallas_kernels.skinny_qkv import Destination, skinny_qkv_triton
-from tests.compile.target import compile_for_h200, struct
+from pjengine.sharding.mesh import TENSOR
+from tests.compile.target import compile_for_h200, sharding, struct
 from tests.kernels.cases import FEATURES, make_variant
 
 MAX_LEN = 8192
@@ -166,6 +169,27 @@ def compile_plan(num_experts: int, num_pairs: int) -> Compiled:
     return compile_for_h200(run, struct((num_pairs, 1)))
 
 
+def compile_peer_sum(
+    num_gpus: int, hidden: int, num_rows: int, *, dtype: str = "bfloat16", has_norm: bool = False
+) -> Compiled:
+    """What a layer does with the parts of a product that GPUs divide."""
+    whole = sharding(num_gpus)
+    parts = NamedSharding(whole.mesh, PartitionSpec(TENSOR))
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
+    rows = place((num_rows, hidden), dtype)
+    residual = Residual(rows, place((32, hidden), dtype), place((), jnp.int32)) if has_norm else None
+    tables = jax.ShapeDtypeStruct((num_gpus, num_gpus + 2, 2), jnp.uint32, sharding=parts)
+
+    def run(x: Any, tables: Any, residual: Residual | None) -> Any:
+        if residual is None:
+            return peer_sum(x, tables[0], axis=TENSOR)
+        return peer_sum_residual(x, tables[0], residual, axis=TENSOR)
+
+    specs = PartitionSpec(), parts.spec, PartitionSpec()
+    divided = jax.shard_map(run, mesh=whole.mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return compile_for_h200(divided, rows, tables, residual)
+
+
 def decode_batches(shape: HeadShape, dtype: str) -> Iterator[int]:
     """One of each tile configuration; any two numbers of splits, but for one, are the same kernel."""
     seen = set()
@@ -285,6 +309,18 @@ def expert_programs(name: str, shape: ExpertShape) -> Iterator[tuple[str, Callab
             yield f"grouped_linear {name} {dtype} {num_tokens}{' with biases' * has_biases}", run
 
 
+def peer_programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
+    """Packets and rows; with a norm, packets alone, the fewest and the most rows of a decode step."""
+    for num_gpus, (num_rows, dtype) in itertools.product(
+        (2, 4), [(1, "bfloat16"), (32, "float16"), (128, "bfloat16"), (128, "float16")]
+    ):
+        run = functools.partial(compile_peer_sum, num_gpus, 4096, num_rows, dtype=dtype)
+        yield f"peer_sum 4096 {dtype} {num_rows} on {num_gpus}", run
+    for num_gpus, hidden, num_rows in itertools.product((2, 4), (4096, 8192), (1, MAX_ROWS)):
+        run = functools.partial(compile_peer_sum, num_gpus, hidden, num_rows, has_norm=True)
+        yield f"peer_sum_residual {hidden} {num_rows} on {num_gpus}", run
+
+
 def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
     for name, shape in SHAPES.items():
         yield from attention_programs(name, shape)
@@ -299,6 +335,7 @@ def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
         yield f"plan of grouped_linear {num_experts} {num_pairs}", run
     for name, config in MODELS.items():
         yield f"keep_threshold {name}", functools.partial(compile_threshold, config.vocab_size)
+    yield from peer_programs()
 
 
 PROGRAMS: Mapping[str, Callable[[], Compiled]] = dict(_programs())

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from tests.compile.hlo import kernels
 from tests.compile.kernels import FEATURED_MOSAIC, PROGRAMS
 from tests.compile.target import chosen
 from tests.compile.worker import Report
@@ -31,6 +32,12 @@ def test_features_spill_no_more_than_the_numbers_of_a_block(
     report = compiled[program]
     assert not report.error
     assert report.spilled_bytes and max(report.spilled_bytes) <= 128, report.printed  # a tile takes 512
+
+
+@pytest.mark.parametrize("program", [each for each in PROGRAMS if each.startswith("peer_sum")])
+def test_gpus_sum_in_one_kernel_and_no_collective(compiled: Mapping[str, Report], program: str) -> None:
+    assert kernels(compiled[program].hlo) == ["custom-call"]
+    assert "mosaic_gpu" in compiled[program].hlo
 
 
 @pytest.mark.parametrize(
