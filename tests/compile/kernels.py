@@ -175,7 +175,7 @@ def compile_peer_sum(
     """What a layer does with the parts of a product that GPUs divide."""
     whole = sharding(num_gpus)
     parts = NamedSharding(whole.mesh, PartitionSpec(TENSOR))
-    place = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
+    place: Any = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
     rows = place((num_rows, hidden), dtype)
     residual = Residual(rows, place((32, hidden), dtype), place((), jnp.int32)) if has_norm else None
     tables = jax.ShapeDtypeStruct((num_gpus, num_gpus + 2, 2), jnp.uint32, sharding=parts)
