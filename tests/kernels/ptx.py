@@ -9,8 +9,9 @@ wrote raise. Memory is no stronger than the kernel may rely on:
   when its kernel started, and what came before a store that its block has acquired. A load that is not
   volatile, relaxed or acquire must have no choice.
 
-A GPU starts a kernel when all blocks of its last one have ended, wherever the other GPUs are. Between two
-accesses a thread touches only its own registers, so that all orders of instructions are orders of accesses.
+A GPU starts a kernel when all blocks of its last one have ended, wherever the other GPUs are; its blocks start
+in their order, some when others have ended. Between two accesses a thread touches only its own registers, so
+that all orders of instructions are orders of accesses.
 """
 
 import random
@@ -225,16 +226,37 @@ class Block:
         return all(each.place == len(self.steps) and each.meets_at is None for each in self.threads)
 
 
+class Gpu:
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self.launches, self.max_running = deque(launches), 0
+        self.blocks: deque[Block] = deque()
+        self.running: list[Block] = []
+
+    def start(self, memory: Memory) -> None:
+        if not self.blocks and not self.running and self.launches:
+            launch = self.launches.popleft()
+            self.blocks.extend(Block(memory, launch, number) for number in range(launch.num_blocks))
+            self.max_running = memory.rng.randint(1, launch.num_blocks)
+        while self.blocks and len(self.running) < self.max_running:
+            self.running.append(self.blocks.popleft())
+
+    def end(self) -> None:
+        for block in [each for each in self.running if each.has_ended()]:
+            for thread in block.threads:
+                thread.fence()
+            self.running.remove(block)
+
+
 def run(memory: Memory, launches: Sequence[Sequence[Launch]]) -> None:
     """Runs what each GPU is given, one kernel after the other."""
-    rng, waiting = memory.rng, [deque(each) for each in launches]
-    running: list[list[Block]] = [[] for _ in launches]
-    while any(waiting) or any(running):
-        for blocks, queue in zip(running, waiting, strict=True):
-            if not blocks and queue:
-                launch = queue.popleft()
-                blocks += [Block(memory, launch, number) for number in range(launch.num_blocks)]
-        live = [block for blocks in running for block in blocks]
+    rng, gpus = memory.rng, [Gpu(each) for each in launches]
+    while True:
+        for gpu in gpus:
+            gpu.end()
+            gpu.start(memory)
+        live = [block for gpu in gpus for block in gpu.running]
+        if not live:
+            return
         for block in (
             live if rng.random() < 0.1 else ()
         ):  # Some run ahead, some fall behind, and so do stores.
@@ -244,8 +266,3 @@ def run(memory: Memory, launches: Sequence[Sequence[Launch]]) -> None:
         has_moved = any([rng.choice(block.awake).turn() for _ in range(4 * len(block.awake))])
         if not has_moved and not any([thread.turn() for each in live for thread in each.threads]):
             raise Deadlock(f"{len(live)} blocks wait")
-        for blocks in running:
-            for block in [each for each in blocks if each.has_ended()]:
-                for thread in block.threads:
-                    thread.fence()
-                blocks.remove(block)
