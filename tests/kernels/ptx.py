@@ -9,8 +9,8 @@ wrote raise. Memory is no stronger than the kernel may rely on:
   when its kernel started, and what came before a store that its block has acquired. A load that is not
   volatile, relaxed or acquire must have no choice.
 
-A GPU starts a kernel when all blocks of its last one have ended, wherever the other GPUs are; its blocks start
-in their order, some when others have ended. Between two accesses a thread touches only its own registers, so
+A GPU starts a kernel when all blocks of its last one have ended, wherever the other GPUs are. Blocks start in
+their order, some when others have ended. Between two accesses a thread touches only its own registers, so
 that all orders of instructions are orders of accesses.
 """
 
