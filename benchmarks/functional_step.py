@@ -51,15 +51,16 @@ pool = {
 with LLM(o.model, load_format=o.load_format, skip_tokenizer_init=True, **sizes, **pool) as llm:
     rows = {"engine": latency(llm, o.batch_size, prompt_len=o.prompt_len, output_len=o.output_len)["tpot_ms"]}
     inputs = (llm.params, jnp.ones((o.batch_size, o.prompt_len), jnp.int32))
-    whole = {own.__name__: jax.jit(partial(own, llm.model, o.output_len)) for own in (generate, mapped)}
+    jit = partial(jax.jit, compiler_options=functional.compiler_options())
+    whole = {own.__name__: jit(partial(own, llm.model, o.output_len)) for own in (generate, mapped)}
     for own in (generate, mapped):
-        first = median_s(jax.jit(partial(own, llm.model, 1)), inputs)
+        first = median_s(jit(partial(own, llm.model, 1)), inputs)
         rows[own.__name__] = 1e3 * (median_s(whole[own.__name__], inputs) - first) / (o.output_len - 1)
     wanted, checks = (
         whole["generate"](*inputs),
         [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")],
     )
-    exported = jax.jit(jax.export.export(whole["mapped"], disabled_checks=checks)(*inputs).call)
+    exported = jit(jax.export.export(whole["mapped"], disabled_checks=checks)(*inputs).call)
     equal = {
         name: bool((run(*inputs) == wanted).all()) for name, run in {**whole, "exported": exported}.items()
     }

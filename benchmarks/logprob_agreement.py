@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjengine import LLM, SamplingParams
+from pjengine import LLM, SamplingParams, functional
 
 
 def main() -> None:
@@ -40,7 +40,8 @@ def main() -> None:
         engine = np.array([[likeliest[token].logprob for likeliest, token in own] for own in by_token])
 
         def compute(model: Any, params: Any) -> np.ndarray:
-            program = jax.jit(model.logprobs)  # of one row at a time: attention has all pairs of its tokens
+            # Of one row at a time: attention has all pairs of its tokens.
+            program = jax.jit(model.logprobs, compiler_options=functional.compiler_options())
             found = [program(params, jnp.asarray([row], jnp.int32))[0] for row in rows]
             return np.array(found)[:, options.prompt_len - 1 :]
 

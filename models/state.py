@@ -24,10 +24,10 @@ class KVCache(NamedTuple):
     draft_k: Float[Array, "draft_pages draft_heads page_size draft_dim"] | None = None
     draft_v: Float[Array, "draft_pages draft_heads page_size draft_dim"] | None = None
     # Of GPUs that sum through each other's memory: each one's table, as `peer_sum` takes it.
-    inboxes: UInt32[Array, "tables gpus+2 2"] | None = None
+    inboxes: UInt32[Array, "gpus words 2"] | None = None
 
     @property
-    def own_inboxes(self) -> UInt32[Array, "gpus+2 2"] | None:
+    def own_inboxes(self) -> UInt32[Array, "words 2"] | None:
         """The table of the device that computes, within a `shard_map`."""
         return None if self.inboxes is None else self.inboxes.reshape(self.inboxes.shape[1:])
 

@@ -54,6 +54,10 @@ class Sum:
     row_size: int = 0
 
     @property
+    def inbox(self) -> Inbox:
+        return Inbox(self.num_gpus)
+
+    @property
     def num_vectors(self) -> int:
         """Threads' worth of values."""
         return self.num_values // VALUES
@@ -67,7 +71,7 @@ class Sum:
     def num_blocks(self) -> int:
         if self.in_packets:
             return -(-self.num_vectors // PACKET_THREADS)
-        return min(MAX_BLOCKS // 2, -(-self.num_vectors // ROW_THREADS))  # fewer than processors
+        return min(MAX_BLOCKS, -(-self.num_vectors // ROW_THREADS))
 
     @property
     def num_threads(self) -> int:
@@ -78,37 +82,57 @@ class Sum:
         residual then of that, of the norms' weights, of the norm's number among these, of the scaled rows and
         of the sums of squares.
         """
-        parts = [_DECLARED, _start(self)]
+        parts = [_DECLARED, _bases(self), _start(self)]
         parts += _packets(self) if self.in_packets else _rows(self)
-        return "{\n" + "\n".join([*parts, _end(self)]) + "\n}"
+        lines = "\n".join([*parts, _end(self)]).splitlines()
+        return "\n".join(["{", *filter(None, lines), "}"])
 
 
 _DECLARED = """
-.reg .pred again, own;
+.reg .pred again, own, inside;
 .reg .b16 low, high;
 .reg .b32 thread, block, vector, stop, rank, epoch, half, mine, peer, place, seen, index, part, row;
-.reg .b32 x0, x1, x2, x3, w0, w1, w2, w3, f0, f1, f2, f3;
+.reg .b32 x0, x1, x2, x3, w0, w1, w2, w3, f0, f1, f2, f3, r0, r1, r2, r3, n0, n1, n2, n3;
 .reg .b64 table, inbox, base, from, to, offset, at;
 .reg .f32 a0, a1, a2, a3, a4, a5, a6, a7, v0, v1, v2, v3, v4, v5, v6, v7, square, shuffled;
 """.strip()
 
 
-def _start(s: Sum) -> str:
+def _bases(s: Sum) -> str:
+    """Of each GPU the address of its inbox, then of what this one sends there."""
+    names = ", ".join(f"base{gpu}, to{gpu}" for gpu in range(s.num_gpus))
+    loads = "\n".join(f"ld.global.u64 base{gpu}, [table+{8 * gpu}];" for gpu in range(s.num_gpus))
     return f"""
+.reg .b64 {names};
 mov.u32 thread, %tid.x;
 mov.u32 block, %ctaid.x;
 mov.b64 table, $1;
 ld.global.u64 inbox, [table+{8 * s.num_gpus}];
 ld.global.u32 rank, [table+{8 * s.num_gpus + 8}];
+{loads}
+""".strip()
+
+
+def _start(s: Sum) -> str:
+    """What can be loaded before the epoch is known is asked for before that is waited for."""
+    first, second = (_first_packet(s), _weights(s)) if s.in_packets else (_first_row(s), "")
+    section, num_bytes = (s.inbox.packets, PACKET_BYTES) if s.in_packets else (s.inbox.rows, ROW_BYTES)
+    places = "\n".join(
+        _place(f"base{gpu}", section, "mine", num_bytes, f"to{gpu}") for gpu in range(s.num_gpus)
+    )
+    return f"""
+{first}
 mul.wide.u32 offset, block, 4;
 add.s64 at, inbox, offset;
 ld.volatile.global.u32 epoch, [at];
+{second}
 add.u32 epoch, epoch, 1;
 setp.eq.u32 again, epoch, 0;
 @again mov.u32 epoch, 2;
 and.b32 half, epoch, 1;
 mul.lo.u32 half, half, {s.num_gpus};
 add.u32 mine, half, rank;
+{places}
 """.strip()
 
 
@@ -130,18 +154,6 @@ COUNTED:
 """.strip()
 
 
-def _peer(s: Sum, distance: int) -> str:
-    """The GPU `distance` behind this one, and its inbox in `base`."""
-    return f"""
-add.u32 peer, rank, {distance};
-setp.ge.u32 again, peer, {s.num_gpus};
-@again sub.u32 peer, peer, {s.num_gpus};
-mul.wide.u32 offset, peer, 8;
-add.s64 at, table, offset;
-ld.global.u64 base, [at];
-""".strip()
-
-
 def _place(base: str, section: int, sender: str, num_bytes: int, to: str) -> str:
     """The address of what `sender` (of a half) has in a section of an inbox."""
     return f"""
@@ -151,30 +163,59 @@ add.s64 {to}, {to}, {section};
 """.strip()
 
 
-def _packets(s: Sum) -> list[str]:
-    section = Inbox(s.num_gpus).packets
-    lines = [
+def _first_packet(s: Sum) -> str:
+    loads = [_load("inside", "x", "$0")]
+    if s.row_size:
+        loads += [_load("inside", "r", "$3"), "mov.b64 at, $5;\nld.global.u32 index, [at];"]
+    return (
         f"""
 mad.lo.u32 vector, block, {PACKET_THREADS}, thread;
+setp.lt.u32 inside, vector, {s.num_vectors};
+mul.wide.u32 from, vector, 16;
+""".strip()
+        + "\n"
+        + "\n".join(loads)
+    )
+
+
+def _weights(s: Sum) -> str:
+    """Of the norm, where there is one."""
+    if not s.row_size:
+        return ""
+    return f"""
+rem.u32 place, vector, {s.row_size // VALUES};
+mad.lo.u32 place, index, {s.row_size // VALUES}, place;
+mul.wide.u32 offset, place, 16;
+mov.b64 at, $4;
+add.s64 at, at, offset;
+@inside ld.global.v4.b32 {{n0, n1, n2, n3}}, [at];
+""".strip()
+
+
+def _packets(s: Sum) -> list[str]:
+    """Of a warp's packets, the first halves lie side by side, and behind them the second ones."""
+    lines = [
+        f"""
 setp.ge.u32 again, vector, {s.num_vectors};
 @again bra DONE;
-mul.wide.u32 from, vector, 16;
-mov.b64 at, $0;
-add.s64 at, at, from;
-ld.global.v4.b32 {{x0, x1, x2, x3}}, [at];
+shr.u32 place, vector, 5;
+mul.wide.u32 offset, place, {2 * 16 * LANES};
+and.b32 place, vector, {LANES - 1};
+mul.wide.u32 at, place, 16;
+add.s64 offset, offset, at;
 """.strip()
     ]
-    for distance in range(1, s.num_gpus):
-        lines += [
-            _peer(s, distance),
-            _place("base", section, "mine", PACKET_BYTES, "to"),
-            """
-mul.wide.u32 offset, vector, 32;
-add.s64 to, to, offset;
-st.volatile.global.v4.b32 [to], {x0, epoch, x1, epoch};
-st.volatile.global.v4.b32 [to+16], {x2, epoch, x3, epoch};
-""".strip(),
-        ]
+    for receiver in range(s.num_gpus):
+        lines.append(
+            f"""
+setp.eq.u32 own, rank, {receiver};
+@own bra SENT{receiver};
+add.s64 to, to{receiver}, offset;
+st.volatile.global.v4.b32 [to], {{x0, epoch, x1, epoch}};
+st.volatile.global.v4.b32 [to+{16 * LANES}], {{x2, epoch, x3, epoch}};
+SENT{receiver}:
+""".strip()
+        )
     for sender in range(s.num_gpus):
         lines += [
             f"""
@@ -182,13 +223,12 @@ setp.eq.u32 own, rank, {sender};
 @own bra OWN{sender};
 add.u32 peer, half, {sender};
 """.strip(),
-            _place("inbox", section, "peer", PACKET_BYTES, "to"),
+            _place("inbox", s.inbox.packets, "peer", PACKET_BYTES, "to"),
             f"""
-mul.wide.u32 offset, vector, 32;
 add.s64 to, to, offset;
 WAIT{sender}:
 ld.volatile.global.v4.b32 {{w0, f0, w1, f1}}, [to];
-ld.volatile.global.v4.b32 {{w2, f2, w3, f3}}, [to+16];
+ld.volatile.global.v4.b32 {{w2, f2, w3, f3}}, [to+{16 * LANES}];
 setp.ne.u32 again, f0, epoch;
 setp.ne.or.u32 again, f1, epoch, again;
 setp.ne.or.u32 again, f2, epoch, again;
@@ -204,43 +244,64 @@ ADD{sender}:
     return [*lines, _residual(s) if s.row_size else _store(s)]
 
 
-def _rows(s: Sum) -> list[str]:
-    """Each block has a share of the vectors, sends it, then a flag that the block of its number waits for."""
-    inbox, share = Inbox(s.num_gpus), -(-s.num_vectors // s.num_blocks)
-    lines = [
-        f"""
+def _first_row(s: Sum) -> str:
+    """Each block has a share of the vectors."""
+    share = -(-s.num_vectors // s.num_blocks)
+    return f"""
 mul.lo.u32 row, block, {share};
 add.u32 stop, row, {share};
 min.u32 stop, stop, {s.num_vectors};
 add.u32 row, row, thread;
+mov.u32 vector, row;
+setp.lt.u32 inside, vector, stop;
+mul.wide.u32 from, vector, 16;
+{_load("inside", "x", "$0")}
+""".strip()
+
+
+def _rows(s: Sum) -> list[str]:
+    """It sends that, then a flag that the block of its number waits for."""
+    lines = [
+        """
+SEND:
+setp.ge.u32 again, vector, stop;
+@again bra SENT;
 """.strip()
     ]
-    for distance in range(1, s.num_gpus):
-        lines += [
-            _peer(s, distance),
-            _place("base", inbox.rows, "mine", ROW_BYTES, "to"),
+    for receiver in range(s.num_gpus):
+        lines.append(
             f"""
-mov.u32 vector, row;
-SEND{distance}:
-setp.ge.u32 again, vector, stop;
-@again bra SENT{distance};
-mul.wide.u32 from, vector, 16;
-mov.b64 at, $0;
-add.s64 at, at, from;
-ld.global.v4.b32 {{x0, x1, x2, x3}}, [at];
-add.s64 at, to, from;
+setp.eq.u32 own, rank, {receiver};
+@own bra SENT{receiver};
+add.s64 at, to{receiver}, from;
 st.global.v4.b32 [at], {{x0, x1, x2, x3}};
+SENT{receiver}:
+""".strip()
+        )
+    lines.append(
+        f"""
 add.u32 vector, vector, {ROW_THREADS};
-bra SEND{distance};
-SENT{distance}:
-""".strip(),
-        ]
+setp.lt.u32 inside, vector, stop;
+mul.wide.u32 from, vector, 16;
+{_load("inside", "x", "$0")}
+bra SEND;
+SENT:
+""".strip()
+    )
     return [*lines, *_flags(s), *_add_rows(s)]
+
+
+def _load(predicate: str, to: str, operand: str) -> str:
+    """The thread's vector of an operand."""
+    return f"""
+mov.b64 at, {operand};
+add.s64 at, at, from;
+@{predicate} ld.global.v4.b32 {{{to}0, {to}1, {to}2, {to}3}}, [at];
+""".strip()
 
 
 def _flags(s: Sum) -> list[str]:
     """What the block has sent becomes visible, then its flags; the first threads wait for one GPU each."""
-    inbox = Inbox(s.num_gpus)
     return [
         f"""
 bar.sync 0;
@@ -252,15 +313,14 @@ mul.wide.u32 offset, thread, 8;
 add.s64 at, table, offset;
 ld.global.u64 base, [at];
 """.strip(),
-        _place("base", inbox.flags, "mine", 4 * MAX_BLOCKS, "to"),
+        _place("base", s.inbox.flags, "mine", 4 * MAX_BLOCKS, "to"),
         """
 mul.wide.u32 offset, block, 4;
 add.s64 to, to, offset;
-fence.acq_rel.sys;
 st.release.sys.global.u32 [to], epoch;
 add.u32 peer, half, thread;
 """.strip(),
-        _place("inbox", inbox.flags, "peer", 4 * MAX_BLOCKS, "from"),
+        _place("inbox", s.inbox.flags, "peer", 4 * MAX_BLOCKS, "from"),
         """
 add.s64 from, from, offset;
 WAIT:
@@ -274,7 +334,6 @@ bar.sync 0;
 
 
 def _add_rows(s: Sum) -> list[str]:
-    inbox = Inbox(s.num_gpus)
     lines = [
         """
 mov.u32 vector, row;
@@ -292,7 +351,7 @@ mov.b64 at, $0;
 @own bra OWN{sender};
 add.u32 peer, half, {sender};
 """.strip(),
-            _place("inbox", inbox.rows, "peer", ROW_BYTES, "at"),
+            _place("inbox", s.inbox.rows, "peer", ROW_BYTES, "at"),
             f"""
 OWN{sender}:
 add.s64 at, at, from;
@@ -365,22 +424,12 @@ def _residual(s: Sum) -> str:
         for distance in (16, 8, 4, 2, 1)
     )
     return f"""
-mov.b64 at, $3;
-add.s64 at, at, from;
-ld.global.v4.b32 {{w0, w1, w2, w3}}, [at];
+{_copy("r", "w")}
 {_add(s, is_first=False)}
 {_store(s)}
 {_widen(s, "w", "a")}
 {squares}
-mov.b64 at, $5;
-ld.global.u32 index, [at];
-rem.u32 place, vector, {s.row_size // VALUES};
-mad.lo.u32 place, index, {s.row_size // VALUES}, place;
-mul.wide.u32 offset, place, 16;
-mov.b64 at, $4;
-add.s64 at, at, offset;
-ld.global.v4.b32 {{w0, w1, w2, w3}}, [at];
-{_widen(s, "w", "v")}
+{_widen(s, "n", "v")}
 {scaled}
 {_narrow(s, "v", "w")}
 mov.b64 at, $6;

@@ -46,6 +46,7 @@ VALUES: dict[str, Callable[..., int]] = {
     "setp.eq.u32": operator.eq,
     "setp.ne.u32": operator.ne,
     "setp.ge.u32": operator.ge,
+    "setp.lt.u32": operator.lt,
     "setp.ne.or.u32": lambda a, b, c: a != b or c,
     "add.rn.f32": of_floats(operator.add),
     "mul.rn.f32": of_floats(operator.mul),
