@@ -18,12 +18,10 @@ from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, UInt32
 
 from pjengine.pallas_kernels.dispatch import check_hopper, dispatch
-from pjengine.pallas_kernels.peer_sum_ptx import LANES, ROW_BYTES, VALUES, Inbox, Sum
+from pjengine.pallas_kernels.peer_sum_ptx import LANES, VALUES, Inbox, Sum
 from pjengine.pallas_kernels.skinny_linear import Normed, Residual, start_norm
 
 _DTYPES = {"bfloat16": "bf16", "float16": "f16"}
-# That a GPU sends to more than one other. A collective, which sends each a part, is as fast on four H200s.
-MANY_BYTES = 12 * 2**20
 
 
 def inbox_bytes(num_gpus: int) -> int:
@@ -48,7 +46,8 @@ def peer_sum(
       backend: None to let `dispatch` choose.
 
     Two sums of a program must be one after the other: the second has to depend on the first. All GPUs run the
-    same sums in the same order; one that leaves one out has the others wait for ever.
+    same sums in the same order. Where one leaves a sum out, the others wait a minute for it and fail; their
+    process then has no use of them any more.
 
     Raises:
       ValueError: no such backend.
@@ -103,7 +102,7 @@ def check_peer_sum_can(x: Array, inboxes: Array | None, residual: Residual | Non
 
     Raises:
       NotImplementedError: no inboxes; dtypes other than bfloat16 and float16; no values, or no multiple of 8;
-        more than 16 MiB for the other GPU, or 12 MiB for several others together. With a residual: other
+        more than 16 MiB on two GPUs, or 12 MiB for the others together on more. With a residual: other
         dtypes than bfloat16 (rows that are not yet divided by their root mean square may leave float16's
         range), rows of no multiple of 256, and more of them than fit into packets.
     """
@@ -114,9 +113,8 @@ def check_peer_sum_can(x: Array, inboxes: Array | None, residual: Residual | Non
         raise NotImplementedError(f"{x.dtype}: wanted bfloat16 or float16")
     if x.size % VALUES or not x.size:
         raise NotImplementedError(f"{x.size} values: wanted a multiple of {VALUES}")
-    limit = ROW_BYTES if num_gpus == 2 else MANY_BYTES
-    if x.size * x.dtype.itemsize * (num_gpus - 1) > limit:
-        raise NotImplementedError(f"{x.size} values to {num_gpus - 1} GPUs: at most {limit} bytes")
+    if x.size * x.dtype.itemsize > (limit := Inbox(num_gpus).row_bytes):
+        raise NotImplementedError(f"{x.size} values of {num_gpus} GPUs: at most {limit} bytes")
     row_size = 0 if residual is None else x.shape[-1]
     sum_ = Sum(num_gpus=num_gpus, num_values=x.size, dtype=dtype, row_size=row_size)
     if residual is not None:

@@ -1,8 +1,9 @@
 """The instructions of `peer_sum`: what each thread of a block of one GPU does, as PTX.
 
 Every GPU counts its sums, and so all count alike (`epoch`). What it sends lies in the half of the receivers'
-inboxes that its epoch names, even or odd. No half is written while somebody still reads it: a GPU ends the
-sum before last ere it starts the last one, whose numbers the writer has received.
+inboxes that its epoch names, even or odd. No half is written while somebody still reads it: who sends in sum n
+has ended sum n - 1, for which it has received what every other GPU sends in it, and that GPU had ended sum
+n - 2, the last one that read this half.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,12 @@ PACKET_THREADS, ROW_THREADS = 128, 512  # of a block
 VALUES = 8  # of a thread at a time: 16 bytes
 LANES = 32  # of a warp
 PACKET_BYTES = MAX_BLOCKS * PACKET_THREADS * 32  # from one GPU: four bytes in eight are the epoch
-ROW_BYTES = 16 * 2**20  # from one GPU, without
+ROW_BYTES = 16 * 2**20  # from one GPU, without, to another
+# What one GPU sends to several others, all together: a collective, which sends a part to each, is then as fast
+# on four H200s.
+MANY_BYTES = 12 * 2**20
+# About a minute. Then the GPU that did not come has failed, and this one does, rather than wait for ever.
+MAX_POLLS = 2**27
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,13 @@ class Inbox:
     """
 
     num_gpus: int
+
+    @property
+    def row_bytes(self) -> int:
+        """The most that a sum may have."""
+        return (
+            ROW_BYTES if self.num_gpus <= 2 else min(ROW_BYTES, MANY_BYTES // (self.num_gpus - 1) // 16 * 16)
+        )
 
     @property
     def flags(self) -> int:
@@ -40,7 +53,7 @@ class Inbox:
 
     @property
     def num_bytes(self) -> int:
-        return self.rows + 2 * self.num_gpus * ROW_BYTES
+        return self.rows + 2 * self.num_gpus * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -89,9 +102,9 @@ class Sum:
 
 
 _DECLARED = """
-.reg .pred again, own, inside;
+.reg .pred again, own, inside, lost;
 .reg .b16 low, high;
-.reg .b32 thread, block, vector, stop, rank, epoch, half, mine, peer, place, seen, index, part, row;
+.reg .b32 thread, block, vector, stop, rank, epoch, half, mine, peer, place, seen, index, part, row, polls;
 .reg .b32 x0, x1, x2, x3, w0, w1, w2, w3, f0, f1, f2, f3, r0, r1, r2, r3, n0, n1, n2, n3;
 .reg .b64 table, inbox, base, from, to, offset, at;
 .reg .f32 a0, a1, a2, a3, a4, a5, a6, a7, v0, v1, v2, v3, v4, v5, v6, v7, square, shuffled;
@@ -116,7 +129,9 @@ ld.global.u32 rank, [table+{8 * s.num_gpus + 8}];
 def _start(s: Sum) -> str:
     """What can be loaded before the epoch is known is asked for before that is waited for."""
     first, second = (_first_packet(s), _weights(s)) if s.in_packets else (_first_row(s), "")
-    section, num_bytes = (s.inbox.packets, PACKET_BYTES) if s.in_packets else (s.inbox.rows, ROW_BYTES)
+    section, num_bytes = (
+        (s.inbox.packets, PACKET_BYTES) if s.in_packets else (s.inbox.rows, s.inbox.row_bytes)
+    )
     places = "\n".join(
         _place(f"base{gpu}", section, "mine", num_bytes, f"to{gpu}") for gpu in range(s.num_gpus)
     )
@@ -129,6 +144,7 @@ ld.volatile.global.u32 epoch, [at];
 add.u32 epoch, epoch, 1;
 setp.eq.u32 again, epoch, 0;
 @again mov.u32 epoch, 2;
+mov.u32 polls, 0;
 and.b32 half, epoch, 1;
 mul.lo.u32 half, half, {s.num_gpus};
 add.u32 mine, half, rank;
@@ -151,6 +167,16 @@ st.volatile.global.u32 [at], epoch;
 add.u32 index, index, {s.num_threads * s.num_blocks};
 bra COUNT;
 COUNTED:
+""".strip()
+
+
+def _again(label: str) -> str:
+    """Looks once more, if there is something to wait for."""
+    return f"""
+@again add.u32 polls, polls, 1;
+setp.ge.u32 lost, polls, {MAX_POLLS};
+@lost trap;
+@again bra {label};
 """.strip()
 
 
@@ -233,7 +259,7 @@ setp.ne.u32 again, f0, epoch;
 setp.ne.or.u32 again, f1, epoch, again;
 setp.ne.or.u32 again, f2, epoch, again;
 setp.ne.or.u32 again, f3, epoch, again;
-@again bra WAIT{sender};
+{_again(f"WAIT{sender}")}
 bra ADD{sender};
 OWN{sender}:
 {_copy("x", "w")}
@@ -321,12 +347,12 @@ st.release.sys.global.u32 [to], epoch;
 add.u32 peer, half, thread;
 """.strip(),
         _place("inbox", s.inbox.flags, "peer", 4 * MAX_BLOCKS, "from"),
-        """
+        f"""
 add.s64 from, from, offset;
 WAIT:
 ld.acquire.sys.global.u32 seen, [from];
 setp.ne.u32 again, seen, epoch;
-@again bra WAIT;
+{_again("WAIT")}
 RECEIVED:
 bar.sync 0;
 """.strip(),
@@ -351,7 +377,7 @@ mov.b64 at, $0;
 @own bra OWN{sender};
 add.u32 peer, half, {sender};
 """.strip(),
-            _place("inbox", s.inbox.rows, "peer", ROW_BYTES, "at"),
+            _place("inbox", s.inbox.rows, "peer", s.inbox.row_bytes, "at"),
             f"""
 OWN{sender}:
 add.s64 at, at, from;

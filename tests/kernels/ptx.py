@@ -4,7 +4,7 @@ An unknown instruction, an access that is misaligned or outside of an allocation
 wrote raise. Memory is no stronger than the kernel may rely on:
 
 - A store is seen by others some time later, in no order with the thread's others, and 16 bytes as 8 and 8. It
-  is seen before what follows a fence or a release of its thread or, behind a barrier, of its block.
+  is seen before what follows a release of its thread or, behind a barrier, of its block.
 - A load may give what was there before, back to what the thread knows of: what it saw there, what was there
   when its kernel started, and what came before a store that its block has acquired. A load that is not
   volatile, relaxed or acquire must have no choice.
@@ -25,6 +25,10 @@ import numpy as np
 from tests.kernels.ptx_steps import Step
 
 REGION = 1 << 36  # from the start of one allocation to that of the next
+
+
+class Trap(Exception):
+    """A kernel has given up."""
 
 
 class Deadlock(Exception):
@@ -160,8 +164,8 @@ class Thread:
                 if step.order == ".release.sys":
                     self.fence()
                 self.store(values[0] + step.number, values[1:])
-            case "fence":
-                self.fence()
+            case "trap":
+                raise Trap
             case "bar" if self.is_last_of(threads):
                 floor = max(each.floor for each in threads)
                 for each in threads:
@@ -196,14 +200,17 @@ class Thread:
         return are_here
 
     def rest(self) -> None:
-        """Sleeps if another round would change nothing, until something is stored where it looked."""
+        """Sleeps if another round would change nothing but the count of rounds (`polls`), until something is
+        stored where it looked.
+        """
         memory = self.block.memory
         is_new = any(memory.history(at)[-1][0] > self.seen[at] for at in self.looked_at)
-        if self.registers == self.before and not is_new:
+        registers = {name: bits for name, bits in self.registers.items() if name != "polls"}
+        if registers == self.before and not is_new:
             self.is_asleep = True
             for at in self.looked_at:
                 memory.watchers[at].append(self)
-        self.before = dict(self.registers)
+        self.before = registers
         self.looked_at.clear()
 
 

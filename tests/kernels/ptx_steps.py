@@ -33,7 +33,6 @@ VALUES: dict[str, Callable[..., int]] = {
     **dict.fromkeys(("mov.u32", "mov.b32", "mov.b64"), lambda a: a),
     "add.u32": lambda a, b: a + b & 0xFFFFFFFF,
     "add.s64": lambda a, b: a + b & 0xFFFFFFFFFFFFFFFF,
-    "sub.u32": lambda a, b: a - b & 0xFFFFFFFF,
     "mul.lo.u32": lambda a, b: a * b & 0xFFFFFFFF,
     "mad.lo.u32": lambda a, b, c: a * b + c & 0xFFFFFFFF,
     "mul.wide.u32": operator.mul,
@@ -94,7 +93,7 @@ def decode_line(line: str, place: int, labels: Mapping[str, int]) -> Step:
             return Step(kind, predicate, number=labels[label])
         case "shfl.sync.bfly.b32", [to, source, distance, "31", "0xffffffff"]:
             return Step("shfl", predicate, [to], [source], int(distance))
-        case ("bar.sync", ["0"]) | ("fence.acq_rel.sys", []):
+        case ("bar.sync", ["0"]) | ("trap", []):
             return Step(name.partition(".")[0], predicate)
         case _, [first, second] if memory := MEMORY.fullmatch(name):
             kind, order, vector, bits = memory.groups()

@@ -234,6 +234,19 @@ def test_a_kernel_that_does_less_is_found(name: str, small: None) -> None:
     assert any(changes)
 
 
+@pytest.mark.parametrize("num_vectors", [MAX_PACKETS, MAX_VECTORS])
+def test_a_gpu_that_does_not_come_is_waited_for_some_time(
+    num_vectors: int, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_sum_ptx, "MAX_POLLS", 20)
+    # Under another name the interpreter does not know that the count is none that matters.
+    gpus = Gpus(2, 0, wrong=lambda text: text.replace("polls", "rounds"))
+    gpus.sum(num_vectors)
+    gpus.launches[1].clear()
+    with pytest.raises(ptx.Trap):
+        gpus.run()
+
+
 ADD = "{\n.reg .b32 x0;\n%s\n}"
 
 
@@ -267,7 +280,7 @@ def test_sections_of_an_inbox_hold_the_largest_sums_and_touch_none_beside(num_gp
         4 * blocks,
         inbox.flags + 2 * num_gpus * 4 * blocks,
         inbox.packets + 2 * num_gpus * peer_sum_ptx.PACKET_BYTES,
-        inbox.rows + 2 * num_gpus * peer_sum_ptx.ROW_BYTES,
+        inbox.rows + 2 * num_gpus * inbox.row_bytes,
     ]
     assert ends == [inbox.flags, inbox.packets, inbox.rows, inbox_bytes(num_gpus)]
     assert not any(each % 32 for each in ends)
@@ -399,8 +412,8 @@ TABLE = struct(4, 2, dtype=jnp.uint32)
         (struct(8, dtype=jnp.float32), TABLE, None, "float32: wanted bfloat16 or float16"),
         (struct(3, 4), TABLE, None, "12 values: wanted a multiple of 8"),
         (struct(0, 8), TABLE, None, "0 values: wanted a multiple of 8"),
-        (struct(2**23 + 8), TABLE, None, "8388616 values to 1 GPUs: at most 16777216 bytes"),
-        (struct(2**22), struct(6, 2, dtype=jnp.uint32), None, "4194304 values to 3 GPUs"),
+        (struct(2**23 + 8), TABLE, None, "8388616 values of 2 GPUs: at most 16777216 bytes"),
+        (struct(2**21 + 8), struct(6, 2, dtype=jnp.uint32), None, "2097160 values of 4 GPUs: at most 4194304"),
         (
             struct(1, 256, dtype=jnp.float16), TABLE,
             Residual(struct(1, 256, dtype=jnp.float16), struct(1, 256, dtype=jnp.float16), 0),
