@@ -26,7 +26,7 @@ from pjengine.sharding.mesh import TENSOR, choose_devices, make_mesh, replicated
 from pjengine.step_compiler import DIVIDED_OPTIONS, STRAIGHT_OPTIONS
 
 NUM_SUMS, NUM_CALLS, NUM_RUNS = 64, 20, 5
-SHAPES = [(rows, 4096) for rows in (1, 8, 32, 64, 128, 256, 512, 1024, 2048)]
+SHAPES = [(rows, 4096) for rows in (1, 8, 32, 64, 128, 256, 512, 682, 1024, 2048)]
 SHAPES += [(rows, 8192) for rows in (1, 32, 128)]
 
 

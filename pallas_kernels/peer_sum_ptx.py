@@ -1,9 +1,9 @@
 """The instructions of `peer_sum`: what each thread of a block of one GPU does, as PTX.
 
 Every GPU counts its sums, and so all count alike (`epoch`). What it sends lies in the half of the receivers'
-inboxes that its epoch names, even or odd. No half is written while somebody still reads it: who sends in sum n
-has ended sum n - 1, for which it has received what every other GPU sends in it, and that GPU had ended sum
-n - 2, the last one that read this half.
+inboxes that its epoch names, even or odd. No half is written while somebody still reads it: who sends in sum
+n has ended sum n - 1, and so has received what every other GPU sends in that; each of these had ended sum
+n - 2 before, the last one that read this half.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ VALUES = 8  # of a thread at a time: 16 bytes
 LANES = 32  # of a warp
 PACKET_BYTES = MAX_BLOCKS * PACKET_THREADS * 32  # from one GPU: four bytes in eight are the epoch
 ROW_BYTES = 16 * 2**20  # from one GPU, without, to another
-# What one GPU sends to several others, all together: a collective, which sends a part to each, is then as fast
-# on four H200s.
+# What one GPU sends to several others, all together. A collective, which sends a part to each, is then as
+# fast on four H200s.
 MANY_BYTES = 12 * 2**20
 # About a minute. Then the GPU that did not come has failed, and this one does, rather than wait for ever.
 MAX_POLLS = 2**27
@@ -35,9 +35,9 @@ class Inbox:
     @property
     def row_bytes(self) -> int:
         """The most that a sum may have."""
-        return (
-            ROW_BYTES if self.num_gpus <= 2 else min(ROW_BYTES, MANY_BYTES // (self.num_gpus - 1) // 16 * 16)
-        )
+        if self.num_gpus <= 2:
+            return ROW_BYTES
+        return min(ROW_BYTES, MANY_BYTES // (self.num_gpus - 1) // 32 * 32)
 
     @property
     def flags(self) -> int:
@@ -129,9 +129,8 @@ ld.global.u32 rank, [table+{8 * s.num_gpus + 8}];
 def _start(s: Sum) -> str:
     """What can be loaded before the epoch is known is asked for before that is waited for."""
     first, second = (_first_packet(s), _weights(s)) if s.in_packets else (_first_row(s), "")
-    section, num_bytes = (
-        (s.inbox.packets, PACKET_BYTES) if s.in_packets else (s.inbox.rows, s.inbox.row_bytes)
-    )
+    rows = s.inbox.rows, s.inbox.row_bytes
+    section, num_bytes = (s.inbox.packets, PACKET_BYTES) if s.in_packets else rows
     places = "\n".join(
         _place(f"base{gpu}", section, "mine", num_bytes, f"to{gpu}") for gpu in range(s.num_gpus)
     )

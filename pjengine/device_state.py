@@ -101,8 +101,8 @@ def run_draw(
 
 
 class Owned:
-    """What the engine deletes when it is closed, beside the state: inboxes, and which of the parameters. All
-    others are the caller's.
+    """What the engine deletes when it is closed, beside the state. Parameters that are not among it are the
+    caller's.
     """
 
     def __init__(self, params: Params, inboxes: Inboxes) -> None:

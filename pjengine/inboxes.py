@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 from collections.abc import Sequence
 
 import jax
@@ -14,6 +15,8 @@ from pjengine.config import RunnerConfig
 from pjengine.pallas_kernels.peer_sum import inbox_bytes
 from pjengine.sharding.mesh import TENSOR
 
+logger = logging.getLogger(__name__)
+
 _CAPABILITY = "9.0"  # the kernel is one of Pallas's Mosaic backend, for Hopper
 
 
@@ -21,7 +24,8 @@ class Inboxes:
     """Owns an inbox on each device of a mesh, if its GPUs see each other's memory.
 
     Programs know the inboxes by their addresses alone, and write to them without JAX's knowledge. So they
-    stay where they are as long as a program runs that was given their table.
+    stay where they are as long as a program runs that was given their table: until `free`, which waits, or
+    until nobody holds this object, which must not be while a step runs.
     """
 
     def __init__(self, sharding: NamedSharding, config: RunnerConfig) -> None:
@@ -31,7 +35,7 @@ class Inboxes:
         self._memory: Array | None = None
         self._is_usable = is_wanted and sharding.is_fully_addressable and can_lend(self._devices)
 
-    def renew(self) -> UInt32[Array, "gpus gpus+2 2"] | None:
+    def renew(self) -> UInt32[Array, "gpus words 2"] | None:
         """Empty inboxes in place of those before, and their tables, one for each device; None: no inboxes."""
         if not self._is_usable:
             return None
@@ -43,10 +47,13 @@ class Inboxes:
 
     def free(self) -> None:
         """Gives the memory back, once no program runs any more."""
-        if self._memory is not None:
-            self._zeros(1)
-            self._memory.delete()
-            self._memory = None
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            try:
+                self._zeros(1)
+            except jax.errors.JaxRuntimeError as error:  # a device that has failed runs nothing either
+                logger.warning("inboxes are freed without waiting for the devices: %s", error)
+            memory.delete()
 
     def _zeros(self, num_words: int) -> Array:
         """New memory on each device. It is there when all has run that was launched before."""
@@ -71,7 +78,8 @@ def _sees(device: int | None, peer: int | None) -> bool:
     return driver.cuDeviceCanAccessPeer(ctypes.byref(answer), device, peer) == 0 and answer.value == 1
 
 
-def tables_of(inboxes: Sequence[Array]) -> UInt32[np.ndarray, "gpus gpus+2 2"]:
+def tables_of(inboxes: Sequence[Array]) -> UInt32[np.ndarray, "gpus words 2"]:
+    """Of each GPU what `peer_sum` takes, for inboxes in the order of the mesh."""
     addresses = np.array([inbox.unsafe_buffer_pointer() for inbox in inboxes], np.uint64)
     tables = np.zeros((len(inboxes), len(inboxes) + 2), np.uint64)
     tables[:, :-2] = addresses

@@ -35,5 +35,8 @@ STEPS: Mapping[str, DividedStep] = {
     "llama-8b decode 8, divided": DividedStep("llama-8b", 8, True, has_filters=False),
     "llama-8b decode 128, divided": DividedStep("llama-8b", 128, True, has_filters=False),
     "llama-8b decode 128, divided and filtered": DividedStep("llama-8b", 128, True),
+    "llama-8b decode 128, divided without inboxes": DividedStep(
+        "llama-8b", 128, True, has_filters=False, has_inboxes=False
+    ),
 }
 PROGRAMS: Mapping[str, Callable[[], Compiled]] = {name: each.compile for name, each in STEPS.items()}

@@ -48,6 +48,7 @@ class Step:
     num_states: int = 0
     num_drafts: int = 0
     make_model: Callable[..., Decoder] = build_model
+    has_inboxes: bool = True  # where devices sum
 
     @functools.cached_property
     def model(self) -> Decoder:
@@ -106,7 +107,7 @@ class Step:
         params, cache, rows = jax.eval_shape(make)
         params = placed(params, mesh, has_whole_experts=self.model.config.has_whole_experts)
         cache = KVCache(place(cache.k, *KV_PAGES), place(cache.v, *KV_PAGES), place(cache.token_ids))
-        if (num := self.model.num_devices) > 1:
+        if self.has_inboxes and (num := self.model.num_devices) > 1:
             tables = jax.ShapeDtypeStruct((num, num + 2, 2), jnp.uint32)
             cache = cache._replace(inboxes=place(tables, TENSOR))
         return params, cache, jax.tree.map(place, rows)

@@ -413,7 +413,7 @@ TABLE = struct(4, 2, dtype=jnp.uint32)
         (struct(3, 4), TABLE, None, "12 values: wanted a multiple of 8"),
         (struct(0, 8), TABLE, None, "0 values: wanted a multiple of 8"),
         (struct(2**23 + 8), TABLE, None, "8388616 values of 2 GPUs: at most 16777216 bytes"),
-        (struct(2**21 + 8), struct(6, 2, dtype=jnp.uint32), None, "2097160 values of 4 GPUs: at most 4194304"),
+        (struct(2**21 + 8), struct(6, 2, dtype=jnp.uint32), None, "values of 4 GPUs: at most 4194304 bytes"),
         (
             struct(1, 256, dtype=jnp.float16), TABLE,
             Residual(struct(1, 256, dtype=jnp.float16), struct(1, 256, dtype=jnp.float16), 0),

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
+from pjengine.models import share
 from pjengine.models.attention import PagedAttend
 from pjengine.models.checkpoint import open_checkpoint
 from pjengine.models.decoder import Decoder
@@ -20,6 +21,7 @@ from pjengine.models.loader import dummy_params, load_params
 from pjengine.models.registry import build_model, parse_config
 from pjengine.models.share import NOBODY, divide_heads, widen
 from pjengine.models.state import Batch, KVCache, kv_shape
+from pjengine.pallas_kernels.peer_sum import peer_sum
 from pjengine.sharding.mesh import make_mesh
 from pjengine.sharding.partition import KV_PAGES, placed
 from tests.golden import golden as goldens
@@ -74,7 +76,9 @@ def sharded(
     return model, params, mesh
 
 
-def prompt_logits(model: Decoder, params: Any, mesh: Any, prompt: list[int]) -> np.ndarray:
+def prompt_logits(
+    model: Decoder, params: Any, mesh: Any, prompt: list[int], *, has_inboxes: bool = False
+) -> np.ndarray:
     """The prompt's logits, read over pages by all devices together."""
     length = len(prompt)
     width = -(-length // PAGE_SIZE)
@@ -84,6 +88,8 @@ def prompt_logits(model: Decoder, params: Any, mesh: Any, prompt: list[int]) -> 
         positions = jnp.arange(length, dtype=jnp.int32)
         lens, shape = jnp.full(length, length, jnp.int32), kv_shape(model.own, width + 1, PAGE_SIZE)
         cache = KVCache(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros((width + 1, PAGE_SIZE), jnp.int32))
+        if has_inboxes:
+            cache = cache._replace(inboxes=jnp.zeros((1, model.num_devices + 2, 2), jnp.uint32))
         cu_q_lens = jnp.array([0, length], jnp.int32)
         slots = positions + PAGE_SIZE
         batch = Batch(tokens, positions, lens, slots, table, cu_q_lens[1:], cu_q_lens)
@@ -153,3 +159,24 @@ def test_dummy_parameters_are_the_same_on_any_number_of_devices() -> None:
         for n in (1, 2)
     ]
     jax.tree.map(np.testing.assert_array_equal, *made)
+
+
+# Side by side, attention and MLP do not wait for each other: their sums must not share inboxes.
+@pytest.mark.parametrize(
+    ("name", "is_one_by_one"), [("gqa", True), ("qwen3_moe", True), ("cohere_qk_norm", False)]
+)
+def test_only_sums_that_wait_for_each_other_go_through_inboxes(
+    name: str, is_one_by_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_inboxes: list[bool] = []
+
+    def noted(x: Any, inboxes: Any, *, axis: str) -> Any:
+        if x.ndim == 2:  # of the residual stream
+            have_inboxes.append(inboxes is not None)
+        return peer_sum(x, None, axis=axis)
+
+    monkeypatch.setattr(share, "peer_sum", noted)
+    golden = goldens.load(name)
+    model, params, mesh = sharded(golden, tmp_path, 2)
+    prompt_logits(model, params, mesh, golden.prompt, has_inboxes=True)
+    assert have_inboxes == [True, *[is_one_by_one] * 2 * model.config.num_layers]
