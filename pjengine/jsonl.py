@@ -26,7 +26,7 @@ from pjengine.outputs import RequestOutput
 from pjengine.progress import prompts_bar
 from pjengine.prompts import Prompt, as_prompts, one_each
 from pjengine.sampling_params import SamplingParams
-from pjengine.weights import sample_digest
+from pjengine.weights import params_digest
 
 _FORMAT = 1
 _KEY = "pjengine_outputs"  # the first of the first line
@@ -229,7 +229,7 @@ def _header(llm: LLM, common: SamplingParams | None) -> dict[str, Any]:
         "model": str(name.resolve()) if name.is_dir() else config.model,
         "config_digest": fingerprint(model)[:16],
         "dtype": str(model.dtype),
-        "weights": None if config.nnodes > 1 else sample_digest(llm.params),
+        "weights": None if config.nnodes > 1 else params_digest(llm.params),
         "seed": config.seed,
         "sampling_params": None if common is None else _described(common),
     }

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import jaxlib.version
 import numpy as np
 
 import pjengine
+from pjengine.compile_cache import SOURCES
 from pjengine.config import EngineConfig
 from pjengine.generation import Completion, Generation
 from pjengine.hidden_states import HiddenStatesParams
@@ -143,7 +145,9 @@ def header(config: EngineConfig, loaded: LoadedModel) -> dict[str, Any]:
         "num_window_pages": None if group is None else group.num_pages,
         "facts": {
             "pjengine": pjengine.__version__,
+            "source": SOURCES[:16],
             "jax": jax.__version__,
+            "jaxlib": jaxlib.version.__version__,
             "device": device.device_kind,
             **loaded.facts,
         },

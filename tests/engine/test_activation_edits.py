@@ -371,6 +371,18 @@ def test_an_edit_that_cannot_be_part_of_a_program_is_refused_at_the_call(llm: An
     assert not llm.engine.has_unfinished_requests()
 
 
+def test_a_refused_edit_leaves_what_runs_as_it_is(llm: Any, batch: dict[str, list[int]]) -> None:
+    edits, error, message = REFUSED["values"]
+    engine = llm.engine
+    running = engine.add_request(PROMPT, params(max_tokens=NUM_TOKENS, activation_edits=CASES["added"]))
+    engine.step()
+    with pytest.raises(error, match=message):
+        engine.add_request(PROMPT, params(activation_edits=edits))
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert running.request.output_token_ids == batch["added"]
+
+
 def test_what_makes_no_edit_is_refused(unchecked_types: None) -> None:
     from pjengine import ActivationEdit, SamplingParams
 

@@ -147,7 +147,9 @@ def test_a_file_is_not_continued_with_something_else(demo: Any, whole: Path, tmp
         check("is being written by another run", prompts(), hot())
     weights = demo.params
     try:
-        demo.update_params({**weights, "final_norm": weights["final_norm"] * 2})
+        layers = weights["layers"]
+        inner = layers["down"].at[3, 5, 7].multiply(1.5)  # one number in the middle
+        demo.update_params({**weights, "layers": {**layers, "down": inner}})
         check("was begun with weights=", prompts(), hot())
     finally:
         demo.update_params(weights)

@@ -98,7 +98,7 @@ def test_a_difference_ends_a_replay_with_status_1(
     assert json.loads(result.read_text())["num_differences"] == 1
 
 
-@pytest.mark.parametrize("name", ["pjengine", "jax", "device", "weights"])
+@pytest.mark.parametrize("name", ["pjengine", "source", "jax", "jaxlib", "device", "weights"])
 def test_a_replay_with_another_version_or_model_is_refused(recorded: Path, tmp_path: Path, name: str) -> None:
     from pjengine.replay import replay
 
