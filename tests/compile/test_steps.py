@@ -37,8 +37,8 @@ KERNELS = {
     "falcon-7b decode 1": {"rope_kv_write", "paged_decode", "paged_decode_merge", "keep_threshold"},
     "qwen3-30b-a3b decode 32": EXPERTS_DECODE,
     "qwen3-30b-a3b mixed 768": EXPERTS_MIXED,
-    "qwen3-30b-a3b decode 32 on two": EXPERTS_DECODE,
-    "qwen3-30b-a3b mixed 768 on two": EXPERTS_MIXED,
+    "qwen3-30b-a3b decode 32 on two": EXPERTS_DECODE | {"peer_sum"},
+    "qwen3-30b-a3b mixed 768 on two": EXPERTS_MIXED | {"peer_sum"},
     "opt-125m-llama decode 32 times 4": FUSED,
     "opt-125m-llama mixed 1024": MIXED,
     "opt-125m-llama mixed 32 to logits": {"rope_kv_write", "ragged_paged_attention_mosaic"},  # few rows
