@@ -230,17 +230,11 @@ mul.wide.u32 at, place, 16;
 add.s64 offset, offset, at;
 """.strip()
     ]
-    for receiver in range(s.num_gpus):
-        lines.append(
-            f"""
-setp.eq.u32 own, rank, {receiver};
-@own bra SENT{receiver};
-add.s64 to, to{receiver}, offset;
+    stores = f"""
 st.volatile.global.v4.b32 [to], {{x0, epoch, x1, epoch}};
 st.volatile.global.v4.b32 [to+{16 * LANES}], {{x2, epoch, x3, epoch}};
-SENT{receiver}:
 """.strip()
-        )
+    lines += _send(s, "to", "offset", stores)
     for sender in range(s.num_gpus):
         lines += [
             f"""
@@ -293,16 +287,7 @@ setp.ge.u32 again, vector, stop;
 @again bra SENT;
 """.strip()
     ]
-    for receiver in range(s.num_gpus):
-        lines.append(
-            f"""
-setp.eq.u32 own, rank, {receiver};
-@own bra SENT{receiver};
-add.s64 at, to{receiver}, from;
-st.global.v4.b32 [at], {{x0, x1, x2, x3}};
-SENT{receiver}:
-""".strip()
-        )
+    lines += _send(s, "at", "from", "st.global.v4.b32 [at], {x0, x1, x2, x3};")
     lines.append(
         f"""
 add.u32 vector, vector, {ROW_THREADS};
@@ -314,6 +299,20 @@ SENT:
 """.strip()
     )
     return [*lines, *_flags(s), *_add_rows(s)]
+
+
+def _send(s: Sum, address: str, offset: str, stores: str) -> list[str]:
+    """Stores into the inbox of each other GPU, so far behind where this one's part begins."""
+    return [
+        f"""
+setp.eq.u32 own, rank, {receiver};
+@own bra SENT{receiver};
+add.s64 {address}, to{receiver}, {offset};
+{stores}
+SENT{receiver}:
+""".strip()
+        for receiver in range(s.num_gpus)
+    ]
 
 
 def _load(predicate: str, to: str, operand: str) -> str:

@@ -49,7 +49,7 @@ def test_inboxes_are_in_the_plan_of_each_device(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two GPUs")
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="two GPUs sum with each other; here is one")
 def test_sums_through_inboxes_give_what_the_collective_library_gives() -> None:
     from pjengine import LLM, SamplingParams
 
