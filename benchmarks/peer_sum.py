@@ -1,5 +1,7 @@
 """What a sum over the GPUs of one process takes, through their memory, and with a residual and its norm.
 
+Of the norm either the start (`fused`, few rows) or the whole (`normed`).
+
     python -m benchmarks.peer_sum --num-gpus 2
 
 One JSON object for each shape: microseconds of one sum of a chain of 64, as the host sees them. What NCCL
@@ -20,7 +22,7 @@ from jax.sharding import PartitionSpec
 from pjengine.bench import environment
 from pjengine.config import RunnerConfig
 from pjengine.inboxes import Inboxes
-from pjengine.pallas_kernels.peer_sum import peer_sum, peer_sum_residual
+from pjengine.pallas_kernels.peer_sum import peer_sum, peer_sum_norm, peer_sum_residual
 from pjengine.pallas_kernels.skinny_linear import MAX_ROWS, Residual
 from pjengine.sharding.mesh import TENSOR, choose_devices, make_mesh, replicated
 from pjengine.step_compiler import DIVIDED_OPTIONS, STRAIGHT_OPTIONS
@@ -42,6 +44,14 @@ def fused(x: Any, weights: Any, table: Any) -> Any:
         residual = Residual(rows, weights, 1)
         rows, normed = peer_sum_residual(part, table[0], residual, axis=TENSOR, backend="mosaic")
         part = normed.scaled
+    return part
+
+
+def normed(x: Any, weights: Any, table: Any) -> Any:
+    rows, part = x, x
+    for _ in range(NUM_SUMS):
+        residual = Residual(rows, weights, 1)
+        rows, part = peer_sum_norm(part, table[0], residual, eps=1e-5, axis=TENSOR, backend="mosaic")
     return part
 
 
@@ -76,7 +86,7 @@ def main() -> None:
         raise SystemExit("wanted several Hopper GPUs that see each other's memory")
     for shape in SHAPES:
         found: dict[str, float | None] = {}
-        for kind in (peer, fused) if shape[0] <= MAX_ROWS else (peer,):
+        for kind in (peer, fused, normed) if shape[0] <= MAX_ROWS else (peer, normed):
             try:
                 found[f"{kind.__name__}_us"] = sum_us(kind, sharding, table, shape)
             except NotImplementedError:

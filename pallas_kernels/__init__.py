@@ -13,7 +13,7 @@ from pjengine.pallas_kernels.keep_threshold import keep_threshold
 from pjengine.pallas_kernels.kv_update import write_kv
 from pjengine.pallas_kernels.last_split import Counters
 from pjengine.pallas_kernels.paged_attention import paged_attention
-from pjengine.pallas_kernels.peer_sum import inbox_bytes, peer_sum, peer_sum_residual
+from pjengine.pallas_kernels.peer_sum import inbox_bytes, peer_sum, peer_sum_norm, peer_sum_residual
 from pjengine.pallas_kernels.ragged_prefill import ragged_paged_attention
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write, rotate
 from pjengine.pallas_kernels.skinny_linear import (
@@ -45,6 +45,7 @@ __all__ = [
     "keep_threshold",
     "paged_attention",
     "peer_sum",
+    "peer_sum_norm",
     "peer_sum_residual",
     "ragged_paged_attention",
     "rope_kv_write",

@@ -18,10 +18,11 @@ from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, UInt32
 
 from pjengine.pallas_kernels.dispatch import check_hopper, dispatch
-from pjengine.pallas_kernels.peer_sum_ptx import LANES, VALUES, Inbox, Sum
+from pjengine.pallas_kernels.peer_sum_ptx import LANES, MAX_THREADS, VALUES, Inbox, Sum
 from pjengine.pallas_kernels.skinny_linear import Normed, Residual, start_norm
 
 _DTYPES = {"bfloat16": "bf16", "float16": "f16"}
+_WARPGROUP = 128  # threads: a block has whole ones
 
 
 def inbox_bytes(num_gpus: int) -> int:
@@ -89,6 +90,49 @@ def peer_sum_residual(
     )
 
 
+def peer_sum_norm(
+    x: Float[Array, "m n"],
+    inboxes: UInt32[Array, "words 2"] | None,
+    residual: Residual,
+    *,
+    eps: float,
+    axis: str,
+    backend: str | None = None,
+) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
+    """Adds the sum over the devices to the residual rows, and takes RMSNorm of these: one kernel for two.
+
+    Returns the new rows, and their norm, of which only the result is rounded. The rest as in `peer_sum`.
+
+    Raises:
+      ValueError: no such backend.
+      NotImplementedError: `backend` is named and cannot do this; see `check_peer_sum_can`.
+    Source: RMSNorm, Zhang & Sennrich 2019.
+    """
+    return dispatch(
+        "peer_sum_norm",
+        {
+            "mosaic": functools.partial(_norm_mosaic, x, inboxes, residual, eps=eps),
+            "reference": functools.partial(norm_reference, x, inboxes, residual, eps=eps, axis=axis),
+        },
+        backend,
+    )
+
+
+def norm_reference(
+    x: Float[Array, "m n"],
+    inboxes: UInt32[Array, "words 2"] | None,
+    residual: Residual,
+    *,
+    eps: float,
+    axis: str,
+) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
+    """The spec of `peer_sum_norm`."""
+    rows = residual.rows + peer_sum(x, inboxes, axis=axis)
+    wide = rows.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return rows, (wide * residual.norm_weights[residual.norm].astype(jnp.float32)[None]).astype(x.dtype)
+
+
 def reference(
     x: Float[Array, "m n"], inboxes: UInt32[Array, "words 2"] | None, residual: Residual, *, axis: str
 ) -> tuple[Float[Array, "m n"], Normed]:
@@ -97,14 +141,17 @@ def reference(
     return rows, start_norm(rows, residual.norm_weights[residual.norm])
 
 
-def check_peer_sum_can(x: Array, inboxes: Array | None, residual: Residual | None = None) -> Sum:
-    """Refuses what the kernel does not do.
+def check_peer_sum_can(
+    x: Array, inboxes: Array | None, residual: Residual | None = None, eps: float | None = None
+) -> Sum:
+    """Refuses what the kernel does not do. `eps` is that of a norm that is finished.
 
     Raises:
       NotImplementedError: no inboxes; dtypes other than bfloat16 and float16; no values, or no multiple of 8;
         more than 16 MiB on two GPUs, or 12 MiB for the others together on more. With a residual: other
         dtypes than bfloat16 (rows that are not yet divided by their root mean square may leave float16's
-        range), rows of no multiple of 256, and more of them than fit into packets.
+        range). With a norm that is started, rows of no multiple of 256, and more of them than fit into
+        packets; with one that is finished, rows of no multiple of 1024, or of more than 8192.
     """
     if inboxes is None:
         raise NotImplementedError("no inboxes: the GPUs do not see each other's memory")
@@ -116,12 +163,17 @@ def check_peer_sum_can(x: Array, inboxes: Array | None, residual: Residual | Non
     if x.size * x.dtype.itemsize > (limit := Inbox(num_gpus).row_bytes):
         raise NotImplementedError(f"{x.size} values of {num_gpus} GPUs: at most {limit} bytes")
     row_size = 0 if residual is None else x.shape[-1]
-    sum_ = Sum(num_gpus=num_gpus, num_values=x.size, dtype=dtype, row_size=row_size)
+    sum_ = Sum(num_gpus=num_gpus, num_values=x.size, dtype=dtype, row_size=row_size, eps=eps)
     if residual is not None:
         dtypes = {x.dtype, residual.rows.dtype, residual.norm_weights.dtype}
         if dtypes != {jnp.dtype(jnp.bfloat16)}:
             raise NotImplementedError(f"dtypes {', '.join(map(str, dtypes))} with a norm: wanted bfloat16")
-        if row_size % (VALUES * LANES) or not sum_.in_packets:
+        if eps is not None and (row_size % (VALUES * _WARPGROUP) or row_size > VALUES * MAX_THREADS):
+            limits = VALUES * _WARPGROUP, VALUES * MAX_THREADS
+            raise NotImplementedError(
+                f"rows of {row_size} with a norm: wanted a multiple of {limits[0]}, at most {limits[1]}"
+            )
+        if eps is None and (row_size % (VALUES * LANES) or not sum_.in_packets):
             raise NotImplementedError(f"{x.shape} with a norm: rows of {VALUES * LANES}, and fewer of them")
     return sum_
 
@@ -136,6 +188,10 @@ def peer_sum_mosaic(x: Float[Array, "..."], inboxes: UInt32[Array, "words 2"] | 
     check_hopper()
     sum_ = check_peer_sum_can(x, inboxes)
     return _run(sum_, "peer_sum", jax.ShapeDtypeStruct(x.shape, x.dtype), x, inboxes)
+
+
+# Of what comes with a residual: results stand behind what they are made from.
+_ORDER = (0, 1, 5, 2, 3, 4, 6)
 
 
 def _residual_mosaic(x: Array, inboxes: Array | None, residual: Residual) -> tuple[Array, Normed]:
@@ -158,10 +214,31 @@ def peer_sum_residual_mosaic(
     squares = jax.ShapeDtypeStruct((x.shape[1] // (VALUES * LANES), len(x)), jnp.float32)
     norm = jnp.asarray(residual.norm, jnp.int32)[None]
     operands = x, inboxes, residual.rows, residual.norm_weights, norm
-    # The operands of the program come in another order: results behind what they are made from.
-    order = (0, 1, 5, 2, 3, 4, 6, 7)
-    out, *normed = _run(sum_, "peer_sum_residual", (rows, rows, squares), *operands, order=order)
+    out, *normed = _run(sum_, "peer_sum_residual", (rows, rows, squares), *operands, order=(*_ORDER, 7))
     return out, Normed(*normed)
+
+
+def _norm_mosaic(x: Array, inboxes: Array | None, residual: Residual, *, eps: float) -> tuple[Array, Array]:
+    norm = jnp.asarray(residual.norm, jnp.int32)
+    return peer_sum_norm_mosaic(x, inboxes, residual._replace(norm=norm), eps=eps)
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def peer_sum_norm_mosaic(
+    x: Float[Array, "m n"], inboxes: UInt32[Array, "words 2"] | None, residual: Residual, *, eps: float
+) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
+    """`peer_sum_norm` as a kernel.
+
+    Raises:
+      NotImplementedError: the device is no Hopper GPU, or see `check_peer_sum_can`.
+    """
+    check_hopper()
+    sum_ = check_peer_sum_can(x, inboxes, residual, eps)
+    rows = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    norm = jnp.asarray(residual.norm, jnp.int32)[None]
+    operands = x, inboxes, residual.rows, residual.norm_weights, norm
+    out, normed = _run(sum_, "peer_sum_norm", (rows, rows), *operands, order=_ORDER)
+    return out, normed
 
 
 def _run(sum_: Sum, name: str, out_type: Any, *operands: Any, order: tuple[int, ...] = (0, 1, 2)) -> Any:
@@ -187,7 +264,7 @@ def _run(sum_: Sum, name: str, out_type: Any, *operands: Any, order: tuple[int, 
         out_type=out_type,
         grid=(sum_.num_blocks,),
         grid_names=("block",),
-        num_threads=sum_.num_threads // 128,
+        num_threads=sum_.num_threads // _WARPGROUP,
         thread_name="warpgroup",
         kernel_name=name,
     )(*operands)

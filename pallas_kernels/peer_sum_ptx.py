@@ -6,12 +6,14 @@ n has ended sum n - 1, and so has received what every other GPU sends in that; e
 n - 2 before, the last one that read this half.
 """
 
+import struct
 from dataclasses import dataclass
 
 MAX_BLOCKS = 256
 PACKET_THREADS, ROW_THREADS = 128, 512  # of a block
 VALUES = 8  # of a thread at a time: 16 bytes
 LANES = 32  # of a warp
+MAX_THREADS = 1024  # of a block
 PACKET_BYTES = MAX_BLOCKS * PACKET_THREADS * 32  # from one GPU: four bytes in eight are the epoch
 ROW_BYTES = 16 * 2**20  # from one GPU, without, to another
 # What one GPU sends to several others, all together. A collective, which sends a part to each, is then as
@@ -63,8 +65,11 @@ class Sum:
     num_gpus: int
     num_values: int
     dtype: str  # bf16 or f16
-    # Of rows that a residual is added to, whose norm is then started; 0: the sum is all.
+    # Of rows that a residual is added to, and whose norm follows; 0: the sum is all.
     row_size: int = 0
+    eps: float | None = (
+        None  # of a norm that is finished, so that a block has whole rows; None: it is started
+    )
 
     @property
     def inbox(self) -> Inbox:
@@ -81,21 +86,32 @@ class Sum:
         return self.num_vectors <= MAX_BLOCKS * PACKET_THREADS
 
     @property
-    def num_blocks(self) -> int:
+    def share(self) -> int:
+        """The vectors of a block, but the last."""
+        if self.eps is not None:
+            # A processor has room for so many more blocks where they are small.
+            max_blocks = MAX_BLOCKS if self.num_threads <= ROW_THREADS else MAX_BLOCKS // 2
+            return self.num_threads * -(-self.num_values // self.row_size // max_blocks)
         if self.in_packets:
-            return -(-self.num_vectors // PACKET_THREADS)
-        return min(MAX_BLOCKS, -(-self.num_vectors // ROW_THREADS))
+            return PACKET_THREADS
+        return -(-self.num_vectors // min(MAX_BLOCKS, -(-self.num_vectors // ROW_THREADS)))
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_vectors // self.share)
 
     @property
     def num_threads(self) -> int:
+        if self.eps is not None:
+            return self.row_size // VALUES
         return PACKET_THREADS if self.in_packets else ROW_THREADS
 
     def ptx(self) -> str:
         """The program. Its operands $0, … are addresses: of `x`, of the table of inboxes, of the sum; with a
-        residual then of that, of the norms' weights, of the norm's number among these, of the scaled rows and
-        of the sums of squares.
+        residual then of that, of the norms' weights, of the norm's number among these and of the scaled
+        rows; with a norm that is only started, of the sums of squares.
         """
-        parts = [_DECLARED, _bases(self), _start(self)]
+        parts = [_DECLARED, _SHARED if self.eps is not None else "", _bases(self), _start(self)]
         parts += _packets(self) if self.in_packets else _rows(self)
         lines = "\n".join([*parts, _end(self)]).splitlines()
         return "\n".join(["{", *filter(None, lines), "}"])
@@ -107,7 +123,13 @@ _DECLARED = """
 .reg .b32 thread, block, vector, stop, rank, epoch, half, mine, peer, place, seen, index, part, row, polls;
 .reg .b32 x0, x1, x2, x3, w0, w1, w2, w3, f0, f1, f2, f3, r0, r1, r2, r3, n0, n1, n2, n3;
 .reg .b64 table, inbox, base, from, to, offset, at;
-.reg .f32 a0, a1, a2, a3, a4, a5, a6, a7, v0, v1, v2, v3, v4, v5, v6, v7, square, shuffled;
+.reg .f32 a0, a1, a2, a3, a4, a5, a6, a7, v0, v1, v2, v3, v4, v5, v6, v7, square, shuffled, scale;
+""".strip()
+
+_SHARED = f"""
+.reg .b32 sums_of_row;
+.shared .align {8 * MAX_THREADS // LANES} .b8 sums[{8 * MAX_THREADS // LANES}];
+mov.u32 sums_of_row, sums;
 """.strip()
 
 
@@ -128,7 +150,7 @@ ld.global.u32 rank, [table+{8 * s.num_gpus + 8}];
 
 def _start(s: Sum) -> str:
     """What can be loaded before the epoch is known is asked for before that is waited for."""
-    first, second = (_first_packet(s), _weights(s)) if s.in_packets else (_first_row(s), "")
+    first = _first_packet(s) if s.in_packets else _first_row(s)
     rows = s.inbox.rows, s.inbox.row_bytes
     section, num_bytes = (s.inbox.packets, PACKET_BYTES) if s.in_packets else rows
     places = "\n".join(
@@ -139,7 +161,7 @@ def _start(s: Sum) -> str:
 mul.wide.u32 offset, block, 4;
 add.s64 at, inbox, offset;
 ld.volatile.global.u32 epoch, [at];
-{second}
+{_weights(s)}
 add.u32 epoch, epoch, 1;
 setp.eq.u32 again, epoch, 0;
 @again mov.u32 epoch, 2;
@@ -189,18 +211,19 @@ add.s64 {to}, {to}, {section};
 
 
 def _first_packet(s: Sum) -> str:
+    return f"""
+mad.lo.u32 vector, block, {s.num_threads}, thread;
+setp.lt.u32 inside, vector, {s.num_vectors};
+mul.wide.u32 from, vector, 16;
+{_first_loads(s)}
+""".strip()
+
+
+def _first_loads(s: Sum) -> str:
     loads = [_load("inside", "x", "$0")]
     if s.row_size:
         loads += [_load("inside", "r", "$3"), "mov.b64 at, $5;\nld.global.u32 index, [at];"]
-    return (
-        f"""
-mad.lo.u32 vector, block, {PACKET_THREADS}, thread;
-setp.lt.u32 inside, vector, {s.num_vectors};
-mul.wide.u32 from, vector, 16;
-""".strip()
-        + "\n"
-        + "\n".join(loads)
-    )
+    return "\n".join(loads)
 
 
 def _weights(s: Sum) -> str:
@@ -260,21 +283,20 @@ ADD{sender}:
 {_add(s, is_first=sender == 0)}
 """.strip(),
         ]
-    return [*lines, _residual(s) if s.row_size else _store(s)]
+    return [*lines, _result(s)]
 
 
 def _first_row(s: Sum) -> str:
     """Each block has a share of the vectors."""
-    share = -(-s.num_vectors // s.num_blocks)
     return f"""
-mul.lo.u32 row, block, {share};
-add.u32 stop, row, {share};
+mul.lo.u32 row, block, {s.share};
+add.u32 stop, row, {s.share};
 min.u32 stop, stop, {s.num_vectors};
 add.u32 row, row, thread;
 mov.u32 vector, row;
 setp.lt.u32 inside, vector, stop;
 mul.wide.u32 from, vector, 16;
-{_load("inside", "x", "$0")}
+{_first_loads(s)}
 """.strip()
 
 
@@ -290,7 +312,7 @@ setp.ge.u32 again, vector, stop;
     lines += _send(s, "at", "from", "st.global.v4.b32 [at], {x0, x1, x2, x3};")
     lines.append(
         f"""
-add.u32 vector, vector, {ROW_THREADS};
+add.u32 vector, vector, {s.num_threads};
 setp.lt.u32 inside, vector, stop;
 mul.wide.u32 from, vector, 16;
 {_load("inside", "x", "$0")}
@@ -383,7 +405,13 @@ ld.relaxed.sys.global.v4.b32 {{w0, w1, w2, w3}}, [at];
 {_add(s, is_first=sender == 0)}
 """.strip(),
         ]
-    return [*lines, _store(s), f"add.u32 vector, vector, {ROW_THREADS};\nbra NEXT;"]
+    lines += [_result(s), f"add.u32 vector, vector, {s.num_threads};"]
+    if s.row_size:
+        lines += [
+            "setp.lt.u32 inside, vector, stop;\nmul.wide.u32 from, vector, 16;",
+            _load("inside", "r", "$3"),
+        ]
+    return [*lines, "bra NEXT;"]
 
 
 def _copy(source: str, to: str) -> str:
@@ -431,21 +459,15 @@ st.global.v4.b32 [at], {{w0, w1, w2, w3}};
 """.strip()
 
 
-def _residual(s: Sum) -> str:
-    """A warp has VALUES * LANES columns of one row."""
-    parts = s.row_size // (VALUES * LANES)
-    num_rows = s.num_values // s.row_size
-    scaled = "\n".join(f"mul.rn.f32 v{i}, v{i}, a{i};" for i in range(VALUES))
+def _result(s: Sum) -> str:
+    """Of a sum that is in a0, …; with a residual, of a warp that has VALUES * LANES columns of one row."""
+    if not s.row_size:
+        return _store(s)
     squares = "\n".join(
         [
             "mul.rn.f32 square, a0, a0;",
             *(f"fma.rn.f32 square, a{i}, a{i}, square;" for i in range(1, VALUES)),
         ]
-    )
-    shuffles = "\n".join(
-        f"shfl.sync.bfly.b32 shuffled, square, {distance}, 31, 0xffffffff;\n"
-        "add.rn.f32 square, square, shuffled;"
-        for distance in (16, 8, 4, 2, 1)
     )
     return f"""
 {_copy("r", "w")}
@@ -453,22 +475,78 @@ def _residual(s: Sum) -> str:
 {_store(s)}
 {_widen(s, "w", "a")}
 {squares}
-{_widen(s, "n", "v")}
-{scaled}
-{_narrow(s, "v", "w")}
-mov.b64 at, $6;
-add.s64 at, at, from;
-st.global.v4.b32 [at], {{w0, w1, w2, w3}};
-{shuffles}
+{_finished_norm(s) if s.eps is not None else _started_norm(s)}
+""".strip()
+
+
+def _started_norm(s: Sum) -> str:
+    """Of the warp's squares, the sum."""
+    parts = s.row_size // (VALUES * LANES)
+    return f"""
+{_scaled(s)}
+{_sum_over_lanes()}
 and.b32 index, thread, {LANES - 1};
 setp.ne.u32 again, index, 0;
 @again bra DONE;
 shr.u32 index, vector, 5;
 div.u32 row, index, {parts};
 rem.u32 part, index, {parts};
-mad.lo.u32 index, part, {num_rows}, row;
+mad.lo.u32 index, part, {s.num_values // s.row_size}, row;
 mul.wide.u32 offset, index, 4;
 mov.b64 at, $7;
 add.s64 at, at, offset;
 st.global.f32 [at], square;
 """.strip()
+
+
+def _finished_norm(s: Sum) -> str:
+    """The block has the row. The sums of its warps lie in one half of `sums`, those of its next row in the
+    other: these are written when all threads have read what was there, of the row before the last.
+    """
+    num_warps = s.num_threads // LANES
+    loads = "\n".join(
+        f"ld.shared.v4.f32 {{v0, v1, v2, v3}}, [sums_of_row+{16 * i}];\n"
+        + "\n".join(f"add.rn.f32 square, square, v{j};" for j in range(4))
+        for i in range(num_warps // 4)
+    )
+    return f"""
+{_sum_over_lanes()}
+and.b32 index, thread, {LANES - 1};
+setp.eq.u32 own, index, 0;
+shr.u32 index, thread, 5;
+mad.lo.u32 index, index, 4, sums_of_row;
+@own st.shared.f32 [index], square;
+bar.sync 0;
+mov.f32 square, 0f00000000;
+{loads}
+xor.b32 sums_of_row, sums_of_row, {4 * MAX_THREADS // LANES};
+fma.rn.f32 square, square, {_immediate(1 / s.row_size)}, {_immediate(s.eps or 0.0)};
+rsqrt.approx.f32 scale, square;
+{"\n".join(f"mul.rn.f32 a{i}, a{i}, scale;" for i in range(VALUES))}
+{_scaled(s)}
+""".strip()
+
+
+def _scaled(s: Sum) -> str:
+    """The row times the norm's weight, in its dtype."""
+    products = "\n".join(f"mul.rn.f32 v{i}, v{i}, a{i};" for i in range(VALUES))
+    return f"""
+{_widen(s, "n", "v")}
+{products}
+{_narrow(s, "v", "w")}
+mov.b64 at, $6;
+add.s64 at, at, from;
+st.global.v4.b32 [at], {{w0, w1, w2, w3}};
+""".strip()
+
+
+def _sum_over_lanes() -> str:
+    return "\n".join(
+        f"shfl.sync.bfly.b32 shuffled, square, {distance}, 31, 0xffffffff;\n"
+        "add.rn.f32 square, square, shuffled;"
+        for distance in (16, 8, 4, 2, 1)
+    )
+
+
+def _immediate(value: float) -> str:
+    return f"0f{struct.pack('>f', value).hex().upper()}"

@@ -28,7 +28,7 @@ from pjengine.pallas_kernels.grouped_linear import (
 from pjengine.pallas_kernels.keep_threshold import threshold_triton
 from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, check_mosaic_can, ragged_mosaic
 from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
-from pjengine.pallas_kernels.peer_sum import peer_sum, peer_sum_residual
+from pjengine.pallas_kernels.peer_sum import peer_sum, peer_sum_norm, peer_sum_residual
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
 from pjengine.pallas_kernels.shapes import EXPERTS, PRODUCTS, SHAPES, ExpertShape, HeadShape
@@ -170,19 +170,21 @@ def compile_plan(num_experts: int, num_pairs: int) -> Compiled:
 
 
 def compile_peer_sum(
-    num_gpus: int, hidden: int, num_rows: int, *, dtype: str = "bfloat16", has_norm: bool = False
+    num_gpus: int, hidden: int, num_rows: int, *, dtype: str = "bfloat16", norm: str = ""
 ) -> Compiled:
-    """What a layer does with the parts of a product that GPUs divide."""
+    """What a layer does with the parts of a product that GPUs divide; a norm is "started" or "finished"."""
     whole = sharding(num_gpus)
     parts = NamedSharding(whole.mesh, PartitionSpec(TENSOR))
     place: Any = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
     rows = place((num_rows, hidden), dtype)
-    residual = Residual(rows, place((32, hidden), dtype), place((), jnp.int32)) if has_norm else None
+    residual = Residual(rows, place((32, hidden), dtype), place((), jnp.int32)) if norm else None
     tables = jax.ShapeDtypeStruct((num_gpus, num_gpus + 2, 2), jnp.uint32, sharding=parts)
 
     def run(x: Any, tables: Any, residual: Residual | None) -> Any:
         if residual is None:
             return peer_sum(x, tables[0], axis=TENSOR)
+        if norm == "finished":
+            return peer_sum_norm(x, tables[0], residual, eps=1e-5, axis=TENSOR)
         return peer_sum_residual(x, tables[0], residual, axis=TENSOR)
 
     specs = PartitionSpec(), parts.spec, PartitionSpec()
@@ -310,15 +312,20 @@ def expert_programs(name: str, shape: ExpertShape) -> Iterator[tuple[str, Callab
 
 
 def peer_programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
-    """Packets and rows; with a norm, packets alone, the fewest and the most rows of a decode step."""
+    """Packets and rows; with a norm that is started, packets alone, the fewest and the most rows."""
     for num_gpus, (num_rows, dtype) in itertools.product(
         (2, 4), [(1, "bfloat16"), (32, "float16"), (128, "bfloat16"), (128, "float16")]
     ):
         run = functools.partial(compile_peer_sum, num_gpus, 4096, num_rows, dtype=dtype)
         yield f"peer_sum 4096 {dtype} {num_rows} on {num_gpus}", run
     for num_gpus, hidden, num_rows in itertools.product((2, 4), (4096, 8192), (1, MAX_ROWS)):
-        run = functools.partial(compile_peer_sum, num_gpus, hidden, num_rows, has_norm=True)
+        run = functools.partial(compile_peer_sum, num_gpus, hidden, num_rows, norm="started")
         yield f"peer_sum_residual {hidden} {num_rows} on {num_gpus}", run
+    for num_gpus, (hidden, num_rows) in itertools.product(
+        (2, 4), ((1024, 8), (4096, 64), (4096, 128), (4096, 320), (8192, 16), (8192, 200))
+    ):
+        run = functools.partial(compile_peer_sum, num_gpus, hidden, num_rows, norm="finished")
+        yield f"peer_sum_norm {hidden} {num_rows} on {num_gpus}", run
 
 
 def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:

@@ -5,6 +5,8 @@ wrote raise. Memory is no stronger than the kernel may rely on:
 
 - A store is seen by others some time later, in no order with the thread's others, and 16 bytes as 8 and 8. It
   is seen before what follows a release of its thread or, behind a barrier, of its block.
+- What a block shares (`Shared`) may be read from the barrier on that follows the store, and stored anew from
+  the barrier on that follows the reads.
 - A load may give what was there before, back to what the thread knows of: what it saw there, what was there
   when its kernel started, and what came before a store that its block has acquired. A load that is not
   volatile, relaxed or acquire must have no choice.
@@ -103,8 +105,43 @@ class Memory:
 class Registers(dict[str, int]):
     def __missing__(self, name: str) -> int:
         """A number stands for itself; what else was not written raises ValueError."""
-        self[name] = int(name, 0)
+        self[name] = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
         return self[name]
+
+
+class Shared:
+    """The memory of a block: each word, who wrote it after how many barriers, and who has read it since."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.words: dict[int, tuple[int, Thread, int]] = {}
+        self.readers: dict[int, list[tuple[Thread, int]]] = defaultdict(list)
+
+    def check(self, address: int, num_words: int) -> None:
+        if address < 0 or address + 4 * num_words > self.num_bytes or address % (4 * num_words):
+            raise IndexError(f"{num_words} words at {address} of {self.num_bytes} bytes of a block")
+
+    def load(self, thread: "Thread", address: int, num_words: int) -> list[int]:
+        self.check(address, num_words)
+        places = range(address, address + 4 * num_words, 4)
+        for place in places:
+            assert place in self.words, "read before it was written"
+            _, writer, phase = self.words[place]
+            assert writer is thread or phase < thread.phase, (
+                "what a load of shared memory gives depends on when"
+            )
+            self.readers[place].append((thread, thread.phase))
+        return [self.words[place][0] for place in places]
+
+    def store(self, thread: "Thread", address: int, words: Sequence[int]) -> None:
+        self.check(address, len(words))
+        for i, word in enumerate(words):
+            place = address + 4 * i
+            before = self.readers.pop(place, []) + [seen[1:] for seen in [self.words.get(place)] if seen]
+            assert all(who is thread or phase < thread.phase for who, phase in before), (
+                "what is in shared memory depends on when a store comes"
+            )
+            self.words[place] = word, thread, thread.phase
 
 
 class Store(NamedTuple):
@@ -164,6 +201,12 @@ class Thread:
                 if step.order == ".release.sys":
                     self.fence()
                 self.store(values[0] + step.number, values[1:])
+            case "ld shared":
+                address = values[0] + step.number
+                words = self.block.shared.load(self, address, len(step.to))
+                registers |= zip(step.to, words, strict=True)
+            case "st shared":
+                self.block.shared.store(self, values[0] + step.number, values[1:])
             case "trap":
                 raise Trap
             case "bar" if self.is_last_of(threads):
@@ -219,13 +262,14 @@ class Launch(NamedTuple):
     num_blocks: int
     num_threads: int
     operands: Sequence[int]
+    shared_bytes: int = 0  # of each block
 
 
 class Block:
     def __init__(self, memory: Memory, launch: Launch, number: int) -> None:
         self.memory, self.steps, self.pace, self.haste = memory, launch.steps, 1.0, 1.0
         given = {f"${i}": each for i, each in enumerate(launch.operands)} | {"%ctaid.x": number}
-        threads = range(launch.num_threads)
+        self.shared, threads = Shared(launch.shared_bytes), range(launch.num_threads)
         self.threads = [Thread(self, Registers(given, **{"%tid.x": each}), memory.time) for each in threads]
         self.awake = self.threads
 

@@ -1,12 +1,16 @@
 """Instructions of PTX that `peer_sum` is made of, from their text."""
 
+import math
 import operator
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-MEMORY = re.compile(r"(ld|st)(\.volatile|\.(?:relaxed|acquire|release)\.sys)?\.global(\.v4)?\.[buf](32|64)")
+MEMORY = re.compile(
+    r"(ld|st)(\.volatile|\.(?:relaxed|acquire|release)\.sys)?\.(global|shared)(\.v4)?\.[buf](32|64)"
+)
+SHARED = re.compile(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\];")
 OPERAND = re.compile(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+")
 
 
@@ -30,7 +34,7 @@ def float16(bits: int) -> int:
 
 # By name, of bits; a predicate is 0 or 1.
 VALUES: dict[str, Callable[..., int]] = {
-    **dict.fromkeys(("mov.u32", "mov.b32", "mov.b64"), lambda a: a),
+    **dict.fromkeys(("mov.u32", "mov.b32", "mov.f32", "mov.b64"), lambda a: a),
     "add.u32": lambda a, b: a + b & 0xFFFFFFFF,
     "add.s64": lambda a, b: a + b & 0xFFFFFFFFFFFFFFFF,
     "mul.lo.u32": lambda a, b: a * b & 0xFFFFFFFF,
@@ -40,6 +44,7 @@ VALUES: dict[str, Callable[..., int]] = {
     "div.u32": operator.floordiv,
     "rem.u32": operator.mod,
     "and.b32": operator.and_,
+    "xor.b32": operator.xor,
     "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
     "shr.u32": operator.rshift,
     "setp.eq.u32": operator.eq,
@@ -50,6 +55,7 @@ VALUES: dict[str, Callable[..., int]] = {
     "add.rn.f32": of_floats(operator.add),
     "mul.rn.f32": of_floats(operator.mul),
     "fma.rn.f32": of_floats(lambda a, b, c: a * b + c),
+    "rsqrt.approx.f32": of_floats(lambda a: 1 / math.sqrt(a)),
     "cvt.f32.f16": lambda a: recast(recast(a, "H", "e"), "f", "I"),
     "cvt.rn.f16x2.f32": lambda high, low: float16(high) << 16 | float16(low),
     "cvt.rn.bf16x2.f32": lambda high, low: bfloat16(high) << 16 | bfloat16(low),
@@ -69,15 +75,22 @@ class Step(NamedTuple):
 
 
 def decode(text: str) -> list[Step]:
-    """What `Sum.ptx()` says."""
+    """What `Sum.ptx()` says. What the threads of a block share begins at the address 0."""
     labels: dict[str, int] = {}
     lines: list[str] = []
+    for _, name, _ in SHARED.findall(text):
+        text = re.sub(rf"\b{name}\b(?!\[)", "0", text)
     for line in text.splitlines()[1:-1]:
         if line.endswith(":"):
             labels[line[:-1]] = len(lines)
-        elif not line.startswith(".reg "):
+        elif not line.startswith((".reg ", ".shared ")):
             lines.append(line)
     return [decode_line(line, place, labels) for place, line in enumerate(lines)]
+
+
+def shared_bytes(text: str) -> int:
+    """What the threads of a block share."""
+    return sum(int(size) for _, _, size in SHARED.findall(text))
 
 
 def decode_line(line: str, place: int, labels: Mapping[str, int]) -> Step:
@@ -96,10 +109,12 @@ def decode_line(line: str, place: int, labels: Mapping[str, int]) -> Step:
         case ("bar.sync", ["0"]) | ("trap", []):
             return Step(name.partition(".")[0], predicate)
         case _, [first, second] if memory := MEMORY.fullmatch(name):
-            kind, order, vector, bits = memory.groups()
+            kind, order, space, vector, bits = memory.groups()
             address, values = (second, first) if kind == "ld" else (first, second)
             names, (base, _, offset) = re.findall(r"\w+", values), address.strip("[]").partition("+")
             assert len(names) == (4 if vector else 1) and (kind, bits) != ("st", "64"), line
+            assert space == "global" or (order, bits) == (None, "32"), line
             to, sources = (names, [base]) if kind == "ld" else ((), [base, *names])
-            return Step(kind + "64" * (bits == "64"), predicate, to, sources, int(offset or 0), order)
+            kind = f"{kind} shared" if space == "shared" else kind + "64" * (bits == "64")
+            return Step(kind, predicate, to, sources, int(offset or 0), order)
     raise NotImplementedError(line)

@@ -1,5 +1,6 @@
 """Sums through the memory of other GPUs: the kernel's text interpreted, the reference, the kernel on GPUs."""
 
+import functools
 import random
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pjengine.pallas_kernels.peer_sum import (
     check_peer_sum_can,
     inbox_bytes,
     peer_sum,
+    peer_sum_norm,
     peer_sum_residual,
 )
 from pjengine.pallas_kernels.peer_sum_ptx import LANES, VALUES, Inbox, Sum
@@ -25,11 +27,12 @@ from pjengine.pallas_kernels.skinny_linear import Residual
 from pjengine.sharding.mesh import TENSOR, choose_devices, make_mesh
 from tests.kernels import ptx
 from tests.kernels.cases import cuda_mesh, cuda_target
-from tests.kernels.ptx_steps import decode
+from tests.kernels.ptx_steps import decode, shared_bytes
 
 DTYPES: dict[str, Any] = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
 MAX_PACKETS, MAX_VECTORS = 8, 24  # of the small kernels below
 LAST_EPOCH = 2**32 - 1
+EPS = 1e-5
 
 
 @pytest.fixture
@@ -79,8 +82,9 @@ class Gpus:
     def launch(self, sum_: Sum, rank: int, *operands: int) -> None:
         if rank == 0:  # Behind the last epoch comes neither 0, as in new inboxes, nor another odd one.
             self.epoch = 2 if self.epoch == LAST_EPOCH else self.epoch + 1
-        steps = decode(self.wrong(sum_.ptx()))
-        self.launches[rank].append(ptx.Launch(steps, sum_.num_blocks, sum_.num_threads, operands))
+        text = self.wrong(sum_.ptx())
+        sizes = sum_.num_blocks, sum_.num_threads
+        self.launches[rank].append(ptx.Launch(decode(text), *sizes, operands, shared_bytes(text)))
 
     def sum(self, num_vectors: int, dtype: str = "bf16") -> None:
         sum_ = Sum(num_gpus=self.num_gpus, num_values=num_vectors * VALUES, dtype=dtype)
@@ -108,6 +112,23 @@ class Gpus:
             self.wanted += zip(outs, (rows, scaled), strict=True)
         return squares
 
+    def sum_norm(self, num_rows: int, row_size: int) -> list[tuple[int, np.ndarray]]:
+        """Returns where each GPU has the norm, and what it is without its rounding."""
+        sizes = {"num_values": num_rows * row_size, "row_size": row_size}
+        sum_ = Sum(num_gpus=self.num_gpus, dtype="bf16", eps=EPS, **sizes)
+        xs = draw(self.numpy_rng, self.num_gpus, num_rows, row_size)
+        before, norms = draw(self.numpy_rng, num_rows, row_size), draw(self.numpy_rng, 3, row_size)
+        norm = int(self.numpy_rng.integers(3))
+        rows = (total(xs) + before.astype(np.float32)).astype(before.dtype)
+        normed = root_mean_square_norm(rows, norms[norm])
+        outs = []
+        for rank, x in enumerate(xs):
+            self.wanted.append((self.memory.allocate(x.nbytes), rows))
+            outs.append((self.memory.allocate(x.nbytes), normed))
+            given = [self.put(each) for each in (before, norms, np.array([norm], np.uint32))]
+            self.launch(sum_, rank, self.put(x), self.tables[rank], self.wanted[-1][0], *given, outs[-1][0])
+        return outs
+
     def run(self) -> None:
         """All sums have the bits that they should, on every GPU, and all counters of blocks are alike."""
         ptx.run(self.memory, self.launches)
@@ -131,6 +152,12 @@ def total(xs: np.ndarray) -> np.ndarray:
     for x in xs[1:]:
         out = out + x.astype(np.float32)
     return out
+
+
+def root_mean_square_norm(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    wide = rows.astype(np.float64)
+    wide = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + EPS)
+    return wide * weight.astype(np.float64)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +206,22 @@ def test_a_residual_is_added_before_the_sum_is_rounded_and_its_norm_started(
         found = gpus.memory.read(address, row_size // 256 * num_rows * 4).view(np.float32)
         wanted = (rows.astype(np.float64) ** 2).reshape(num_rows, -1, 256).sum(axis=2).T
         np.testing.assert_allclose(found.reshape(wanted.shape), wanted, rtol=1e-6)
+
+
+# Of two blocks at most: packets, then rows, of which the last block has fewer or as many.
+@pytest.mark.parametrize(("num_gpus", "num_rows"), [(2, 2), (2, 5), (3, 4)])
+def test_a_norm_is_finished_by_the_block_that_has_the_row(
+    num_gpus: int, num_rows: int, warps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_sum_ptx, "ROW_BYTES", 16 * 128 * 5)
+    gpus, norms = Gpus(num_gpus, num_rows), []
+    for _ in range(2 if num_rows == 2 else 1):
+        norms += gpus.sum_norm(num_rows, 1024)
+        gpus.sum(7)
+    gpus.run()
+    for address, wanted in norms:
+        found = gpus.memory.read(address, 2 * wanted.size).view(DTYPES["bf16"]).reshape(wanted.shape)
+        np.testing.assert_allclose(found.astype(np.float64), wanted, rtol=2**-8 + 1e-6, atol=1e-30)
 
 
 def test_a_sum_of_a_decode_step_is_right_in_kernels_of_real_size() -> None:
@@ -398,6 +441,34 @@ def test_residuals_are_added_and_norms_started(backend: str, num_devices: int) -
             xs, rows = normed.scaled, new[0]
 
 
+@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_residuals_are_added_and_norms_finished(backend: str, num_devices: int) -> None:
+    devices, rng = Devices(num_devices), np.random.default_rng(3)
+
+    def two_layers(x: jax.Array, table: jax.Array, rows: jax.Array, norms: jax.Array) -> Any:
+        finish = functools.partial(peer_sum_norm, eps=EPS, axis=TENSOR, backend=backend)
+        first = finish(x, table, Residual(rows, norms, 2))
+        return first, finish(first[1], table, Residual(first[0], norms, jnp.int32(0)))
+
+    run = devices.jit(two_layers, num_whole=2)
+    for num_rows, row_size in [(1, 4096), (64, 4096), (65, 4096), (130, 4096), (9, 1024), (16, 8192)]:
+        shapes = (num_devices, num_rows, row_size), (num_rows, row_size), (3, row_size)
+        xs, rows, norms = (rng.standard_normal(shape).astype(DTYPES["bf16"]) for shape in shapes)
+        layers = jax.device_get(run(devices.divide(xs), devices.table, rows, norms))
+        for (new, normed), norm in zip(layers, (2, 0), strict=True):
+            before = total(xs) + rows.astype(np.float32)
+            np.testing.assert_allclose(
+                new.astype(np.float32), np.broadcast_to(before, new.shape), rtol=0.02, atol=0.1
+            )
+            if backend == "mosaic":
+                assert (new == before.astype(new.dtype)).all()
+                assert (normed == normed[0]).all()
+            wanted = root_mean_square_norm(new, norms[norm])
+            np.testing.assert_allclose(normed.astype(np.float64), wanted, rtol=0.01, atol=1e-6)
+            xs, rows = normed, new[0]
+
+
 def struct(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -432,6 +503,16 @@ def test_what_the_kernel_cannot_do_is_refused(x: Any, inboxes: Any, residual: An
         jax.eval_shape(check_peer_sum_can, x, inboxes, residual)
 
 
+@pytest.mark.parametrize("row_size", [512, 1536, 9216])
+def test_a_norm_is_finished_by_whole_warpgroups(row_size: int) -> None:
+    def check(x: jax.Array, inboxes: jax.Array, norms: jax.Array) -> None:
+        check_peer_sum_can(x, inboxes, Residual(x, norms, 0), EPS)
+
+    message = f"rows of {row_size} with a norm: wanted a multiple of 1024, at most 8192"
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(check, struct(4, row_size), TABLE, struct(1, row_size))
+
+
 @pytest.mark.parametrize(
     ("num_values", "gpus"), [(8, 2), (2**23, 2), (2**21, 4)], ids=["smallest", "largest of 2", "of 4"]
 )
@@ -453,11 +534,15 @@ def test_a_backend_that_is_named_runs_or_raises() -> None:
             peer_sum(x, None, axis=TENSOR, backend=backend)
         with pytest.raises(ValueError, match="backend must be one of mosaic, reference"):
             peer_sum_residual(rows, None, residual, axis=TENSOR, backend=backend)
+        with pytest.raises(ValueError, match="backend must be one of mosaic, reference"):
+            peer_sum_norm(rows, None, residual, eps=EPS, axis=TENSOR, backend=backend)
     with cuda_target():
         with pytest.raises(NotImplementedError, match="no inboxes"):
             peer_sum(x, None, axis=TENSOR, backend="mosaic")
         with pytest.raises(NotImplementedError, match="no inboxes"):
             peer_sum_residual(rows, None, residual, axis=TENSOR, backend="mosaic")
+        with pytest.raises(NotImplementedError, match="no inboxes"):
+            peer_sum_norm(rows, None, residual, eps=EPS, axis=TENSOR, backend="mosaic")
     with jax.sharding.use_abstract_mesh(cuda_mesh("NVIDIA B200")):
         with pytest.raises(NotImplementedError, match="wanted a Hopper GPU"):
             peer_sum(x, jnp.zeros((4, 2), jnp.uint32), axis=TENSOR, backend="mosaic")
