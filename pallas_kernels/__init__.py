@@ -6,6 +6,7 @@ is in a module is reached as `from pjengine.pallas_kernels.paged_attention impor
 """
 
 from pjengine.pallas_kernels.attention_variant import AttentionVariant
+from pjengine.pallas_kernels.batch_invariant_linear import batch_invariant_linear
 from pjengine.pallas_kernels.dispatch import chosen_backends
 from pjengine.pallas_kernels.gated_linear import gated_linear
 from pjengine.pallas_kernels.grouped_linear import ExpertWeights, Gate, Routing, routed_mlp
@@ -39,6 +40,7 @@ __all__ = [
     "Normed",
     "Residual",
     "Routing",
+    "batch_invariant_linear",
     "chosen_backends",
     "gated_linear",
     "inbox_bytes",

@@ -1,26 +1,22 @@
-"""Times the kernels, each beside the limit of the card that was measured in the same run.
+"""Times the kernels, each beside the limit of the card that was measured in the same run, as `timing` does.
 
-`pjengine bench kernels` is the way in. A timed program is many calls in a row, as the layers of a model make
-them, and holds nothing but their kernels (`tests/compile` looks at it). The calls read COLD_BYTES or more
-before they read anything again, so that it comes from memory and not from the L2 cache; where that is not so,
-`is_cold` is false.
+`pjengine bench kernels` is the way in.
 """
 
 import dataclasses
 import functools
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pjengine.pallas_kernels.batch_invariant_linear import InvariantTiles, choose_splits, invariant_mosaic
+from pjengine.pallas_kernels.batch_invariant_linear import reference as invariant_reference
 from pjengine.pallas_kernels.dispatch import check_hopper
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
 from pjengine.pallas_kernels.gated_linear import reference as gated_reference
@@ -36,15 +32,22 @@ from pjengine.pallas_kernels.mosaic_prefill import MosaicTiles, check_mosaic_can
 from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
-from pjengine.pallas_kernels.shapes import EXPERTS, PRODUCTS, SHAPES, ExpertShape, HeadShape
+from pjengine.pallas_kernels.shapes import EXPERTS, HEADS, PRODUCTS, SHAPES, ExpertShape, HeadShape
 from pjengine.pallas_kernels.skinny_linear import Residual, SkinnyTiles, skinny_triton, start_norm
 from pjengine.pallas_kernels.skinny_qkv import Destination, choose_tiles, skinny_qkv_triton
+from pjengine.pallas_kernels.timing import (
+    CALLS,
+    Call,
+    Case,
+    Limits,
+    Row,
+    State,
+    calls_for,
+    described,
+    layers_for,
+    library_only,
+)
 from pjengine.pallas_kernels.triton_extra import import_jax_triton
-
-type Row = dict[str, object]
-type State = tuple[Any, ...]
-# Of the state, the number of the call and the arguments: the state of the next call, and what else it made.
-type Call = Callable[..., tuple[State, Any]]
 
 # (batch, context)
 DECODE_CASES: Sequence[tuple[int, int]] = (
@@ -63,110 +66,7 @@ PREFILL_CASES: Mapping[str, tuple[list[int], list[int]]] = {
     "chunk of 2048 after 6144": ([2048], [8192]),
     "mixed: 1920 after 0, 128 decodes at 1024": ([1920] + [1] * 128, [1920] + [1024] * 128),
 }
-CALLS = 32  # in one program, at least, as in a model of 32 layers
-COLD_BYTES = 128 << 20  # more than twice the L2 cache of an H200
 EPS = 1e-5
-MEASUREMENTS, RUNS = 5, 3
-
-
-def seconds(program: Callable[[], Any]) -> float:
-    """Median time of one run of a compiled program, over MEASUREMENTS of RUNS queued together."""
-    jax.block_until_ready(program())
-    times = []
-    for _ in range(MEASUREMENTS):
-        start = time.perf_counter()
-        for _ in range(RUNS):
-            out = program()
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / RUNS)
-    return statistics.median(times)
-
-
-def copy_gb_per_s(num_bytes: int) -> float:
-    """Bytes read plus bytes written a second by adding 1 to an array. Reading alone can be faster."""
-    x = jax.random.normal(jax.random.key(0), (num_bytes // 4,), jnp.float32)
-    return 2 * num_bytes / seconds(functools.partial(jax.jit(lambda x: x + 1), x)) / 1e9
-
-
-def product_tflop_per_s(size: int) -> float:
-    """Of one square bfloat16 product by the library that XLA calls."""
-    left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
-    return 2 * size**3 / seconds(functools.partial(jax.jit(jnp.dot), left, right)) / 1e12
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What the card was measured to do, and how a kernel's figure reads beside it."""
-
-    copy_gb_per_s: float
-    product_tflop_per_s: float
-
-    @classmethod
-    def measure(cls, *, is_tiny: bool) -> "Limits":
-        return cls(copy_gb_per_s(1 << (20 if is_tiny else 30)), product_tflop_per_s(256 if is_tiny else 8192))
-
-    def row(self, case: Row, took: Callable[[], float], *, gb: float = 0.0, tflop: float = 0.0) -> Row:
-        """One result: `took` seconds for `gb` through the memory, or for `tflop` of products."""
-        try:
-            took_s = took()
-        except jax.errors.JaxRuntimeError as error:  # tiles that need more shared memory than there is
-            return {**case, "error": str(error).partition("\n")[0][:200]}
-        unit, amount, limit = (
-            ("gb_per_s", gb, self.copy_gb_per_s) if gb else ("tflop_per_s", tflop, self.product_tflop_per_s)
-        )
-        rate = amount / took_s
-        return {**case, "us": took_s * 1e6, unit: rate, f"limit_{unit}": limit, "share": rate / limit}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One kernel at one size, to be called again and again."""
-
-    row: Row  # what it is
-    call: Call
-    state: State
-    args: tuple[Any, ...] = ()
-    num_calls: int
-    gb: float = 0.0  # of one call
-    tflop: float = 0.0
-    is_cold: bool = True
-
-    def program(self, state: State, *args: Any) -> tuple[State, list[Any]]:
-        """Every call. To be jitted, with the state donated: it passes through without a copy."""
-        outs = []
-        for index in range(self.num_calls):
-            # The barrier takes no kernel. Without it, XLA would make one product of those that share their x;
-            # and what nobody takes it would leave out, so that the program gives it.
-            state, out = lax.optimization_barrier(self.call(state, index, *args))
-            outs.append(out)
-        return state, outs
-
-    def seconds(self) -> float:
-        """Of one call."""
-        program = jax.jit(self.program, donate_argnums=0, compiler_options=library_only())
-        state = jax.tree.map(jnp.copy, self.state)  # other cases may have the same
-
-        def run() -> Any:
-            nonlocal state
-            state, outs = program(state, *self.args)
-            return state, outs
-
-        return seconds(run) / self.num_calls
-
-
-def library_only() -> dict[str, bool]:
-    """Compiler options under which XLA's products are those of the library, as in the engine."""
-    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else {}
-
-
-def layers_for(num_bytes: int, *, is_tiny: bool) -> int:
-    """How many layers, of `num_bytes` each, are more than stays in a cache."""
-    return 2 if is_tiny else -(-COLD_BYTES // num_bytes)
-
-
-def calls_for(num_layers: int, *, is_tiny: bool) -> int:
-    """How many calls go through all of the layers."""
-    return 2 if is_tiny else max(CALLS, num_layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,12 +323,7 @@ def qkv_case(base: Case, heads: HeadShape, *, interpret: bool) -> Case:
 
 def gated_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
     """Gated products of many rows, by `gated_linear` and by the library, with XLA's kernel for the gates."""
-    if "gate_up" not in PRODUCTS.get(name, {}):
-        return
-    try:
-        if not interpret:
-            check_hopper()
-    except NotImplementedError:
+    if "gate_up" not in PRODUCTS.get(name, {}) or not runs_mosaic(interpret=interpret):
         return
     k, n = PRODUCTS[name]["gate_up"]
     num_layers = layers_for(2 * k * n, is_tiny=is_tiny)
@@ -445,7 +340,7 @@ def gated_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -
         for choice, multiply in kinds:
             yield Case(
                 row={"op": "gated", "rows": num_rows, **choice},
-                call=gated_call(multiply),
+                call=layer_call(multiply),
                 state=(x,),
                 args=(weights,),
                 # The results of a program are all there at once.
@@ -454,11 +349,64 @@ def gated_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -
             )
 
 
-def gated_call(multiply: Callable[..., Array]) -> Call:
+def runs_mosaic(*, interpret: bool) -> bool:
+    try:
+        if not interpret:
+            check_hopper()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def layer_call(multiply: Callable[..., Array]) -> Call:
     return lambda state, index, weights: (
         state,
         multiply(*state, weights, jnp.int32(index % len(weights))),
     )
+
+
+def invariant_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
+    """Products of a decode step and its head, by `batch_invariant_linear` and by the library.
+
+    `has_equal_bits`: the first rows have the same bits with every one of the numbers of rows.
+    """
+    if name not in HEADS or not runs_mosaic(interpret=interpret):
+        return
+    layered = {product: sizes for product, sizes in PRODUCTS[name].items() if product != "gate_up"}
+    counts = (8, 16) if is_tiny else (64, 128, 256, 512)
+    for product, (k, n) in {**layered, "head": HEADS[name]}.items():
+        is_head = product == "head"
+        num_layers = layers_for(2 * k * n, is_tiny=is_tiny)
+        shape = (num_layers, *((n, k) if is_head else (k, n)))
+        weights = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+        x = jax.random.normal(jax.random.key(1), (counts[-1], k), jnp.bfloat16)
+        options: dict[str, Any] = {
+            "dtype": jnp.float32 if is_head else jnp.bfloat16,
+            "is_transposed": is_head,
+        }
+        library = functools.partial(invariant_reference, **options)
+        interpreter = plgpu.InterpretGPUParams() if interpret else None
+        mosaic = functools.partial(invariant_mosaic, interpret=interpreter, **options)
+        kinds = [(multiply, has_equal_bits(multiply, x, weights, counts)) for multiply in (mosaic, library)]
+        for num_rows, (multiply, is_equal) in itertools.product(counts, kinds):
+            tiles = InvariantTiles.choose(num_rows=num_rows, k=k, n=n, num_splits=choose_splits(k, n))
+            choice = described("mosaic", tiles) if multiply is mosaic else described("library")
+            row = {"op": "batch_invariant", "product": product, "rows": num_rows, **choice}
+            yield Case(
+                row={**row, "has_equal_bits": is_equal},
+                call=layer_call(multiply),
+                state=(x[:num_rows],),
+                args=(weights,),
+                num_calls=1 if is_tiny else min(CALLS, (1 << 31) // (4 * num_rows * n)),
+                tflop=2 * num_rows * k * n / 1e12,
+            )
+
+
+def has_equal_bits(multiply: Callable[..., Array], x: Array, weights: Array, counts: Sequence[int]) -> bool:
+    """Whether the first rows are the same with each of so many, of which the first count is the least."""
+    program = jax.jit(multiply, compiler_options=library_only())
+    outs = (program(x[:count], weights, jnp.int32(0))[: counts[0]] for count in counts)
+    return len({np.asarray(out).tobytes() for out in outs}) == 1
 
 
 def expert_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
@@ -599,15 +547,12 @@ def threshold_call(*, interpret: bool) -> Call:
     )
 
 
-def described(backend: str, tiles: Any = None) -> Row:
-    return {"backend": backend, "tiles": None if tiles is None else dataclasses.asdict(tiles)}
-
-
 OPS: Mapping[str, Callable[..., Iterator[Case]]] = {
     "decode": decode_cases,
     "prefill": prefill_cases,
     "product": product_cases,
     "gated": gated_cases,
+    "batch_invariant": invariant_cases,
     "experts": expert_cases,
     "small": small_cases,
 }

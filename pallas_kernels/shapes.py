@@ -41,6 +41,13 @@ PRODUCTS: Mapping[str, Mapping[str, tuple[int, int]]] = {
     "demo": {"qkv": (256, 512), "gate_up": (256, 1024)},
 }
 
+# Inputs of the head, and the tokens of the vocabulary.
+HEADS: Mapping[str, tuple[int, int]] = {
+    "llama-8b": (4096, 128256),
+    "llama2-13b": (5120, 32000),
+    "demo": (256, 512),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShape:

@@ -14,6 +14,7 @@ from jax.stages import Compiled
 from pjengine.config import buckets
 from pjengine.models.shapes import SHAPES as MODELS
 from pjengine.pallas_kernels.attention_variant import AttentionVariant
+from pjengine.pallas_kernels.batch_invariant_linear import InvariantTiles, invariant_mosaic
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
 from pjengine.pallas_kernels.grouped_linear import (
     MAX_PLANNED,
@@ -31,7 +32,7 @@ from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
 from pjengine.pallas_kernels.peer_sum import peer_sum, peer_sum_norm, peer_sum_residual
 from pjengine.pallas_kernels.ragged_prefill import PrefillTiles, ragged_triton
 from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
-from pjengine.pallas_kernels.shapes import EXPERTS, PRODUCTS, SHAPES, ExpertShape, HeadShape
+from pjengine.pallas_kernels.shapes import EXPERTS, HEADS, PRODUCTS, SHAPES, ExpertShape, HeadShape
 from pjengine.pallas_kernels.skinny_linear import MAX_ROWS, Normed, Residual, SkinnyTiles, skinny_triton
 from pjengine.pallas_kernels.skinny_qkv import Destination, skinny_qkv_triton
 from pjengine.sharding.mesh import TENSOR
@@ -140,6 +141,19 @@ def compile_gated(k: int, n: int, num_rows: int, *, tiles: GatedTiles | None = N
     """Gate and up of many rows; n is one half."""
     x, weights = struct((num_rows, k), jnp.bfloat16), struct((32, k, 2, n), jnp.bfloat16)
     return compile_for_h200(functools.partial(gated_mosaic, tiles=tiles), x, weights, struct(()))
+
+
+def compile_invariant(
+    k: int, n: int, num_rows: int, *, is_head: bool = False, tiles: InvariantTiles | None = None
+) -> Compiled:
+    """A product of many rows: of 32 layers, or the transposed one of a head in float32."""
+    x, weights = (
+        struct((num_rows, k), jnp.bfloat16),
+        struct((1, n, k) if is_head else (32, k, n), jnp.bfloat16),
+    )
+    dtype = jnp.float32 if is_head else jnp.bfloat16
+    run = functools.partial(invariant_mosaic, dtype=dtype, is_transposed=is_head, tiles=tiles)
+    return compile_for_h200(run, x, weights, struct(()))
 
 
 def compile_experts(
@@ -303,6 +317,16 @@ def product_programs(name: str) -> Iterator[tuple[str, Callable[[], Compiled]]]:
         yield f"gated_linear {name} {num_rows}", functools.partial(compile_gated, k, n // 2, num_rows)
 
 
+def invariant_programs(name: str) -> Iterator[tuple[str, Callable[[], Compiled]]]:
+    """Those of a decode step, whose gated product is `gated_linear`'s."""
+    products = {"qkv": PRODUCTS[name]["qkv"], "out": PRODUCTS[name]["out"], "down": PRODUCTS[name]["down"]}
+    for (product, (k, n)), num_rows in itertools.product(
+        {**products, "head": HEADS[name]}.items(), (64, 128, 256, 512)
+    ):
+        run = functools.partial(compile_invariant, k, n, num_rows, is_head=product == "head")
+        yield f"batch_invariant_linear {name} {product} {num_rows}", run
+
+
 def expert_programs(name: str, shape: ExpertShape) -> Iterator[tuple[str, Callable[[], Compiled]]]:
     kinds = [("bfloat16", False), ("float32", False), ("bfloat16", True)]
     for dtype, has_biases in kinds if name != "demo" else kinds[:1]:
@@ -335,6 +359,8 @@ def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
         yield from featured_programs(name)
     for name in PRODUCTS:
         yield from product_programs(name)
+    for name in ("llama-8b", "llama2-13b"):
+        yield from invariant_programs(name)
     for name, experts in EXPERTS.items():
         yield from expert_programs(name, experts)
     for num_experts, num_pairs in itertools.product((8, 128, 512), (2, 64, MAX_PLANNED)):
@@ -371,6 +397,9 @@ WRONG: Mapping[str, Callable[[], Compiled]] = {
     ),
     "gated_linear of 8 stages": functools.partial(
         compile_gated, 4096, 14336, 256, tiles=GatedTiles(num_stages=8)
+    ),
+    "batch_invariant_linear of 6 stages": functools.partial(
+        compile_invariant, 4096, 4096, 512, tiles=InvariantTiles(block_n=256, is_split=True, num_stages=6)
     ),
     "grouped_linear of 4 warps": functools.partial(
         compile_experts, EXPERTS["mixtral-8x7b"], "bfloat16", 8192,

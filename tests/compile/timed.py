@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.stages import Compiled
 
-from pjengine.pallas_kernels.bench import OPS, Cache, Case, decode_call, step_case
+from pjengine.pallas_kernels.bench import OPS, Cache, decode_call, step_case
 from pjengine.pallas_kernels.paged_attention import DecodeTiles
 from pjengine.pallas_kernels.shapes import SHAPES
 from pjengine.pallas_kernels.skinny_linear import SkinnyTiles
+from pjengine.pallas_kernels.timing import Case
 from pjengine.step_compiler import COMPILER_OPTIONS
 from tests.compile.target import struct
 from tests.kernels.cases import cuda_target

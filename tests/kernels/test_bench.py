@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from pjengine.pallas_kernels import bench
-from pjengine.pallas_kernels.bench import OPS, Limits, kernel_rows
+from pjengine.pallas_kernels import bench, timing
+from pjengine.pallas_kernels.bench import OPS, kernel_rows
+from pjengine.pallas_kernels.timing import Limits
 
 LIMITS = Limits(copy_gb_per_s=4.0, product_tflop_per_s=8.0)
 
@@ -13,14 +16,14 @@ LIMITS = Limits(copy_gb_per_s=4.0, product_tflop_per_s=8.0)
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:  # the interpreter of Mosaic takes a second for a call
-        patch.setattr(bench, "MEASUREMENTS", 1)
-        patch.setattr(bench, "RUNS", 1)
+        patch.setattr(timing, "MEASUREMENTS", 1)
+        patch.setattr(timing, "RUNS", 1)
         return list(kernel_rows("demo", interpret=True))
 
 
 def test_every_kernel_has_a_rate_beside_its_limit(rows: list[dict[str, Any]]) -> None:
     ops = {row["op"] for row in rows}
-    assert ops == {"decode", "prefill", "product", "gated", "experts", "rope_kv_write", "keep_threshold"}
+    assert ops == {*OPS, "rope_kv_write", "keep_threshold"} - {"small"}
     for row in rows:
         unit = "gb_per_s" if "gb_per_s" in row else "tflop_per_s"
         assert row["us"] > 0 and row[f"limit_{unit}"] > 0
@@ -40,8 +43,26 @@ def test_products_are_timed_beside_the_library(rows: list[dict[str, Any]]) -> No
     assert [row["backend"] for row in rows if row["op"] == "gated"] == ["mosaic", "library"]
 
 
+def test_batch_invariant_products_are_compared_with_the_library(rows: list[dict[str, Any]]) -> None:
+    own = [row for row in rows if row["op"] == "batch_invariant"]
+    found = [(row["product"], row["rows"], row["backend"]) for row in own]
+    backends, counts = ("mosaic", "library"), (8, 16)
+    assert found == [(each, count, by) for each in ("qkv", "head") for count in counts for by in backends]
+    assert all(row["has_equal_bits"] for row in own if row["backend"] == "mosaic")
+    assert all(row["has_equal_bits"] in (True, False) for row in own)
+
+
+def test_rows_that_differ_between_shapes_are_told() -> None:
+    def multiply(x: jax.Array, weights: jax.Array, layer: jax.Array) -> jax.Array:
+        return x @ weights[0] + (0.5 if len(x) > 8 else 0.0)
+
+    x, weights = jnp.ones((16, 4)), jnp.ones((1, 4, 4))
+    assert not bench.has_equal_bits(multiply, x, weights, (8, 16))
+    assert bench.has_equal_bits(multiply, x, weights, (9, 16))
+
+
 def test_calls_go_through_more_than_a_cache_holds() -> None:
-    from pjengine.pallas_kernels.bench import CALLS, COLD_BYTES, calls_for, layers_for
+    from pjengine.pallas_kernels.timing import CALLS, COLD_BYTES, calls_for, layers_for
 
     for num_bytes in (300_000, 2 << 20, COLD_BYTES - 1, COLD_BYTES, 5 << 30):
         num_layers = layers_for(num_bytes, is_tiny=False)
@@ -68,8 +89,6 @@ def test_rates_are_per_second_and_shares_of_the_limit() -> None:
 
 
 def test_tiles_that_do_not_fit_are_reported_and_the_rest_goes_on() -> None:
-    import jax
-
     def too_large() -> float:
         raise jax.errors.JaxRuntimeError("out of shared memory\nmore")
 
