@@ -213,6 +213,9 @@ class Hosts:
 
     def fail(self, error: BaseException) -> None:
         """Tells the others that this host cannot go on: they end."""
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # Perhaps of a host that is lost. The next heartbeat shows that at the latest, and ends a worker.
+            self._is_lost.wait(2 * HEARTBEAT_S)
         with self._lock:
             if self.lost is not None or self._is_closing:
                 return
@@ -288,8 +291,8 @@ class Hosts:
                 return
             self.lost = HostLostError(f"{peer.name} is lost: {reason}")
             running, calls = self._running, list(self._when_lost)
-        self._is_lost.set()
         logger.error("%s. This process ends", self.lost)
+        self._is_lost.set()
         if self._rank:
             _end(self._status)
         watchdog = threading.Timer(EXIT_S, _end, (self._status,))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.golden import golden as goldens
-from tests.models.test_architectures import CASES
+from tests.models.test_share import EACH, ODD
 
 SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "skip_tokenizer_init": True}
 SIZES |= {"dtype": "float32", "warm_up": False, "decode_steps": 1, "kv_cache_memory_bytes": 2**20}
@@ -135,7 +135,7 @@ def test_a_draft_model_is_divided_as_the_model_is(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [2, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*EACH, *ODD])
 def test_devices_that_divide_any_architecture_generate_what_transformers_does(
     name: str, num_devices: int, tmp_path: Path
 ) -> None:
