@@ -4,6 +4,7 @@ import json
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -115,6 +116,34 @@ def test_a_host_with_other_weights_of_the_same_shapes_is_refused(door: Any, tmp_
         hosts.begin({"weights": digests[own]})
     hosts._close()
     for wire in wires:
+        wire.close()
+
+
+def test_a_worker_whose_devices_fail_first_says_that_the_head_is_lost(
+    door: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jax.errors import JaxRuntimeError
+
+    from pjengine import hosts
+    from pjengine.host_join import join
+
+    ended: list[int] = []
+    monkeypatch.setattr(hosts, "_end", ended.append)
+    wires = [join(worker(door, node_rank=rank))[0] for rank in (1, 2)]
+    head = {rank: wire for rank, (wire, _) in door.wait().items()}
+    own = hosts.Hosts(1, {0: (wires[0], "a name")})
+
+    class Loss(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            head[1].close()  # which the devices knew first
+            return super().wait(timeout)
+
+    own._is_lost = Loss()
+    own.fail(JaxRuntimeError("Connection reset by peer"))
+    assert str(own.lost).startswith("the head (a name) is lost: its connection has ended")
+    own._close()
+    assert ended == [1]
+    for wire in (*wires, *head.values()):
         wire.close()
 
 
