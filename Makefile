@@ -16,17 +16,21 @@ CUDA_COMPILER := $(if $(CUDA_EXTRA),,$(if $(filter Linux,$(shell uname -s)),jax-
 # Of two processes on one GPU, the first would take its memory. After a crash xdist may wait for ever: it ends then.
 TWO_AT_ONCE := $(if $(CUDA_EXTRA),,-n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0)
 
-.PHONY: demo test test-all test-jax-triton jax-triton-tests notebooks check clean
+.PHONY: demo test test-all test-sweep test-jax-triton jax-triton-tests notebooks check clean
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/pjengine generate demo --prompt 'def fibonacci(n):' --stream \
 		--temperature 0.6 --top-p 0.95 --sampling-seed 115
 
 test: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler) check
-	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) -m 'not slow'
+	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) -m 'not slow and not sweep'
 
 # What CI runs.
 test-all: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler) check
-	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) --durations=40
+	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) --durations=40 -m 'not sweep'
+
+# Further cases of what CI runs some of: every kernel of every shape compiled, every golden case through the engine.
+test-sweep: $(VENV)/installed-test $(if $(CUDA_COMPILER),$(VENV)/cuda-compiler)
+	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) --durations=40 -m sweep
 
 # The `jax_triton` kernels work with an older JAX than the other tests have: in a virtual environment of their own.
 test-jax-triton:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.golden import golden as goldens
-from tests.models.test_share import EACH, ODD
+from tests.models.test_share import EACH, ODD, QUICK
 
 SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "skip_tokenizer_init": True}
 SIZES |= {"dtype": "float32", "warm_up": False, "decode_steps": 1, "kv_cache_memory_bytes": 2**20}
@@ -133,9 +133,16 @@ def test_a_draft_model_is_divided_as_the_model_is(
     assert len(held) == 2 and held[0][1] == 1  # KV head
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_devices", [2, 4])
-@pytest.mark.parametrize("name", [*EACH, *ODD])
+@pytest.mark.parametrize(
+    ("name", "num_devices"),
+    [
+        *(pytest.param(name, 4, marks=pytest.mark.slow) for name in [*EACH, *ODD]),
+        *(
+            pytest.param(name, 2, marks=pytest.mark.slow if name in QUICK else pytest.mark.sweep)
+            for name in [*EACH, *ODD]
+        ),
+    ],
+)
 def test_devices_that_divide_any_architecture_generate_what_transformers_does(
     name: str, num_devices: int, tmp_path: Path
 ) -> None:

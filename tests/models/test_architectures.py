@@ -30,8 +30,10 @@ CASES = {
     if architecture in known_architectures()
 }
 FIRST = [names[0] for names in goldens.BY_ARCHITECTURE.values() if names[0] in CASES]  # of each architecture
-# Those that `make test` generates with; the logits of the first of each are compared there, and CI does all.
+# Those that `make test` generates with, and further ones of CI: the first of each architecture, windows and
+# rotary positions that depend on the length. The logits of all others are compared in CI, too.
 QUICK = {"mha", "gpt2", "bloom", "falcon_mqa", "gemma2", "gpt_oss", "mixtral", "qwen3"}
+IN_CI = {*FIRST, "dynamic", "dynamic_growing", "phi3_longrope_long", "yarn", "mistral_window", "qwen2_window"}
 ON_GPU = ["mqa", "mha", "yarn", *FIRST]
 FLOAT32 = jnp.dtype("float32")
 
@@ -77,7 +79,12 @@ def test_forward_equals_transformers(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES),
+        *(
+            name
+            if name in QUICK
+            else pytest.param(name, marks=pytest.mark.slow if name in IN_CI else pytest.mark.sweep)
+            for name in CASES
+        ),
         *(pytest.param(name, marks=pytest.mark.gpu, id=f"gpu-{name}") for name in ON_GPU),
     ],
 )

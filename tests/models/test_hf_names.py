@@ -43,8 +43,12 @@ def assert_same(found: Any, wanted: Any, name: str) -> None:
 
 
 def some(names: Iterable[str], quick: Iterable[str]) -> list[Any]:
-    """The others are more of the same."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """The others are more of the same: CI has one case of each architecture, and those that do not divide."""
+
+    def mark(name: str) -> pytest.MarkDecorator:
+        return pytest.mark.slow if name in (*EACH, *ODD) else pytest.mark.sweep
+
+    return [name if name in quick else pytest.param(name, marks=mark(name)) for name in names]
 
 
 def assert_tensors(found: Any, golden: goldens.Golden) -> None:

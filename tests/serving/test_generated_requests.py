@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes out of the server's own OpenAPI document: 5,000 of them, good and bad."""
+"""Requests that schemathesis makes out of the server's own OpenAPI document: 2,500 of them, good and bad."""
 
 import copy
 from collections import Counter
@@ -168,18 +168,18 @@ def test_no_request_that_the_document_allows_or_forbids_breaks_the_server(server
     for operation in map(as_operation, schemathesis.openapi.from_dict(document).get_all_operations()):
         has_body = any(True for _ in operation.body)
         has_query = any(True for _ in operation.query)
-        fuzz.send(operation, positive, 400 if has_body else 150)  # fewer, where there are no more
+        fuzz.send(operation, positive, 200 if has_body else 75)  # fewer, where there are no more
         if has_body or has_query:  # any path and header is good
             # Conversations are slow to make wrong.
             is_nested = operation.path in ("/v1/chat/completions", "/tokenize")
-            fuzz.send(operation, negative, 100 if has_query else 200 if is_nested else 550)
+            fuzz.send(operation, negative, 50 if has_query else 100 if is_nested else 275)
     for operation in map(
         as_operation, schemathesis.openapi.from_dict(narrowed(document)).get_all_operations()
     ):
         if operation.path in ("/v1/completions", "/v1/chat/completions", "/generate"):
-            fuzz.send(operation, positive, 250)
-            assert fuzz.answers[operation.label, 200] > 200, fuzz.answers
-    assert fuzz.answers.total() >= 5000, fuzz.answers
+            fuzz.send(operation, positive, 125)
+            assert fuzz.answers[operation.label, 200] > 100, fuzz.answers
+    assert fuzz.answers.total() >= 2500, fuzz.answers
     operations = {f"{method.upper()} {path}" for path, own in document["paths"].items() for method in own}
     assert {label for label, _ in fuzz.answers} == operations
     answer = fuzz.session.post(
