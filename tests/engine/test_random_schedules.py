@@ -340,7 +340,7 @@ def num_overtaken(arrivals: list[Arrival], outputs: dict[int, Any]) -> int:
 def test_every_request_gets_what_it_gets_alone(engine: Any) -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.generate])
+    @settings(max_examples=50, deadline=None, derandomize=True, phases=[Phase.generate])
     @given(seed=st.integers(0, 2**32), has_priorities=st.booleans(), has_drafts=st.booleans(), limits=LIMITS)
     def check(seed: int, has_priorities: bool, has_drafts: bool, limits: dict[str, Any]) -> None:
         arrivals = make_arrivals(random.Random(seed), has_priorities)
