@@ -34,7 +34,7 @@ ODD = [
     *("bloom_6_heads", "bloom_12_heads", "falcon_rw_6_heads", "falcon_mqa_alibi", "mpt_6_heads"),
     *("mpt_qk_ln", "mpt_kv_n_heads", "gpt_bigcode_mha", "mqa", "cohere_qk_norm", "phi_qk_layernorm"),
 ]
-# That `make test` divides; CI divides all.
+# That `make test` divides; CI has the engine divide all (`tests/engine/test_tensor_parallel.py`).
 QUICK = {"gpt2", "gemma2", "gpt_oss", "qwen3_moe", "bloom_6_heads", "mpt_qk_ln", "mqa", "cohere_qk_norm"}
 
 
@@ -105,7 +105,7 @@ def prompt_logits(
 @pytest.mark.parametrize(
     ("name", "num_devices"),
     [
-        pytest.param(name, num, marks=() if name in QUICK else pytest.mark.slow)
+        pytest.param(name, num, marks=() if name in QUICK else pytest.mark.sweep)
         for name, num in [*((name, 4) for name in [*EACH, *ODD]), ("gqa", 2), ("falcon_mqa", 2)]
     ],
 )
