@@ -24,6 +24,7 @@ from pjengine.models.likelihood import chosen_logprobs
 from pjengine.models.rope import RopeConfig
 from pjengine.models.share import embedded, gathered, is_even, padded, share_of
 from pjengine.models.state import KVCache
+from pjengine.models.summed_layers import is_summed, summed_layers
 from pjengine.models.weight_table import WeightTable
 
 type Params = dict[str, Any]
@@ -139,9 +140,11 @@ class Decoder:
         x = self.embed(params, tokens, positions, cache)
         rotary = self._rotary_tables(positions, rope_lens)
         if isinstance(attend, PagedAttend) and cache is not None and self.block is Block:
-            table = rotary[0]
-            if table is not None and kept is None and edit is None and is_fused(c, x, attend):
+            table, is_plain = rotary[0], kept is None and edit is None
+            if is_plain and table is not None and is_fused(c, x, attend):
                 return *fused_layers(params, c, x, table, cache, attend), None
+            if is_plain and is_summed(params, c, x, cache, attend):
+                return *summed_layers(params, c, x, rotary, cache, attend), None
         # A backend that is named for all ops keeps to the reference here; `jax_triton` is of attention only.
         is_free = isinstance(attend, PagedAttend) and attend.backend in (None, "jax_triton")
         block = self.block(c, self.dtype)

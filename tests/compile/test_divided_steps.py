@@ -60,7 +60,7 @@ def test_devices_sum_through_their_memory_after_the_embedding_and_twice_a_layer(
 ) -> None:
     step = STEPS[program]
     kernels = re.findall(r" custom-call\(.*/(peer_sum\w*)/mpmd_map\b", compiled[program].hlo)
-    kind = "peer_sum_residual" if step.num_tokens <= MAX_ROWS else "peer_sum"
+    kind = "peer_sum_residual" if step.num_tokens <= MAX_ROWS else "peer_sum_norm"
     wanted = ["peer_sum", *[kind] * 2 * step.model.config.num_layers]
     assert kernels == (wanted if step.has_inboxes else [])
 
