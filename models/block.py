@@ -1,5 +1,6 @@
 """The decoder layer that architectures share, in pieces that each may put together in its own way."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,11 +11,12 @@ from jaxtyping import Array, Float
 from pjengine.models.attention import Attend, PagedAttend, Rotary, variant_of
 from pjengine.models.config import ExpertConfig, ModelConfig
 from pjengine.models.experts import experts_mlp
-from pjengine.models.layers import ACTIVATIONS, gate, linear, normalize
+from pjengine.models.layers import ACTIVATIONS, gate, linear, normalize, with_bias
 from pjengine.models.share import first_expert, normalize_all_heads, of_one_device, total
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.gated_linear import gated_linear
 from pjengine.pallas_kernels.grouped_linear import ExpertWeights
+from pjengine.pallas_kernels.stacked_linear import stacked_linear
 
 normal = nn.initializers.normal(stddev=0.02)
 
@@ -30,6 +32,7 @@ class Layer(NamedTuple):
     # read the layer's from there.
     stack: Mapping[str, Array] | None = None
     place: int = 0
+    is_batch_invariant: bool = False  # see `Decoder`
 
 
 class Block(nn.Module):
@@ -62,7 +65,8 @@ class Block(nn.Module):
         c = self.config
         # One product for q, k and v, grouped by KV head.
         shape = (c.num_kv_heads, c.group + 2, c.head_dim)
-        qkv = linear(h, self.weight("qkv", c.hidden_size, *shape), self.bias("qkv_bias", c.qkv_bias, *shape))
+        weight, bias = self.weight("qkv", c.hidden_size, *shape), self.bias("qkv_bias", c.qkv_bias, *shape)
+        qkv = self.product("qkv", h, weight, bias, layer)
         if c.clip_qkv is not None:
             qkv = jnp.clip(qkv, -c.clip_qkv, c.clip_qkv)
         if c.qk_norm is not None:
@@ -80,7 +84,7 @@ class Block(nn.Module):
         out = out.reshape(*h.shape[:-1], c.num_kv_heads, c.group, c.head_dim)
         weight = self.weight("out", c.num_kv_heads, c.group, c.head_dim, c.hidden_size)
         bias = self.bias("out_bias", c.out_bias, c.hidden_size)
-        return self.joined(out, weight, bias, layer, contract=3), cache
+        return self.joined("out", out, weight, bias, layer, contract=3), cache
 
     def mlp(self, h: Float[Array, "*t e"], layer: Layer) -> Float[Array, "*t e"]:
         c = self.config
@@ -100,16 +104,33 @@ class Block(nn.Module):
                 linear(h, weight, self.bias("up_bias", c.mlp_bias, c.intermediate_size))
             )
         down = self.weight("down", c.intermediate_size, c.hidden_size)
-        return self.joined(h, down, self.bias("down_bias", c.mlp_bias, c.hidden_size), layer)
+        return self.joined("down", h, down, self.bias("down_bias", c.mlp_bias, c.hidden_size), layer)
 
     def joined(
-        self, x: Float[Array, "..."], weight: Array, bias: Array | None, layer: Layer, *, contract: int = 1
-    ) -> Float[Array, "*t e"]:
+        self, name: str, x: Float[Array, "..."], weight: Array, bias: Array | None, layer: Layer,
+        *, contract: int = 1,
+    ) -> Float[Array, "*t e"]:  # fmt: skip
         """A product that adds to the residual stream: the sum of what each device has a part of."""
         if self.config.share is None:
-            return linear(x, weight, bias, contract=contract)
-        out = self.total(linear(x, weight, contract=contract), layer)
+            return self.product(name, x, weight, bias, layer, contract=contract)
+        out = self.total(self.product(name, x, weight, None, layer, contract=contract), layer)
         return out if bias is None else out + jnp.broadcast_to(bias, out.shape)
+
+    def product(
+        self, name: str, x: Float[Array, "..."], weight: Array, bias: Array | None, layer: Layer,
+        *, contract: int = 1,
+    ) -> Float[Array, "..."]:  # fmt: skip
+        """`linear` by the layer's `weight`, which is the parameter called `name`."""
+        if layer.stack is None:
+            return linear(x, weight, bias, contract=contract)
+        k = math.prod(x.shape[-contract:])
+        out = stacked_linear(
+            x.reshape(-1, k),
+            layer.stack[name].reshape(-1, k, weight.size // k),
+            layer.place,
+            is_batch_invariant=layer.is_batch_invariant,
+        ).reshape(*x.shape[:-contract], *weight.shape[contract:])
+        return out if bias is None else with_bias(out, bias)
 
     def experts(self, experts: ExpertConfig, h: Float[Array, "*t e"], layer: Layer) -> Float[Array, "*t e"]:
         """The MLPs that each token is routed to."""

@@ -40,6 +40,8 @@ class Decoder:
     dtype: jnp.dtype
     # That compute it together; then all but `init` runs under `shard_map`.
     num_devices: int = field(default=1, kw_only=True)
+    # A token's results have the same bits whatever else is in its step, where kernels can make the products.
+    is_batch_invariant: bool = field(default=False, kw_only=True)
     block: ClassVar[type[Block]] = Block
 
     @staticmethod
@@ -139,12 +141,13 @@ class Decoder:
         c = self.own
         x = self.embed(params, tokens, positions, cache)
         rotary = self._rotary_tables(positions, rope_lens)
-        if isinstance(attend, PagedAttend) and cache is not None and self.block is Block:
-            table, is_plain = rotary[0], kept is None and edit is None
-            if is_plain and table is not None and is_fused(c, x, attend):
+        if isinstance(attend, PagedAttend) and cache is not None and self.block is Block and edit is None:
+            table = rotary[0]
+            if kept is None and table is not None and is_fused(c, x, attend):
                 return *fused_layers(params, c, x, table, cache, attend), None
-            if is_plain and is_summed(params, c, x, cache, attend):
-                return *summed_layers(params, c, x, rotary, cache, attend), None
+            if is_summed(params, c, x, cache, attend):
+                x, cache, kept = summed_layers(params, c, x, rotary, cache, attend, kept)
+                return x, cache, self._kept_last(params, kept, x)
         # A backend that is named for all ops keeps to the reference here; `jax_triton` is of attention only.
         is_free = isinstance(attend, PagedAttend) and attend.backend in (None, "jax_triton")
         block = self.block(c, self.dtype)
@@ -154,14 +157,21 @@ class Decoder:
             kept = None if kept is None else kept.put(number, x)
             name, place = of_layer[number]
             stack = params[name]
-            layer = Layer(number, attend, rotary[number], cache, stack if is_free else None, place)
+            own_stack = stack if is_free else None
+            layer = Layer(number, attend, rotary[number], cache, own_stack, place, self.is_batch_invariant)
             with jax.named_scope(f"layer_{number}"):
                 x, cache = _compute(block, stack, x, layer, remat)
         x = x if edit is None else edit(c.num_layers, x)
-        if kept is not None:
-            last = self.normalize(params, "final_norm", x) if c.has_final_norm else x
-            kept = kept.put(c.num_layers, last)
-        return x, cache, kept
+        return x, cache, self._kept_last(params, kept, x)
+
+    def _kept_last(
+        self, params: Params, kept: KeptStates | None, x: Float[Array, "*t e"]
+    ) -> KeptStates | None:
+        """With what the last norm makes of the end."""
+        c = self.config
+        if kept is None:
+            return None
+        return kept.put(c.num_layers, self.normalize(params, "final_norm", x) if c.has_final_norm else x)
 
     def embed(
         self,
@@ -188,7 +198,7 @@ class Decoder:
         c = self.own
         h = self.normalize(params, "final_norm", hidden) if c.has_final_norm else hidden
         table = params["embed" if c.tie_word_embeddings else "head"]
-        logits = unembed(h, table, params.get("head_bias"))
+        logits = unembed(h, table, params.get("head_bias"), is_batch_invariant=self.is_batch_invariant)
         if c.logit_scale != 1:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else soft_cap(logits, c.logit_softcap)

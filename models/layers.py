@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from pjengine.models.config import Activation, ModelConfig
 from pjengine.models.rope import RopeConfig, dynamic_rope_theta, rope_frequencies
 from pjengine.pallas_kernels.precision import wide_dtype, widened
+from pjengine.pallas_kernels.stacked_linear import stacked_linear
 
 
 def linear(
@@ -31,18 +32,32 @@ def linear(
     axes = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     out = lax.dot_general(x, weight, (axes, ((), ())), precision=precision, preferred_element_type=out_dtype)
-    if bias is None:
-        return out
+    return out if bias is None else with_bias(out, bias)
+
+
+def with_bias(out: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A product with a bias along its last axes."""
     # XLA would have cuBLAS add it, and for such products copies each layer's weights out of the stack.
     out = lax.optimization_barrier(out)
     return out + lax.broadcast_in_dim(bias, out.shape, range(out.ndim - bias.ndim, out.ndim))
 
 
 def unembed(
-    x: Float[Array, "*t d"], table: Float[Array, "v d"], bias: Float[Array, " v"] | None = None
+    x: Float[Array, "*t d"],
+    table: Float[Array, "v d"],
+    bias: Float[Array, " v"] | None = None,
+    *,
+    is_batch_invariant: bool = False,
 ) -> Float[Array, "*t v"]:
-    """Hidden states to float32 logits."""
+    """Hidden states to float32 logits; `is_batch_invariant` as in `stacked_linear`."""
     rows = x.reshape(-1, x.shape[-1])
+    if is_batch_invariant:
+        dtype = wide_dtype(x.dtype)
+        logits = stacked_linear(
+            rows, table[None], 0, dtype=dtype, is_transposed=True, is_batch_invariant=True
+        )
+        logits = logits if bias is None else with_bias(logits, widened(bias))
+        return logits.reshape(*x.shape[:-1], len(table))
     # XLA computes one row with a float32 result as a float32 product, and converts the whole table for it.
     padded = jnp.pad(rows, ((0, 8 - len(rows)), (0, 0))) if len(rows) == 1 else rows
     wide_bias = None if bias is None else widened(bias)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from pjengine.models.attention import PagedAttend, Rotary, variant_of
 from pjengine.models.config import ModelConfig
+from pjengine.models.kept_states import KeptStates
 from pjengine.models.layers import linear, rms_norm
 from pjengine.models.state import KVCache
 from pjengine.pallas_kernels.dispatch import platform
@@ -49,8 +50,9 @@ def summed_layers(
     rotary: Sequence[Rotary | None],
     cache: KVCache,
     attend: PagedAttend,
-) -> tuple[Float[Array, "t e"], KVCache]:
-    """Embedded tokens to final hidden states, before the last norm."""
+    kept: KeptStates | None,
+) -> tuple[Float[Array, "t e"], KVCache, KeptStates | None]:
+    """Embedded tokens to final hidden states, before the last norm; what goes into each layer is `kept`."""
     c, layers = config, params["layers"]
 
     def add(part: Array, x: Array, norm: str, layer: int) -> tuple[Array, Array]:
@@ -60,6 +62,7 @@ def summed_layers(
 
     h = rms_norm(x, layers["attn_norm"][0], eps=c.norm_eps)
     for layer in range(c.num_layers):
+        kept = None if kept is None else kept.put(layer, x)
         with jax.named_scope(f"layer_{layer}"):
             own: dict[str, Any] = {name: stack[layer] for name, stack in layers.items()}
             qkv = linear(h, own["qkv"], own.get("qkv_bias"))
@@ -74,4 +77,4 @@ def summed_layers(
             h = gated_linear(h, layers["gate_up"], layer)
             # The last layer takes a norm that nobody needs.
             x, h = add(linear(h, own["down"]), x, "attn_norm", (layer + 1) % c.num_layers)
-    return x, cache
+    return x, cache, kept

@@ -6,7 +6,6 @@ is in a module is reached as `from pjengine.pallas_kernels.paged_attention impor
 """
 
 from pjengine.pallas_kernels.attention_variant import AttentionVariant
-from pjengine.pallas_kernels.batch_invariant_linear import batch_invariant_linear
 from pjengine.pallas_kernels.dispatch import chosen_backends
 from pjengine.pallas_kernels.gated_linear import gated_linear
 from pjengine.pallas_kernels.grouped_linear import ExpertWeights, Gate, Routing, routed_mlp
@@ -25,6 +24,7 @@ from pjengine.pallas_kernels.skinny_linear import (
     start_norm,
 )
 from pjengine.pallas_kernels.skinny_qkv import Destination, skinny_qkv
+from pjengine.pallas_kernels.stacked_linear import stacked_linear
 
 if __name__ != "pjengine.pallas_kernels":
     raise ImportError(
@@ -40,7 +40,6 @@ __all__ = [
     "Normed",
     "Residual",
     "Routing",
-    "batch_invariant_linear",
     "chosen_backends",
     "gated_linear",
     "inbox_bytes",
@@ -56,6 +55,7 @@ __all__ = [
     "skinny_linear",
     "skinny_qkv",
     "skinny_residual",
+    "stacked_linear",
     "start_norm",
     "write_kv",
 ]

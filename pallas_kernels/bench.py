@@ -15,8 +15,6 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pjengine.pallas_kernels.batch_invariant_linear import InvariantTiles, choose_splits, invariant_mosaic
-from pjengine.pallas_kernels.batch_invariant_linear import reference as invariant_reference
 from pjengine.pallas_kernels.dispatch import check_hopper
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
 from pjengine.pallas_kernels.gated_linear import reference as gated_reference
@@ -35,6 +33,8 @@ from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
 from pjengine.pallas_kernels.shapes import EXPERTS, HEADS, PRODUCTS, SHAPES, ExpertShape, HeadShape
 from pjengine.pallas_kernels.skinny_linear import Residual, SkinnyTiles, skinny_triton, start_norm
 from pjengine.pallas_kernels.skinny_qkv import Destination, choose_tiles, skinny_qkv_triton
+from pjengine.pallas_kernels.stacked_linear import StackedTiles, choose_splits, stacked_mosaic
+from pjengine.pallas_kernels.stacked_linear import reference as stacked_reference
 from pjengine.pallas_kernels.timing import (
     CALLS,
     Call,
@@ -365,17 +365,17 @@ def layer_call(multiply: Callable[..., Array]) -> Call:
     )
 
 
-def invariant_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
-    """Products of a decode step and its head, by `batch_invariant_linear` and by the library.
+def stacked_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: bool) -> Iterator[Case]:
+    """Products of a layer and the head by `stacked_linear`, in both of its ways, and by the library.
 
-    `has_equal_bits`: the first rows have the same bits with every one of the numbers of rows.
+    `has_equal_bits`: the first rows have the same bits with every one of the numbers of rows up to 512.
     """
     if name not in HEADS or not runs_mosaic(interpret=interpret):
         return
     layered = {product: sizes for product, sizes in PRODUCTS[name].items() if product != "gate_up"}
-    counts = (8, 16) if is_tiny else (64, 128, 256, 512)
     for product, (k, n) in {**layered, "head": HEADS[name]}.items():
         is_head = product == "head"
+        counts = (8, 16) if is_tiny else (64, 128, 256, 512) if is_head else (64, 128, 256, 512, 1024, 4096)
         num_layers = layers_for(2 * k * n, is_tiny=is_tiny)
         shape = (num_layers, *((n, k) if is_head else (k, n)))
         weights = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
@@ -384,22 +384,43 @@ def invariant_cases(name: str, *, is_tiny: bool, is_tuning: bool, interpret: boo
             "dtype": jnp.float32 if is_head else jnp.bfloat16,
             "is_transposed": is_head,
         }
-        library = functools.partial(invariant_reference, **options)
-        interpreter = plgpu.InterpretGPUParams() if interpret else None
-        mosaic = functools.partial(invariant_mosaic, interpret=interpreter, **options)
-        kinds = [(multiply, has_equal_bits(multiply, x, weights, counts)) for multiply in (mosaic, library)]
-        for num_rows, (multiply, is_equal) in itertools.product(counts, kinds):
-            tiles = InvariantTiles.choose(num_rows=num_rows, k=k, n=n, num_splits=choose_splits(k, n))
-            choice = described("mosaic", tiles) if multiply is mosaic else described("library")
-            row = {"op": "batch_invariant", "product": product, "rows": num_rows, **choice}
-            yield Case(
-                row={**row, "has_equal_bits": is_equal},
-                call=layer_call(multiply),
-                state=(x[:num_rows],),
-                args=(weights,),
-                num_calls=1 if is_tiny else min(CALLS, (1 << 31) // (4 * num_rows * n)),
-                tflop=2 * num_rows * k * n / 1e12,
+        kinds = {
+            is_fixed: functools.partial(
+                stacked_mosaic,
+                is_batch_invariant=is_fixed,
+                interpret=plgpu.InterpretGPUParams() if interpret else None,
+                **options,
             )
+            for is_fixed in (False, True)
+        }
+        library = functools.partial(stacked_reference, **options)
+        few = [count for count in counts if count <= 512]
+        is_equal = [has_equal_bits(each, x, weights, few) for each in (*kinds.values(), library)]
+        for num_rows in counts:
+            sizes = {"num_rows": num_rows, "k": k, "n": n}
+            tiles = {
+                is_fixed: StackedTiles.choose(**sizes, num_splits=choose_splits(k, n) if is_fixed else None)
+                for is_fixed in kinds
+            }
+            choices = [
+                *(described("mosaic", tiles[own]) | {"is_batch_invariant": own} for own in kinds),
+                described("library"),
+            ]
+            for choice, multiply, same in zip(choices, (*kinds.values(), library), is_equal, strict=True):
+                yield Case(
+                    row={
+                        "op": "stacked",
+                        "product": product,
+                        "rows": num_rows,
+                        **choice,
+                        "has_equal_bits": same,
+                    },
+                    call=layer_call(multiply),
+                    state=(x[:num_rows],),
+                    args=(weights,),
+                    num_calls=1 if is_tiny else min(CALLS, (1 << 31) // (4 * num_rows * n)),
+                    tflop=2 * num_rows * k * n / 1e12,
+                )
 
 
 def has_equal_bits(multiply: Callable[..., Array], x: Array, weights: Array, counts: Sequence[int]) -> bool:
@@ -552,7 +573,7 @@ OPS: Mapping[str, Callable[..., Iterator[Case]]] = {
     "prefill": prefill_cases,
     "product": product_cases,
     "gated": gated_cases,
-    "batch_invariant": invariant_cases,
+    "stacked": stacked_cases,
     "experts": expert_cases,
     "small": small_cases,
 }

@@ -114,7 +114,7 @@ class GatedTiles:
         return num_blocks - num_cut, 2 * num_cut
 
 
-def check_gated_can(x: Array, weights: Array) -> None:
+def check_gated_can(x: Array | jax.ShapeDtypeStruct, weights: Array | jax.ShapeDtypeStruct) -> None:
     """Refuses what the kernel does not do.
 
     Raises:

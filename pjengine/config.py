@@ -246,6 +246,7 @@ class RunnerConfig:
     )
     speculation: SpeculationConfig | None = None
     is_deterministic: bool = False
+    is_batch_invariant: bool = False  # then decode steps of any size give the same bits
     # No step runs as a larger one while its own program is made, so that what runs depends on requests alone.
     waits_for_programs: bool = False
 
@@ -262,7 +263,7 @@ class RunnerConfig:
     def decode_buckets(self) -> tuple[int, ...]:
         """Numbers of sequences that decode programs are compiled for."""
         if self.is_deterministic:
-            return (self.max_num_seqs,)
+            return invariant_buckets(self.max_num_seqs) if self.is_batch_invariant else (self.max_num_seqs,)
         # Above 128 sequences a step's time grows with them: a power of two would pad by up to a half.
         step = max(128, self.max_num_seqs // 8)
         large = range(2 * step, self.max_num_seqs, step)
@@ -284,6 +285,11 @@ class RunnerConfig:
         # On a GPU these steps, which a prompt or two make, cost as much as they have blocks of 128 tokens.
         between = [size for size in (384, 768) if size <= most // 16]
         return tuple(sorted({*buckets(min(max(32, most // 128), most), most), *between}))
+
+
+def invariant_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Of decode steps in a deterministic engine. Below 64 rows other kernels make the products."""
+    return (*(size for size in (64, 128, 256) if size < max_num_seqs), max_num_seqs)
 
 
 # vLLM's name -> ours.

@@ -96,6 +96,8 @@ def draw(
     backend: str | None,
 ) -> tuple[Rows, Int[Array, "depth seqs"], Logprobs | None, Int[Array, "2 seqs"] | None]:
     """Edits the logits and draws a token for each sequence; the parts of `StepOutput`. Donates `rows`."""
+    # The compiler of JAX 0.11 crashes on an input of no elements that several devices read.
+    blob = blob if layout.size else jnp.zeros_like(blob)
     tokens, logprobs, _ = edit_and_draw(
         rows, token_ids, undrawn, layout.split(blob), layout=layout, backend=backend
     )

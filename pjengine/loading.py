@@ -11,9 +11,10 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from pjengine.compile_cache import fingerprint
-from pjengine.config import EngineConfig, RunnerConfig, parse_length, reserve_device_memory
+from pjengine.config import EngineConfig, RunnerConfig, invariant_buckets, parse_length, reserve_device_memory
 from pjengine.hosts import Hosts
 from pjengine.memory import MemoryPlan, device_budget, plan_memory
+from pjengine.models.batch_invariance import is_batch_invariant
 from pjengine.models.checkpoint import open_checkpoint
 from pjengine.models.config import ModelConfig
 from pjengine.models.decoder import Decoder, Params
@@ -106,7 +107,7 @@ def load_model(config: EngineConfig, hosts: Hosts | None = None) -> LoadedModel:
     budget = min((own for own in budgets if own is not None), default=None)
     if hosts is not None:
         limit, budget = hosts.least(limit, budget)
-    sizes = choose_sizes(config, model_config, limit)
+    model, sizes = sized(config, model, limit)
     plan = make_plan(config, model, sizes, budget)
     logger.info("memory plan\n%s", plan.table())
     if isinstance(model, Pair) and config.draft is not None:
@@ -120,7 +121,13 @@ def load_model(config: EngineConfig, hosts: Hosts | None = None) -> LoadedModel:
         model=model,
         params=params,
         tokenizer=tokenizer,
-        runner_config=_runner_config(config, plan, sizes, is_gpu=device.platform == "gpu"),
+        runner_config=_runner_config(
+            config,
+            plan,
+            sizes,
+            is_gpu=device.platform == "gpu",
+            is_batch_invariant=model.is_batch_invariant,
+        ),
         memory_plan=plan,
         sharding=replicated(mesh),
         generation_config=read_generation_config(config, folder),
@@ -128,8 +135,22 @@ def load_model(config: EngineConfig, hosts: Hosts | None = None) -> LoadedModel:
     )
 
 
+def sized(config: EngineConfig, model: Decoder, memory_bytes: int | None) -> tuple[Decoder, dict[str, int]]:
+    """The model, and the limits of `choose_sizes`: batch-invariant where decodes of these sizes can be.
+
+    Raises as `choose_sizes` does.
+    """
+    for wanted in (config.deterministic, False):
+        sizes = choose_sizes(config, model.config, memory_bytes, is_batch_invariant=wanted)
+        counts = invariant_buckets(sizes["max_num_seqs"])
+        length = int(config.max_model_len or model.config.max_model_len)
+        if wanted and is_batch_invariant(model, counts, max_model_len=length, backend=config.kernel_backend):
+            return replace(model, is_batch_invariant=True), sizes
+    return model, sizes
+
+
 def _runner_config(
-    config: EngineConfig, plan: MemoryPlan, sizes: dict[str, int], *, is_gpu: bool
+    config: EngineConfig, plan: MemoryPlan, sizes: dict[str, int], *, is_gpu: bool, is_batch_invariant: bool
 ) -> RunnerConfig:
     decode_steps = 1 if config.deterministic else config.decode_steps
     return RunnerConfig(
@@ -144,6 +165,7 @@ def _runner_config(
         window_group=plan.window_group,
         speculation=config.speculation,
         is_deterministic=config.deterministic,
+        is_batch_invariant=is_batch_invariant,
         waits_for_programs=config.record is not None,
         **sizes,
     )

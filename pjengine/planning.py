@@ -2,14 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from pjengine.config import EngineConfig
-from pjengine.loading import make_plan, read_model_config, with_draft
+from pjengine.loading import make_plan, read_model_config, sized, with_draft
 from pjengine.memory import MemoryPlan
 from pjengine.models.registry import build_model
 from pjengine.models.shapes import SHAPES
-from pjengine.sizing import choose_sizes
 
 # What CUDA reports as the card's whole memory; a little less than the name says.
 GPU_BYTES = {
@@ -38,5 +39,7 @@ def plan_without_device(config: EngineConfig, gpu: str) -> MemoryPlan:
         dtype = jnp.dtype("bfloat16")  # as on a GPU
     model = build_model(model_config, dtype, config.tensor_parallel_size)
     model, _ = with_draft(config, model, needs_weights=False)
-    sizes = choose_sizes(config, model_config, GPU_BYTES[gpu])
+    device = AbstractDevice(device_kind=f"NVIDIA {gpu.upper()}", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("gpu",), abstract_device=device)):
+        model, sizes = sized(config, model, GPU_BYTES[gpu])
     return make_plan(config, model, sizes, int(GPU_BYTES[gpu] * config.gpu_memory_utilization))

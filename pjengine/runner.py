@@ -195,7 +195,8 @@ class Runner:
         """Of steps without edits, of decodes and of prompts: the same as with edits, so that these change
         nothing but what is drawn.
         """
-        buckets = ((self.config.decode_buckets[0], True), (self.config.mixed_buckets[0], False))
+        buckets = [(bucket, True) for bucket in self.config.decode_buckets]
+        buckets += [(bucket, False) for bucket in self.config.mixed_buckets]
         return [self._editing_stages(*kind, np.zeros(len(NEEDS), np.int64), ()) for kind in buckets]
 
     def _draws_from_parts(self, bucket: int) -> bool:

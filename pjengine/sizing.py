@@ -7,7 +7,7 @@ from pjengine.config import EngineConfig
 from pjengine.models.config import ModelConfig
 
 # Requests that run at once, and tokens of a step: there every step costs what a full one does.
-DETERMINISTIC_CPU, DETERMINISTIC_GPU = (16, 128), (256, 512)
+DETERMINISTIC_CPU, DETERMINISTIC_GPU, INVARIANT_GPU = (16, 128), (256, 512), (512, 512)
 
 
 def choose_dtype(wanted: str, model_config: ModelConfig) -> jnp.dtype:
@@ -28,7 +28,13 @@ def choose_decode_steps(wanted: int | None, weights_bytes: int, *, is_gpu: bool)
     return wanted or (4 if is_gpu and weights_bytes < 3e9 else 1)
 
 
-def choose_sizes(config: EngineConfig, model_config: ModelConfig, memory_bytes: int | None) -> dict[str, int]:
+def choose_sizes(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    memory_bytes: int | None,
+    *,
+    is_batch_invariant: bool = False,
+) -> dict[str, int]:
     """Fills in the limits that the caller left open, by the device's memory; None: a CPU.
 
     Raises:
@@ -43,7 +49,8 @@ def choose_sizes(config: EngineConfig, model_config: ModelConfig, memory_bytes: 
     is_large = memory_bytes is not None and memory_bytes > 60 * 2**30  # vLLM draws it at 70 GiB cards
     seqs, tokens = (16, 512) if memory_bytes is None else (1024, 16384) if is_large else (256, 8192)
     if config.deterministic:
-        seqs, tokens = DETERMINISTIC_CPU if memory_bytes is None else DETERMINISTIC_GPU
+        on_gpu = INVARIANT_GPU if is_batch_invariant else DETERMINISTIC_GPU
+        seqs, tokens = DETERMINISTIC_CPU if memory_bytes is None else on_gpu
     max_num_seqs = config.max_num_seqs or seqs
     if config.max_num_seqs is None and config.max_num_batched_tokens is not None:
         max_num_seqs = min(seqs, config.max_num_batched_tokens)

@@ -3,7 +3,7 @@
 import ctypes
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from pjengine.step import StepOutput, compute_logits, step
 
 logger = logging.getLogger(__name__)
 
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
     "gpu": {
         # XLA's own Triton products take the slice of the stacked weights into each kernel, so every layer
         # is compiled and autotuned anew: 30 s a program of 32 layers. With cuBLAS, 21 of them take 27 s.
@@ -57,8 +57,15 @@ STRAIGHT_OPTIONS = {
     }
 }
 # And of deterministic engines: the first of the products that cuBLAS proposes for a shape, not the one that
-# was fastest today, so that programs that are made anew compute the same bits.
-FIXED_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}
+# was fastest today, so that programs that are made anew compute the same bits. And no reductions in XLA's
+# Triton kernels, whose warps for a row depend on the number of rows.
+FIXED_OPTIONS = {
+    "gpu": {
+        "xla_gpu_autotune_level": 0,
+        "xla_disable_hlo_passes": COMPILER_OPTIONS["gpu"]["xla_disable_hlo_passes"]
+        + ",triton-softmax-rewriter,fusion-block-level-rewriter",
+    }
+}
 
 
 class StepCompiler:

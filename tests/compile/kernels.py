@@ -14,7 +14,6 @@ from jax.stages import Compiled
 from pjengine.config import buckets
 from pjengine.models.shapes import SHAPES as MODELS
 from pjengine.pallas_kernels.attention_variant import AttentionVariant
-from pjengine.pallas_kernels.batch_invariant_linear import InvariantTiles, invariant_mosaic
 from pjengine.pallas_kernels.gated_linear import GatedTiles, gated_mosaic
 from pjengine.pallas_kernels.grouped_linear import (
     MAX_PLANNED,
@@ -35,6 +34,7 @@ from pjengine.pallas_kernels.rope_kv_write import rope_kv_write_triton
 from pjengine.pallas_kernels.shapes import EXPERTS, HEADS, PRODUCTS, SHAPES, ExpertShape, HeadShape
 from pjengine.pallas_kernels.skinny_linear import MAX_ROWS, Normed, Residual, SkinnyTiles, skinny_triton
 from pjengine.pallas_kernels.skinny_qkv import Destination, skinny_qkv_triton
+from pjengine.pallas_kernels.stacked_linear import StackedTiles, stacked_mosaic
 from pjengine.sharding.mesh import TENSOR
 from tests.compile.target import compile_for_h200, sharding, struct
 from tests.kernels.cases import FEATURES, make_variant
@@ -143,16 +143,19 @@ def compile_gated(k: int, n: int, num_rows: int, *, tiles: GatedTiles | None = N
     return compile_for_h200(functools.partial(gated_mosaic, tiles=tiles), x, weights, struct(()))
 
 
-def compile_invariant(
-    k: int, n: int, num_rows: int, *, is_head: bool = False, tiles: InvariantTiles | None = None
-) -> Compiled:
+def compile_stacked(
+    k: int, n: int, num_rows: int, *, is_head: bool = False, is_fixed: bool = True,
+    tiles: StackedTiles | None = None,
+) -> Compiled:  # fmt: skip
     """A product of many rows: of 32 layers, or the transposed one of a head in float32."""
     x, weights = (
         struct((num_rows, k), jnp.bfloat16),
         struct((1, n, k) if is_head else (32, k, n), jnp.bfloat16),
     )
     dtype = jnp.float32 if is_head else jnp.bfloat16
-    run = functools.partial(invariant_mosaic, dtype=dtype, is_transposed=is_head, tiles=tiles)
+    run = functools.partial(
+        stacked_mosaic, dtype=dtype, is_transposed=is_head, is_batch_invariant=is_fixed, tiles=tiles
+    )
     return compile_for_h200(run, x, weights, struct(()))
 
 
@@ -317,14 +320,17 @@ def product_programs(name: str) -> Iterator[tuple[str, Callable[[], Compiled]]]:
         yield f"gated_linear {name} {num_rows}", functools.partial(compile_gated, k, n // 2, num_rows)
 
 
-def invariant_programs(name: str) -> Iterator[tuple[str, Callable[[], Compiled]]]:
-    """Those of a decode step, whose gated product is `gated_linear`'s."""
+def stacked_programs(name: str) -> Iterator[tuple[str, Callable[[], Compiled]]]:
+    """Batch-invariant ones of a decode step, and those of a step of prompts."""
     products = {"qkv": PRODUCTS[name]["qkv"], "out": PRODUCTS[name]["out"], "down": PRODUCTS[name]["down"]}
     for (product, (k, n)), num_rows in itertools.product(
         {**products, "head": HEADS[name]}.items(), (64, 128, 256, 512)
     ):
-        run = functools.partial(compile_invariant, k, n, num_rows, is_head=product == "head")
-        yield f"batch_invariant_linear {name} {product} {num_rows}", run
+        run = functools.partial(compile_stacked, k, n, num_rows, is_head=product == "head")
+        yield f"stacked_linear {name} {product} {num_rows}", run
+    for (product, (k, n)), num_rows in itertools.product(products.items(), (128, 4096)):
+        run = functools.partial(compile_stacked, k, n, num_rows, is_fixed=False)
+        yield f"stacked_linear {name} {product} {num_rows}, of any bits", run
 
 
 def expert_programs(name: str, shape: ExpertShape) -> Iterator[tuple[str, Callable[[], Compiled]]]:
@@ -360,7 +366,7 @@ def _programs() -> Iterator[tuple[str, Callable[[], Compiled]]]:
     for name in PRODUCTS:
         yield from product_programs(name)
     for name in ("llama-8b", "llama2-13b"):
-        yield from invariant_programs(name)
+        yield from stacked_programs(name)
     for name, experts in EXPERTS.items():
         yield from expert_programs(name, experts)
     for num_experts, num_pairs in itertools.product((8, 128, 512), (2, 64, MAX_PLANNED)):
@@ -398,8 +404,9 @@ WRONG: Mapping[str, Callable[[], Compiled]] = {
     "gated_linear of 8 stages": functools.partial(
         compile_gated, 4096, 14336, 256, tiles=GatedTiles(num_stages=8)
     ),
-    "batch_invariant_linear of 6 stages": functools.partial(
-        compile_invariant, 4096, 4096, 512, tiles=InvariantTiles(block_n=256, is_split=True, num_stages=6)
+    "stacked_linear of 6 stages": functools.partial(
+        compile_stacked, 4096, 4096, 512,
+        tiles=StackedTiles(num_splits=4, is_split=True, block_n=256, num_stages=6),
     ),
     "grouped_linear of 4 warps": functools.partial(
         compile_experts, EXPERTS["mixtral-8x7b"], "bfloat16", 8192,

@@ -49,10 +49,12 @@ class Step:
     num_drafts: int = 0
     make_model: Callable[..., Decoder] = build_model
     has_inboxes: bool = True  # where devices sum
+    is_deterministic: bool = False  # then batch-invariant too
 
     @functools.cached_property
     def model(self) -> Decoder:
-        return self.make_model(dataclasses.replace(SHAPES[self.shape], num_layers=2), DTYPE)
+        model = self.make_model(dataclasses.replace(SHAPES[self.shape], num_layers=2), DTYPE)
+        return dataclasses.replace(model, is_batch_invariant=self.is_deterministic)
 
     @property
     def own(self) -> ModelConfig:
@@ -82,6 +84,8 @@ class Step:
             max_num_seqs=MAX_NUM_SEQS,
             max_num_batched_tokens=1024,
             speculation=DRAFTING if self.num_drafts else None,
+            is_deterministic=self.is_deterministic,
+            is_batch_invariant=self.is_deterministic,
         )
 
     def state(self) -> tuple[Params, KVCache, Rows]:
@@ -172,6 +176,7 @@ STEPS: Mapping[str, Step] = {
     # One of each kind of products: cut for few rows, cut for more, XLA's.
     "llama-8b decode 1": Step("llama-8b", 1, True),
     "llama-8b decode 32": Step("llama-8b", 32, True),
+    "llama-8b decode 128": Step("llama-8b", 128, True),
     "llama-8b decode 256": Step("llama-8b", 256, True),
     "llama-8b decode 32 to logits": Step("llama-8b", 32, True, ends_in_logits=True),
     "llama-8b decode 4 with drafts": Step("llama-8b", 4, True, num_drafts=4),
@@ -193,10 +198,14 @@ STEPS: Mapping[str, Step] = {
     ),
 }
 DRAW = DrawLayout(64, EDITS)
+DETERMINISTIC = Step("llama-8b", 64, True, ends_in_logits=True, is_deterministic=True)
+DRAW_WITH_LOGPROBS = DrawLayout(64, EditSizes(num_top=2, num_asked=1))
 BEAMS = DrawLayout(8, EditSizes(num_beams=8, num_beam_searches=1, beam_width=8, num_beam_ends=4))
 PROGRAMS: Mapping[str, Callable[[], Compiled]] = {
     **{name: each.compile for name, each in STEPS.items()},
     "llama-8b draw 64": functools.partial(STEPS["llama-8b decode 32 to logits"].compile, draw=DRAW),
+    "llama-8b decode 64, deterministic": DETERMINISTIC.compile,
+    "llama-8b draw 64, deterministic": functools.partial(DETERMINISTIC.compile, draw=DRAW_WITH_LOGPROBS),
     "llama-8b draw 8 beams": functools.partial(STEPS["llama-8b decode 32 to logits"].compile, draw=BEAMS),
 }
 WRONG_STEPS: Mapping[str, Step] = {

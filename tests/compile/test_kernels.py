@@ -60,7 +60,7 @@ def test_gpus_sum_in_one_kernel_and_no_collective(compiled: Mapping[str, Report]
         ("grouped_linear of 4 warps", "discarded due to register spilling"),
         ("mosaic_prefill of 4 stages", "exceeds available shared memory"),
         ("gated_linear of 8 stages", "exceeds available shared memory"),
-        ("batch_invariant_linear of 6 stages", "exceeds available shared memory"),
+        ("stacked_linear of 6 stages", "exceeds available shared memory"),
         ("mosaic_prefill of 256 slots", r"[1-9]\d* bytes spill stores"),
     ],
 )

@@ -20,6 +20,7 @@ every_program = pytest.mark.parametrize("program", chosen(STEPS))
 
 CUBLAS_BYTES = 32 * 2**20  # its workspace
 FUSED = {"skinny_qkv", "paged_decode", "skinny_linear", "keep_threshold"}
+LARGE = {"rope_kv_write", "paged_decode", "gated_linear_mosaic"}
 MIXED = {"rope_kv_write", "ragged_paged_attention_mosaic", "gated_linear_mosaic", "keep_threshold"}
 EXPERTS_DECODE = {"rope_kv_write", "paged_decode", "plan_experts", "grouped_linear", "keep_threshold"}
 EXPERTS_MIXED = {"rope_kv_write", "ragged_paged_attention_mosaic", "grouped_linear", "keep_threshold"}
@@ -27,9 +28,12 @@ KERNELS = {
     "llama-8b decode 1": FUSED,
     "llama-8b decode 32": FUSED,
     "llama-8b decode 32 to logits": FUSED - {"keep_threshold"},
+    "llama-8b decode 64, deterministic": LARGE | {"stacked_linear_mosaic"},
+    "llama-8b draw 64, deterministic": {"keep_threshold"},
     "llama-8b draw 64": {"keep_threshold"},
     "llama-8b draw 8 beams": {"keep_threshold"},
-    "llama-8b decode 256": {"rope_kv_write", "paged_decode", "gated_linear_mosaic", "keep_threshold"},
+    "llama-8b decode 128": LARGE | {"stacked_linear_mosaic", "keep_threshold"},
+    "llama-8b decode 256": LARGE | {"keep_threshold"},
     "llama-8b decode 4 with drafts": FUSED,
     "llama-8b mixed 1024": MIXED,
     "gemma2-9b decode 1": {"rope_kv_write", "paged_decode", "keep_threshold"},
@@ -119,6 +123,16 @@ def test_xla_has_the_options_of_the_engine(compiled: Mapping[str, Report], progr
 def test_the_kernels_are_the_ones_meant_for_it(compiled: Mapping[str, Report], program: str) -> None:
     scopes = re.findall(r"/(\w+)/(?:pallas_call|mpmd_map|run_scoped)\b", compiled[program].hlo)
     assert set(scopes) == KERNELS[program]
+
+
+@pytest.mark.parametrize("kind", ["decode", "draw"])
+def test_deterministic_steps_have_no_sums_whose_order_depends_on_the_number_of_rows(
+    compiled: Mapping[str, Report], kind: str
+) -> None:
+    """As XLA's products have, and its reductions in Triton: others have those."""
+    fixed, others = compiled[f"llama-8b {kind} 64, deterministic"].hlo, compiled["llama-8b decode 256"].hlo
+    for made_by in ("__cublas", '"kind":"__triton"'):
+        assert made_by in others and made_by not in fixed
 
 
 @pytest.mark.parametrize("program", ["llama-8b draw 64"])

@@ -127,6 +127,20 @@ def test_large_decode_steps_are_padded_by_an_eighth_of_the_limit_at_most(max_num
         assert larger <= max(2 * smaller, smaller + max(128, max_num_seqs // 8))
 
 
+def test_a_deterministic_engine_has_decodes_of_several_sizes_where_bits_do_not_depend_on_them() -> None:
+    fixed = dataclasses.replace(sizes(512, 512), is_deterministic=True)
+    assert fixed.decode_buckets == (512,)
+    assert dataclasses.replace(fixed, is_batch_invariant=True).decode_buckets == (64, 128, 256, 512)
+    assert dataclasses.replace(fixed, is_batch_invariant=True, max_num_seqs=48).decode_buckets == (48,)
+    runner = make_runner(
+        max_num_seqs=96, max_num_batched_tokens=96, is_deterministic=True, is_batch_invariant=True
+    )
+    layouts = runner.layouts()
+    assert [(own.num_tokens, own.is_decode) for own in layouts] == [(64, True), (96, True), (96, False)]
+    assert all(layout.ends_in_logits for layout in layouts)
+    runner.close()
+
+
 def test_a_compilation_after_warm_up_is_counted() -> None:
     from pjengine.draw import Stages
 

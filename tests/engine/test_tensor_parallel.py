@@ -1,5 +1,6 @@
 """An engine whose devices compute each token together gives what one device gives."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,14 @@ def test_numbers_of_devices_that_cannot_be_are_refused(folder: Path) -> None:
         LLM(folder, tensor_parallel_size=5, **SIZES)
     with pytest.raises(ValueError, match="tensor_parallel_size must be a whole number of at least 1"):
         LLM(folder, tensor_parallel_size=0, **SIZES)
+
+
+def test_no_program_takes_an_input_without_elements(folder: Path) -> None:
+    """JAX 0.11's compiler crashes on one that several devices read."""
+    from pjengine import LLM
+    from pjengine.draw import DrawLayout
+    from pjengine.edit_sizes import EditSizes
+
+    with LLM(str(folder), tensor_parallel_size=2, **SIZES) as llm:
+        text = llm.engine.runner.compiler.lower(DrawLayout(4, EditSizes(num_top=2))).as_text()
+    assert re.findall(r"%arg\d+: tensor<4x", text) and not re.findall(r"%arg\d+: tensor<0x", text)

@@ -16,6 +16,17 @@ def test_a_plan_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["plan", "demo", "--gpu", "abacus"]) == 2
 
 
+def test_a_deterministic_engine_is_planned_for_the_rows_that_the_card_gives_it() -> None:
+    from pjengine import EngineConfig
+    from pjengine.planning import plan_without_device
+
+    config = EngineConfig(model="llama-8b", deterministic=True)
+    few, many = (plan_without_device(config, gpu).activations_bytes for gpu in ("a100-80gb", "h100"))
+    assert many > few  # 512 rows of logits for 256
+    single = replace(config, kernel_backend="triton")  # the products of a library: one size of steps
+    assert plan_without_device(single, "h100").activations_bytes == few
+
+
 def test_a_plan_counts_the_experts_that_a_device_has_whole(capsys: pytest.CaptureFixture[str]) -> None:
     from pjengine import EngineConfig
     from pjengine.planning import plan_without_device
