@@ -9,17 +9,21 @@ from pjengine.models.block import Block
 from pjengine.models.decoder import Decoder
 from pjengine.pallas_kernels.dispatch import check_hopper, platform
 from pjengine.pallas_kernels.gated_linear import GatedTiles, check_gated_can
-from pjengine.pallas_kernels.paged_attention import DecodeTiles
+from pjengine.pallas_kernels.paged_attention import DecodeTiles, check_kernel_can
 from pjengine.pallas_kernels.stacked_linear import check_stacked_can
 
 
 def is_batch_invariant(
-    model: Decoder, row_counts: Sequence[int], *, max_model_len: int, backend: str | None = None
+    model: Decoder, row_counts: Sequence[int], *, max_slots: int, backend: str | None = None
 ) -> bool:
     """Whether kernels whose sums do not depend on the number of rows make all products of these steps.
 
     And whether decode attention cuts a sequence alike in all of them. Norms, and what is computed element by
-    element, is left to XLA: see `step_compiler.FIXED_OPTIONS`, and `determinism.verify_determinism`.
+    element, is left to XLA: see `step_compiler.INVARIANT_OPTIONS`, and `determinism.verify_determinism`.
+
+    Args:
+      max_slots: of a sequence's pages.
+      backend: the engine's `kernel_backend`.
     """
     if (
         platform() != "gpu"
@@ -34,14 +38,23 @@ def is_batch_invariant(
             _check_products(model, num_rows)
     except NotImplementedError:
         return False
-    return len({_attention_tiles(model, num_rows, max_model_len) for num_rows in row_counts}) == 1
+    return len({_attention_tiles(model, num_rows, max_slots) for num_rows in row_counts}) == 1
 
 
 def _is_made_of_known_pieces(model: Decoder) -> bool:
+    """Those of Llama: other norms, scales and orders were not tried."""
     c, kind = model.config, type(model)
-    has_own_pieces = kind.block is not Block or kind.own_logits is not Decoder.own_logits
-    is_gated = c.is_gated and c.activation == "silu" and not c.mlp_bias
-    return not has_own_pieces and c.experts is None and c.qk_norm is None and is_gated
+    has_own_pieces = kind.block is not Block or any(
+        getattr(kind, name) is not getattr(Decoder, name)
+        for name in ("run_keeping", "embed", "own_logits", "normalize")
+    )
+    is_like_llama = (
+        (c.norm, c.norm_offset, c.has_norm_weight) == ("rms", 0.0, True)
+        and (c.has_pre_norms and not c.has_post_norms and not c.is_parallel)
+        and (c.qk_norm is None and c.experts is None and c.residual_scale == 1)
+        and (c.is_gated and c.activation == "silu" and not c.mlp_bias)
+    )
+    return is_like_llama and not has_own_pieces
 
 
 def _check_products(model: Decoder, num_rows: int) -> None:
@@ -59,12 +72,14 @@ def _check_products(model: Decoder, num_rows: int) -> None:
     check_stacked_can(struct(num_rows, c.hidden_size), head, jnp.float32, is_transposed=True)
     check_gated_can(struct(num_rows, c.hidden_size), struct(1, c.hidden_size, 2, c.intermediate_size))
     GatedTiles.choose(num_rows=num_rows, n=c.intermediate_size)
+    pages = struct(1, c.num_kv_heads, 16, c.head_dim)
+    check_kernel_can(struct(num_rows, c.num_heads, c.head_dim), pages, pages)
 
 
-def _attention_tiles(model: Decoder, num_rows: int, max_model_len: int) -> tuple[DecodeTiles, ...]:
+def _attention_tiles(model: Decoder, num_rows: int, max_slots: int) -> tuple[DecodeTiles, ...]:
     """Of all layers: those with a window see fewer slots."""
     c = model.own
-    lengths = {min(max_model_len, c.window_of(number) or max_model_len) for number in range(c.num_layers)}
+    lengths = {min(max_slots, c.window_of(number) or max_slots) for number in range(c.num_layers)}
     return tuple(
         DecodeTiles.choose(
             batch=num_rows,

@@ -276,7 +276,8 @@ class Decoder:
                 "this model has others, and padded or repeated parameters: choose another "
                 "tensor_parallel_size"
             )
-        return self if self.num_devices == 1 else replace(self, num_devices=1)
+        # Kernels whose sums do not depend on the number of rows have no derivative.
+        return replace(self, num_devices=1, is_batch_invariant=False)
 
     def _dense(
         self, params: Params, tokens: Int[Array, "b t"], rope_lens: Int[Array, "b t"], remat: bool

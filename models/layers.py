@@ -52,10 +52,11 @@ def unembed(
     """Hidden states to float32 logits; `is_batch_invariant` as in `stacked_linear`."""
     rows = x.reshape(-1, x.shape[-1])
     if is_batch_invariant:
+        padded = jnp.pad(rows, ((0, -len(rows) % 8), (0, 0)))  # as the kernel takes them
         dtype = wide_dtype(x.dtype)
         logits = stacked_linear(
-            rows, table[None], 0, dtype=dtype, is_transposed=True, is_batch_invariant=True
-        )
+            padded, table[None], 0, dtype=dtype, is_transposed=True, is_batch_invariant=True
+        )[: len(rows)]
         logits = logits if bias is None else with_bias(logits, widened(bias))
         return logits.reshape(*x.shape[:-1], len(table))
     # XLA computes one row with a float32 result as a float32 product, and converts the whole table for it.

@@ -219,7 +219,11 @@ class DecodeTiles:
         )
 
 
-def check_kernel_can(q: Array, k_pages: Array, v_pages: Array) -> None:
+def check_kernel_can(
+    q: Array | jax.ShapeDtypeStruct,
+    k_pages: Array | jax.ShapeDtypeStruct,
+    v_pages: Array | jax.ShapeDtypeStruct,
+) -> None:
     """Refuses what neither attention kernel does.
 
     Raises:

@@ -200,8 +200,8 @@ def choose_splits(k: int, n: int) -> int:
 def check_stacked_pays(x: Array, weights: Array) -> None:
     """Refuses what the library was measured to be as fast at in an engine, or was not measured at all.
 
-    Its products add to the residual stream. Alone, as `pjengine bench kernels` has them, the kernel is faster
-    at more sizes.
+    The library's products add to the residual stream. Alone, as `pjengine bench kernels` has them, the kernel
+    is faster at more sizes.
 
     Raises:
       NotImplementedError: rows other than 65 to 128 and more than 1024, or less than 32 MiB of weights in a

@@ -289,7 +289,7 @@ class RunnerConfig:
 
 def invariant_buckets(max_num_seqs: int) -> tuple[int, ...]:
     """Of decode steps in a deterministic engine. Below 64 rows other kernels make the products."""
-    return (*(size for size in (64, 128, 256) if size < max_num_seqs), max_num_seqs)
+    return (*(size for size in (64, 128, 256, 512) if size < max_num_seqs), max_num_seqs)
 
 
 # vLLM's name -> ours.

@@ -6,13 +6,14 @@ prefix cache holds, and whether it is preempted. Two things make it so.
 
 Every token is computed in one way only. Prompts are read in steps of prompts, outputs computed in steps of
 decodes, also where a preempted request gets them once more; the cache holds pages of prompts alone. And every
-step of a kind runs the model at one shape, in a program that ends in logits: how a product is summed depends
-on its shape, so it never changes. Steps of prompts with logprobs or hidden states are programs of their own,
-of the same shape, that give these out too; penalties, biases, forms and processors are in a program of their
-own that draws from the logits. In such a program a row's result must not depend on the other rows, nor on its
-place among them. Kernels here are written so: a split of the decode attention follows from the row's own
-length, blocks of slots begin at the sequence's own beginning. Of products that libraries make it is no more
-than the rule, so `verify_determinism` tries.
+step of a kind runs the model at one shape, in a program that ends in logits: how a product is summed may
+depend on its shape, so it never changes. But decodes have several shapes where all sums are in an order of
+their own, see `models/batch_invariance.py`. Steps of prompts with logprobs or hidden states are programs of
+their own, of the same shape, that give these out too; penalties, biases, forms and processors are in a
+program of their own that draws from the logits. In such a program a row's result must not depend on the other
+rows, nor on its place among them. Kernels here are written so: a split of the decode attention follows from
+the row's own length, blocks of slots begin at the sequence's own beginning. Of products that libraries make
+it is no more than the rule, so `verify_determinism` tries.
 """
 
 import random
@@ -83,6 +84,7 @@ class DeterminismReport:
     num_preempted: int = 0  # of those that were compared, as are the next two
     num_cached: int = 0  # some of the prompt was in the prefix cache
     num_cut: int = 0  # the prompt was longer than a step
+    num_steps: dict[int, int] = field(default_factory=dict)  # of decodes, by the rows that their program has
     num_differences: int = 0
     first: Difference | None = None  # its `request` counts KINDS
     first_mix: int | None = None
@@ -178,11 +180,15 @@ def _try_mix(
     engine: LLMEngine, rng: random.Random, trials: list[Trial], mix: int, report: DeterminismReport
 ) -> None:
     limits, compared = _random_limits(engine, rng, trials), list(range(len(trials)))
+    crowd = int((2 * limits.max_num_seqs) ** rng.random())  # as many small crowds as large ones
+    sizes = engine.runner.config.decode_buckets
+    if mix < len(sizes):  # each program of decodes is full once
+        limits, crowd = replace(most_limits(engine), max_num_seqs=sizes[mix]), sizes[mix]
     arrivals = [(rng.randint(0, MAX_ARRIVAL), trials[index]) for index in compared]
     twice = rng.sample(compared, k=rng.randint(len(trials) // 2, len(trials)))  # these may find pages
     arrivals += [(arrivals[index][0] + rng.randint(0, MAX_ARRIVAL // 2), trials[index]) for index in twice]
     compared += twice
-    for _ in range(int((2 * limits.max_num_seqs) ** rng.random())):  # as many small crowds as large ones
+    for _ in range(crowd):
         beside = _trial(engine, rng, None)
         if rng.random() < 0.3:  # shares a beginning
             whole = rng.choice(trials).prompt
@@ -191,6 +197,9 @@ def _try_mix(
             arrivals.append((rng.randint(0, MAX_ARRIVAL), beside))
     _limit(engine, limits)
     generations = _run(engine, arrivals)
+    for step in engine.step_log.steps:
+        if step.layout.is_decode:
+            report.num_steps[step.layout.num_tokens] = report.num_steps.get(step.layout.num_tokens, 0) + 1
     report.num_mixes += 1
     report.num_beside += len(arrivals) - len(compared)
     for index, generation in zip(compared, generations, strict=False):

@@ -140,13 +140,14 @@ def sized(config: EngineConfig, model: Decoder, memory_bytes: int | None) -> tup
 
     Raises as `choose_sizes` does.
     """
-    for wanted in (config.deterministic, False):
-        sizes = choose_sizes(config, model.config, memory_bytes, is_batch_invariant=wanted)
+    if config.deterministic:
+        sizes = choose_sizes(config, model.config, memory_bytes, is_batch_invariant=True)
         counts = invariant_buckets(sizes["max_num_seqs"])
-        length = int(config.max_model_len or model.config.max_model_len)
-        if wanted and is_batch_invariant(model, counts, max_model_len=length, backend=config.kernel_backend):
+        num_pages = -(-int(config.max_model_len or model.config.max_model_len) // config.page_size)
+        slots = num_pages * config.page_size
+        if is_batch_invariant(model, counts, max_slots=slots, backend=config.kernel_backend):
             return replace(model, is_batch_invariant=True), sizes
-    return model, sizes
+    return model, choose_sizes(config, model.config, memory_bytes)
 
 
 def _runner_config(

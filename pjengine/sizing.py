@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from pjengine.config import EngineConfig
 from pjengine.models.config import ModelConfig
 
-# Requests that run at once, and tokens of a step: there every step costs what a full one does.
+# Requests that run at once, and tokens of a step. There every step costs what a full one does; in the last
+# case decodes do not.
 DETERMINISTIC_CPU, DETERMINISTIC_GPU, INVARIANT_GPU = (16, 128), (256, 512), (512, 512)
 
 

@@ -44,10 +44,11 @@ def _verify(args: argparse.Namespace) -> int:
             found = verify_determinism(engine, num_mixes=args.num_mixes, seed=args.mix_seed, show=show)
     finally:
         engine.close()
+    rows = " and ".join(map(str, sorted(found.num_steps)))
     summary = (
         f"{found.num_mixes} mixes, {found.num_compared} requests compared with what they get alone "
         f"({found.num_preempted} preempted, {found.num_cached} with a cached beginning, {found.num_cut} cut)"
-        f", {found.num_tokens} tokens: {found.num_differences} differ"
+        f", {found.num_tokens} tokens, in decodes of {rows} rows: {found.num_differences} differ"
     )
     if found.first is not None:
         kind = KINDS[found.first.request]

@@ -198,14 +198,14 @@ STEPS: Mapping[str, Step] = {
     ),
 }
 DRAW = DrawLayout(64, EDITS)
-DETERMINISTIC = Step("llama-8b", 64, True, ends_in_logits=True, is_deterministic=True)
-DRAW_WITH_LOGPROBS = DrawLayout(64, EditSizes(num_top=2, num_asked=1))
+DETERMINISTIC = Step("llama-8b", 256, True, ends_in_logits=True, is_deterministic=True)
+DRAW_WITH_LOGPROBS = DrawLayout(256, EditSizes(num_top=2, num_asked=1))
 BEAMS = DrawLayout(8, EditSizes(num_beams=8, num_beam_searches=1, beam_width=8, num_beam_ends=4))
 PROGRAMS: Mapping[str, Callable[[], Compiled]] = {
     **{name: each.compile for name, each in STEPS.items()},
     "llama-8b draw 64": functools.partial(STEPS["llama-8b decode 32 to logits"].compile, draw=DRAW),
-    "llama-8b decode 64, deterministic": DETERMINISTIC.compile,
-    "llama-8b draw 64, deterministic": functools.partial(DETERMINISTIC.compile, draw=DRAW_WITH_LOGPROBS),
+    "llama-8b decode 256, deterministic": DETERMINISTIC.compile,
+    "llama-8b draw 256, deterministic": functools.partial(DETERMINISTIC.compile, draw=DRAW_WITH_LOGPROBS),
     "llama-8b draw 8 beams": functools.partial(STEPS["llama-8b decode 32 to logits"].compile, draw=BEAMS),
 }
 WRONG_STEPS: Mapping[str, Step] = {

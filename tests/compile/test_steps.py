@@ -28,8 +28,8 @@ KERNELS = {
     "llama-8b decode 1": FUSED,
     "llama-8b decode 32": FUSED,
     "llama-8b decode 32 to logits": FUSED - {"keep_threshold"},
-    "llama-8b decode 64, deterministic": LARGE | {"stacked_linear_mosaic"},
-    "llama-8b draw 64, deterministic": {"keep_threshold"},
+    "llama-8b decode 256, deterministic": LARGE | {"stacked_linear_mosaic"},
+    "llama-8b draw 256, deterministic": {"keep_threshold"},
     "llama-8b draw 64": {"keep_threshold"},
     "llama-8b draw 8 beams": {"keep_threshold"},
     "llama-8b decode 128": LARGE | {"stacked_linear_mosaic", "keep_threshold"},
@@ -130,7 +130,7 @@ def test_deterministic_steps_have_no_sums_whose_order_depends_on_the_number_of_r
     compiled: Mapping[str, Report], kind: str
 ) -> None:
     """As XLA's products have, and its reductions in Triton: others have those."""
-    fixed, others = compiled[f"llama-8b {kind} 64, deterministic"].hlo, compiled["llama-8b decode 256"].hlo
+    fixed, others = compiled[f"llama-8b {kind} 256, deterministic"].hlo, compiled["llama-8b decode 256"].hlo
     for made_by in ("__cublas", '"kind":"__triton"'):
         assert made_by in others and made_by not in fixed
 
