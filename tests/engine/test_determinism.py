@@ -182,7 +182,12 @@ def test_beam_search_is_refused(llm: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["gemma2", "mixtral", pytest.param("bloom", marks=pytest.mark.sweep), "two devices"]
+    "name",
+    [
+        "gemma2",
+        *(pytest.param(name, marks=pytest.mark.sweep) for name in ("mixtral", "bloom")),
+        "two devices",
+    ],
 )
 def test_other_models_get_the_same_bits_in_random_mixes(tmp_path: Path, name: str) -> None:
     from pjengine import LLM
