@@ -165,7 +165,8 @@ def _add_kernels(kinds: Any) -> None:
         "--op",
         metavar="OP",
         nargs="+",
-        help="only these: decode, prefill, product, gated, experts, small (default: all that the shape has)",
+        help="only these: decode, prefill, product, gated, stacked, experts, small "
+        "(default: all that the shape has)",
     )
     command.add_argument("--tune", action="store_true", help="other tiles too, not only the chosen ones")
     command.add_argument(
