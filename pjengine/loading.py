@@ -146,7 +146,9 @@ def sized(config: EngineConfig, model: Decoder, memory_bytes: int | None) -> tup
         num_pages = -(-int(config.max_model_len or model.config.max_model_len) // config.page_size)
         slots = num_pages * config.page_size
         if is_batch_invariant(model, counts, max_slots=slots, backend=config.kernel_backend):
+            logger.info("deterministic: decodes in steps of %s rows", ", ".join(map(str, counts)))
             return replace(model, is_batch_invariant=True), sizes
+        logger.info("deterministic: all decodes in steps of one size")
     return model, choose_sizes(config, model.config, memory_bytes)
 
 
