@@ -43,18 +43,12 @@ def is_batch_invariant(
 
 def _is_made_of_known_pieces(model: Decoder) -> bool:
     """Those of Llama: other norms, scales and orders were not tried."""
-    c, kind = model.config, type(model)
+    kind = type(model)
     has_own_pieces = kind.block is not Block or any(
         getattr(kind, name) is not getattr(Decoder, name)
         for name in ("run_keeping", "embed", "own_logits", "normalize")
     )
-    is_like_llama = (
-        (c.norm, c.norm_offset, c.has_norm_weight) == ("rms", 0.0, True)
-        and (c.has_pre_norms and not c.has_post_norms and not c.is_parallel)
-        and (c.qk_norm is None and c.experts is None and c.residual_scale == 1)
-        and (c.is_gated and c.activation == "silu" and not c.mlp_bias)
-    )
-    return is_like_llama and not has_own_pieces
+    return model.config.is_like_llama and not model.config.mlp_bias and not has_own_pieces
 
 
 def _check_products(model: Decoder, num_rows: int) -> None:

@@ -147,6 +147,16 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def is_like_llama(self) -> bool:
+        """Whether layers are put together as Llama's are. Biases, and how they attend else, may differ."""
+        return (
+            (self.norm, self.norm_offset, self.has_norm_weight) == ("rms", 0.0, True)
+            and (self.has_pre_norms and not self.has_post_norms and not self.is_parallel)
+            and (self.qk_norm is None and self.clip_qkv is None and self.residual_scale == 1)
+            and (self.experts is None and self.is_gated and self.activation == "silu")
+        )
+
+    @property
     def scale(self) -> float:
         """What the products of queries and keys are multiplied with."""
         return 1 / math.sqrt(self.head_dim) if self.attention_scale is None else self.attention_scale

@@ -33,15 +33,10 @@ from pjengine.sharding.mesh import TENSOR
 
 
 def has_fused_form(config: ModelConfig) -> bool:
-    """Whether the layers are built like Llama's. Biases, and how they attend beside that, do not matter."""
-    c = config
-    return (
-        (c.norm, c.norm_offset, c.has_norm_weight) == ("rms", 0.0, True)
-        and (c.has_pre_norms and not c.has_post_norms and not c.is_parallel)
-        and (c.rope is not None and c.rope.rotary_dim == c.head_dim and not c.layer_ropes)
-        and (c.qk_norm is None and c.clip_qkv is None)
-        and (c.experts is None and c.is_gated and c.activation == "silu" and c.residual_scale == 1)
-    )
+    """Whether the layers are built like Llama's, with one rotation of whole heads."""
+    rope = config.rope
+    has_rope = rope is not None and rope.rotary_dim == config.head_dim and not config.layer_ropes
+    return config.is_like_llama and has_rope
 
 
 def is_fused(config: ModelConfig, x: Array, attend: PagedAttend) -> bool:

@@ -28,17 +28,13 @@ def is_summed(
     params: dict[str, Any], config: ModelConfig, x: Array, cache: KVCache, attend: PagedAttend
 ) -> bool:
     """Whether the layers are built so, and the kernel can end their sums."""
-    c = config
-    is_like_llama = (
-        (c.norm, c.norm_offset, c.has_norm_weight) == ("rms", 0.0, True)
-        and (c.has_pre_norms and not c.has_post_norms and not c.is_parallel)
-        and (c.qk_norm is None and c.clip_qkv is None and not c.out_bias and not c.mlp_bias)
-        and (c.experts is None and c.is_gated and c.activation == "silu" and c.residual_scale == 1)
-    )
-    if not is_like_llama or platform() != "gpu" or attend.backend not in (None, "jax_triton"):
+    if not config.is_like_llama or config.out_bias or config.mlp_bias:
         return False
+    if platform() != "gpu" or attend.backend not in (None, "jax_triton"):
+        return False
+    residual = Residual(x, params["layers"]["mlp_norm"], 0)
     try:
-        check_peer_sum_can(x, cache.own_inboxes, Residual(x, params["layers"]["mlp_norm"], 0), c.norm_eps)
+        check_peer_sum_can(x, cache.own_inboxes, residual, config.norm_eps)
     except NotImplementedError:
         return False
     return True

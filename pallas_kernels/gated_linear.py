@@ -251,14 +251,23 @@ def _gated_kernel(
         plgpu.set_max_registers(40, action="decrease")
         load = functools.partial(_load, refs, refs.layer[0])
         count, slot = for_each(load, (jnp.int32(0), jnp.int32(0)))
+        wait_until_read(refs.freed, refs.next_slot, count, slot, tiles.num_stages)
 
-        # No barrier may end with an arrival that its waiter did not see: the interpreter insists.
-        def wait(_: Any, slot: Any) -> Any:
-            plgpu.barrier_wait(refs.freed.at[slot])
-            return refs.next_slot(slot)
 
-        is_full = count >= tiles.num_stages
-        lax.fori_loop(0, jnp.minimum(count, tiles.num_stages), wait, jnp.where(is_full, slot, 0))
+def wait_until_read(
+    freed: Any, next_slot: Callable[[Any], Any], count: Any, slot: Any, num_stages: int
+) -> None:
+    """Ends a loader that has filled `count` slots of its ring, `slot` being the next one.
+
+    No barrier may end with an arrival that its waiter did not see: the interpreter insists.
+    """
+
+    def wait(_: Any, slot: Any) -> Any:
+        plgpu.barrier_wait(freed.at[slot])
+        return next_slot(slot)
+
+    is_full = count >= num_stages
+    lax.fori_loop(0, jnp.minimum(count, num_stages), wait, jnp.where(is_full, slot, 0))
 
 
 def _load(

@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pjengine.pallas_kernels.dispatch import check_hopper, dispatch
+from pjengine.pallas_kernels.gated_linear import wait_until_read
 
 _WGS = 2  # warpgroups that multiply; the one after them loads
 _WG_ROWS = 64  # of a warpgroup: what one wgmma has
@@ -410,14 +411,7 @@ def _stacked_kernel(
         plgpu.set_max_registers(40, action="decrease")
         load = functools.partial(_load, refs, refs.layer[0])
         count, slot = for_each(load, (jnp.int32(0), jnp.int32(0)))
-
-        # No barrier may end with an arrival that its waiter did not see: the interpreter insists.
-        def wait(_: Any, slot: Any) -> Any:
-            plgpu.barrier_wait(refs.freed.at[slot])
-            return refs.next_slot(slot)
-
-        is_full = count >= tiles.num_stages
-        lax.fori_loop(0, jnp.minimum(count, tiles.num_stages), wait, jnp.where(is_full, slot, 0))
+        wait_until_read(refs.freed, refs.next_slot, count, slot, tiles.num_stages)
 
 
 def _load(refs: _Refs, layer: Any, place: _Place, carry: tuple[Any, Any]) -> tuple[Any, Any]:
