@@ -58,8 +58,8 @@ def compile_it(
 
 PROGRAMS: Mapping[str, Callable[[], Compiled]] = {
     "functional 32 mapped": functools.partial(compile_it, mapped, 32),
-    "functional 96 mapped": functools.partial(compile_it, mapped, 96),
+    "functional 192 mapped": functools.partial(compile_it, mapped, 192),
     "functional 32 without options": functools.partial(compile_it, generate, 32, has_options=False),
-    "functional 96 without options": functools.partial(compile_it, generate, 96, has_options=False),
+    "functional 192 without options": functools.partial(compile_it, generate, 192, has_options=False),
     "functional 64 on two": functools.partial(compile_it, generate, 64, num_devices=2),
 }

@@ -11,10 +11,10 @@ from tests.compile.worker import Report
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]  # compiles whole generate loops
 FEW = {"skinny_qkv", "paged_decode", "skinny_linear", "ragged_paged_attention_mosaic"}
-MANY = {"rope_kv_write", "paged_decode", "ragged_paged_attention_mosaic"}
+MANY = {"stacked_linear", "rope_kv_write", "paged_decode", "ragged_paged_attention_mosaic"}
 KERNELS = {
     "functional 32 mapped": FEW,
-    "functional 96 mapped": MANY,
+    "functional 192 mapped": MANY,
     "functional 64 on two": FEW,
 }
 
@@ -41,7 +41,7 @@ def test_programs_run_the_kernels_of_the_engine_and_copy_no_weights(
 
 @pytest.mark.parametrize(
     ("program", "is_copying"),
-    [("functional 32 without options", False), ("functional 96 without options", True)],
+    [("functional 32 without options", False), ("functional 192 without options", True)],
 )
 def test_without_the_options_many_rows_copy_weights(
     compiled: Mapping[str, Report], program: str, is_copying: bool
