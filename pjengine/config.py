@@ -79,6 +79,9 @@ class EngineConfig:
     distributed_executor_backend: str | None = None  # "ray": all nodes of its cluster, for these three
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
+    # While prompts fill whole steps, decodes wait: all is answered sooner, but tokens come less evenly. None:
+    # an LLM does so, whose callers wait for whole answers, and an AsyncLLM does not.
+    prefill_first: bool | None = None
     max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
     generation_config: str = "auto"  # the model's own defaults of sampling; "vllm": neutral ones
     kernel_backend: str | None = None  # None: the best that this device and these shapes allow
@@ -93,6 +96,8 @@ class EngineConfig:
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.prefill_first, bool | None):
+            raise ValueError(f"prefill_first must be True, False or None, got {self.prefill_first!r}")
         if not isinstance(self.hf_overrides, Mapping):
             raise ValueError(f"hf_overrides must be a dict, got {self.hf_overrides!r:.80}")
         if isinstance(self.dtype, str):
@@ -174,6 +179,11 @@ class EngineConfig:
                 raise ValueError(
                     f"deterministic=True gives one token a launch, got decode_steps={self.decode_steps}: "
                     "leave it out"
+                )
+            if self.prefill_first is not None:
+                raise ValueError(
+                    f"deterministic=True never has prompts beside decodes, got prefill_first="
+                    f"{self.prefill_first}: leave it out"
                 )
             if self.tensor_parallel_size > 2:
                 raise ValueError(

@@ -122,6 +122,7 @@ class LLMEngine:
             max_states=sizes.max_states,
             mixed_sizes=sizes.mixed_buckets,
             is_deterministic=sizes.is_deterministic,
+            prefill_first=bool(self.config.prefill_first),
             speculation=Speculation(wanted, sizes.max_num_seqs, self.runner.can_draft) if wanted else None,
             window_pool=None if group is None else PagePool(group.num_pages),
             window=None if group is None else group.window,

@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -58,9 +59,10 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
-        self._engine: Engine | None = start_engine(
-            EngineConfig(model=os.fspath(model), **known_settings(settings))
-        )
+        config = EngineConfig(model=os.fspath(model), **known_settings(settings))
+        if config.prefill_first is None and not config.deterministic:
+            config = replace(config, prefill_first=True)
+        self._engine: Engine | None = start_engine(config)
 
     @property
     def engine(self) -> Any:

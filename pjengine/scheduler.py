@@ -2,7 +2,9 @@
 
 A step is either all decodes or mixed: one token of every row that decodes, then chunks of prompts up to
 `max_num_batched_tokens`, or up to a smaller step that they fill. So a row that decodes gets on with every
-step, however many prompts wait, and waits at most as long as a step of that many tokens takes.
+step, however many prompts wait, and waits at most as long as a step of that many tokens takes. With
+`prefill_first`, which is for work that ends sooner so and that nobody watches, rows that decode wait while
+prompts fill whole steps.
 """
 
 import heapq
@@ -54,6 +56,7 @@ class Scheduler:
     # A token is computed in one way only, whatever happens: those of prompts in steps of prompts, outputs in
     # decodes, also once more after a preemption; pages with outputs are not shared.
     is_deterministic: bool = False
+    prefill_first: bool = False  # steps that prompts fill have no decodes
     num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
     num_cache_hits: int = 0  # tokens found there
     num_prompt_tokens: int = 0  # of requests that have got a row
@@ -148,18 +151,20 @@ class Scheduler:
         updates = PageUpdates([], [])
         refused: list[tuple[Request, str]] = []
         self._pages.give_back_unseen()
-        num_preempted = self._make_room()
+        is_mixed = self.turns is None and not (self.prefill_first and self._is_filled_by_prompts())
+        num_preempted = self._make_room(is_mixed)
         rows, turns = self.rows.decoding(), self.turns
-        if turns is None:
+        if is_mixed:
             self._grow(rows, updates)
         if turns is None or turns.is_for_prompts(len(rows), self._num_wanted(0), self.max_num_batched_tokens):
-            budget = self._budget(len(rows))
+            budget = self._budget(len(rows) if is_mixed else 0)
             for row, length in self._prompt_lengths(budget):
                 chunks.append(self._take(self.rows.owner(row), length, updates))
             if num_preempted == 0:
                 self._admit(budget, chunks, updates, refused)
         if turns is not None:
             turns.see(sum(chunk.length for chunk in chunks))
+        if not is_mixed:
             rows = rows[:0] if chunks else rows
             self._grow(rows, updates)
         needs = self._needs(rows, chunks)
@@ -214,27 +219,34 @@ class Scheduler:
                 found.append((seq, chunk.request))
         return found
 
-    def _budget(self, num_decoding: int) -> TokenBudget:
-        num_decodes = num_decoding if self.turns is None else 0
+    def _budget(self, num_decodes: int) -> TokenBudget:
         most = self.max_num_batched_tokens
         if self.mixed_sizes:
             most = step_limit(self._num_wanted(num_decodes), num_decodes, self.mixed_sizes)
         limit = self.max_prompt_logprob_tokens or most
         return TokenBudget(num_decodes, most, limit, self.max_states, self.mixed_sizes)
 
-    def _num_wanted(self, num_decodes: int) -> int:
+    def _num_wanted(self, num_decodes: int, left: np.ndarray | None = None) -> int:
         """How many tokens the next step would take without a limit; at least, where it has more than that.
 
-        An estimate: prompts that wait count whole, whatever the cache holds of them, and as if all had room.
+        An estimate: prompts that wait count whole, whatever the cache holds of them, and as if all had room;
+        or those that have it in the free pages that are `left`, of each pool.
         """
         table = self.rows
         rows = table.prefilling()
         num_wanted = num_decodes + int((table.prefill_end[rows] - table.computed[rows]).sum())
         for _, request in self._waiting[: table.num_free]:
-            if num_wanted >= self.max_num_batched_tokens:
+            if left is not None:
+                left = left - self._pages.cost(request, Found([], [])) - self.beams.num_tails(request)
+            if num_wanted >= self.max_num_batched_tokens or (left is not None and (left < 0).any()):
                 break
             num_wanted += self._prefill_end(request)
         return num_wanted
+
+    def _is_filled_by_prompts(self) -> bool:
+        """Whether prompts alone fill the next step, with what there is of rows and pages."""
+        most = self.max_num_batched_tokens
+        return self._num_wanted(0) >= most and self._num_wanted(0, self._pages.unpromised()) >= most
 
     def _prefill_end(self, request: Request) -> int:
         """How many tokens of a waiting request are computed in chunks; its other outputs one by one."""
@@ -247,16 +259,17 @@ class Scheduler:
             if length := budget.take(table.owner(row), int(table.computed[row]), int(table.prefill_end[row])):
                 yield row, length
 
-    def _make_room(self) -> int:
+    def _make_room(self, is_mixed: bool) -> int:
         """Preempts the highest ranks until the next tokens of all that runs have pages; returns how many.
 
-        Spares those that are about to finish: their pages return by themselves.
+        Spares those that are about to finish: their pages return by themselves. `is_mixed`: the step has
+        decodes and prompts, not one or the other.
         """
         num_preempted, table = 0, self.rows
         while True:
             rows = table.decoding()
             needed = int(np.count_nonzero(table.computed[rows] == table.room[rows]))
-            for row, length in self._prompt_lengths(self._budget(len(rows))):
+            for row, length in self._prompt_lengths(self._budget(len(rows) if is_mixed else 0)):
                 request, end = table.owner(row), int(table.computed[row]) + length
                 needed += self._pages_for(end) - len(request.pages)
                 needed += self.beams.num_tails(request) if end == table.prefill_end[row] else 0

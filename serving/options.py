@@ -126,6 +126,12 @@ ENGINE_OPTIONS = (
         short="-dp",
     ),
     Option("scheduling_policy", str, "NAME", "fcfs, or priority: lower priorities go first"),
+    Option(
+        "prefill_first",
+        argparse.BooleanOptionalAction,
+        "",
+        "decodes wait while prompts fill whole steps (default: yes, unless it serves)",
+    ),
     Option("enable_prefix_caching", argparse.BooleanOptionalAction, "", "share pages of equal beginnings"),
     Option("max_logprobs", int, "N", "most that a request may ask for at a position; -1: the vocabulary"),
     Option("generation_config", str, "NAME", "auto: the model's own sampling defaults; vllm: neutral ones"),

@@ -103,6 +103,11 @@ def test_a_closed_engine_refuses_everything_and_takes_no_memory(gqa_folder: Path
         ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
         ({"warm_up": "x"}, "warm_up must be True or False"),
         ({"disable_custom_all_reduce": 1}, "disable_custom_all_reduce must be True or False, got 1"),
+        ({"prefill_first": 1}, "prefill_first must be True, False or None, got 1"),
+        (
+            {"prefill_first": True, "deterministic": True},
+            "never has prompts beside decodes, got prefill_first",
+        ),
         ({"skip_tokenizer_init": 1}, "skip_tokenizer_init must be True or False"),
         ({"gpu_memory_utilization": "x"}, r"gpu_memory_utilization must be in \(0, 1\], got 'x'"),
         ({"gpu_memory_utilization": True}, "gpu_memory_utilization must be in"),

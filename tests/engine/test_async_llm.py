@@ -104,6 +104,18 @@ def test_64_tasks_get_what_generate_gives(llm: Any, shared: tuple[Any, list[Any]
             assert after.outputs[0].text.startswith(before.outputs[0].text)
 
 
+def test_prompts_go_first_where_whole_answers_are_waited_for(demo: Any, gqa_folder: Path) -> None:
+    from pjengine import LLM, AsyncLLM
+
+    assert demo.engine.scheduler.prefill_first
+    for setting in ({"prefill_first": False}, {"deterministic": True}):
+        with LLM(gqa_folder, skip_tokenizer_init=True, **TINY, **setting) as other:
+            assert not other.engine.scheduler.prefill_first
+    llm = AsyncLLM(gqa_folder, skip_tokenizer_init=True, **TINY)
+    assert not llm.engine.scheduler.prefill_first
+    llm.close()
+
+
 def test_a_cumulative_text_never_shows_the_start_of_a_stop_string(llm: Any) -> None:
     text = run(last(llm.generate(PROMPTS[1], params(24)))).outputs[0].text
     stop = text[10:16]

@@ -57,6 +57,39 @@ def test_decodes_go_first_and_a_long_prompt_is_cut_to_the_budget() -> None:
     assert not schedule.is_decode
 
 
+def test_decodes_wait_while_prompts_fill_steps_where_these_go_first() -> None:
+    scheduler = make_scheduler(num_pages=64, max_num_batched_tokens=16)
+    scheduler.prefill_first = True
+    device = StubDevice(scheduler)
+    scheduler.add(make_request("first", 3, 20))
+    device.step()
+    for name in ("a", "bb", "ccc"):
+        scheduler.add(make_request(name, 14, 4))
+    steps = [device.step() for _ in range(4)]
+    assert [schedule.num_tokens for schedule in steps[:2]] == [16, 16]
+    assert not any(schedule.decodes.requests for schedule in steps[:2])
+    # What is left of the prompts does not fill a step: all go on together.
+    assert [len(schedule.decodes.requests) for schedule in steps[2:]] == [3, 4]
+    assert [chunk.length for chunk in steps[2].chunks] == [10]
+
+
+@pytest.mark.parametrize("limits", [{"num_pages": 11}, {"max_num_seqs": 1}], ids=["no pages", "no rows"])
+def test_decodes_go_on_where_the_prompts_that_go_first_have_no_room(limits: dict[str, Any]) -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16, **limits)
+    scheduler.prefill_first = True
+    device = StubDevice(scheduler)
+    first = make_request("first", 17, 12)
+    scheduler.add(first)
+    device.step()
+    device.step()
+    for name in ("second", "third"):
+        scheduler.add(make_request(name, 24, 4))
+    assert [request.request_id for request in device.step().decodes.requests] == ["first"]
+    for _ in range(60):
+        device.step()
+    assert not scheduler.has_requests and first.output_token_ids == expected(first)
+
+
 @pytest.mark.parametrize(
     ("num_wanted", "num_decodes", "limit"),
     [

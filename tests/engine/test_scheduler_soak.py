@@ -95,6 +95,7 @@ def soak() -> None:
                 scheduler.add(load.make())
         scheduler.finish(load.victims())
         scheduler.decode_steps = 1 + load.num_made // 1000 % 3
+        scheduler.prefill_first = load.num_made // 3000 % 2 == 1
         schedule = device.step()
         most_running = max(most_running, len(scheduler.running))
         deepest = max(deepest, *schedule.decodes.lengths.tolist(), 0)
