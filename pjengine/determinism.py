@@ -257,6 +257,7 @@ def _limit(engine: LLMEngine, limits: Limits) -> None:
         max_num_batched_tokens=limits.max_num_batched_tokens,
         mixed_sizes=(),
         is_caching=limits.is_caching,
+        num_spare_pages=0,  # so that some are preempted
     )
     _use(engine, scheduler)
 

@@ -57,6 +57,10 @@ class Scheduler:
     # decodes, also once more after a preemption; pages with outputs are not shared.
     is_deterministic: bool = False
     prefill_first: bool = False  # steps that prompts fill have no decodes
+    # Free pages for each row that runs to grow into, when another request is admitted. Without, a full pool
+    # admits requests that are pushed out some tokens later, and computed again: 151 of 1,000 like ShareGPT's
+    # in room for 120,000 tokens. With one page 5 by simulation, and 5 % less time; with two no less time.
+    num_spare_pages: int = 1
     num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
     num_cache_hits: int = 0  # tokens found there
     num_prompt_tokens: int = 0  # of requests that have got a row
@@ -327,7 +331,7 @@ class Scheduler:
                 continue
             found = self._pages.find(request)
             cost = self._pages.cost(request, found) + self.beams.num_tails(request)
-            if (cost > left).any():
+            if not self._has_room(request, cost, left):
                 break
             num_cached = len(found.pages) * self.page_size
             if not (length := budget.take(request, num_cached, self._prefill_end(request))):
@@ -338,6 +342,15 @@ class Scheduler:
             left -= cost
         for entry in held_back:
             heapq.heappush(self._waiting, entry)
+
+    def _has_room(self, request: Request, cost: np.ndarray, left: np.ndarray) -> bool:
+        """Whether a request has pages, and what runs some to grow into, unless that goes after it."""
+        if (cost > left).any():
+            return False
+        num_running = self.rows.num_rows - self.rows.num_free
+        if cost[0] + self.num_spare_pages * num_running <= left[0]:  # of a window, rows hold all they need
+            return True
+        return any(own is not None and request.rank < own.rank for own in self.rows.requests)
 
     def _can_run(self, request: Request) -> bool:
         """Whether there are programs for the request among those that run."""

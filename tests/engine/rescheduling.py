@@ -7,7 +7,10 @@ from typing import Any
 def reschedule(
     engine: Any, *, num_pages: int | None = None, num_window_pages: int | None = None, **limits: Any
 ) -> None:
-    """Gives an idle engine a new scheduler: fields of `Scheduler`, and at most the pages that there are."""
+    """Gives an idle engine a new scheduler: fields of `Scheduler`, and at most the pages that there are.
+
+    Of these none are spared, so that few make it preempt.
+    """
     from pjengine.page_pool import PagePool
     from pjengine.step_log import StepLog
 
@@ -20,6 +23,7 @@ def reschedule(
         limits["window_pool"] = PagePool(num_window_pages or group.num_pages)
     for _ in range(2):
         engine.step()  # what is in flight is of the old one
+    limits = {"num_spare_pages": 0, **limits}
     engine.scheduler = dataclasses.replace(engine.scheduler, pool=PagePool(num_pages or most), **limits)
     engine.step_log = StepLog(engine.step_log.num_steps)
 

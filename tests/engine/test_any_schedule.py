@@ -79,7 +79,7 @@ def check_any_schedule(
     if num_drafts is not None:
         scheduler = replace(scheduler, speculation=Whim(num_drafts, max_num_seqs, rng))
     device = StubDevice(scheduler)
-    scheduler.prefill_first = seed % 4 > 1
+    scheduler.prefill_first, scheduler.num_spare_pages = seed % 4 > 1, seed % 3
     if seed % 2:
         scheduler.mixed_sizes = buckets(rng.randint(1, max_num_batched_tokens), max_num_batched_tokens)
         scheduler.max_states = rng.choice((None, rng.randint(1, 80)))

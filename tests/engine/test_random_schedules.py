@@ -28,6 +28,7 @@ ROOMY = {
     "max_num_batched_tokens": MAX_PROMPT,
     "is_caching": False,
     "decode_steps": 1,
+    "prefill_first": False,
     "speculation": None,
 }
 DRAFTING = {
@@ -55,6 +56,7 @@ LIMITS = st.fixed_dictionaries(
         "max_num_batched_tokens": st.integers(4, 20),
         "is_caching": st.sampled_from([True, True, False]),
         "decode_steps": st.integers(1, MAX_STEPS),
+        "prefill_first": st.booleans(),
     }
 )
 # What must have happened, for the rest to mean anything, and how often at least.

@@ -34,6 +34,7 @@ def recorded(unchecked_types: None, tmp_path_factory: pytest.TempPathFactory) ->
 
         engine.advance()  # with nothing to do, which is no step
         every = [ask([9] * 40, temperature=0.9), ask([*range(5, 25)], n=2, logprobs=1, seed=3)]
+        every += [ask([token] * 4, max_tokens=48) for token in (7, 8)]  # both begin, and both grow
         for _ in range(5):
             engine.advance()
         aborted = ask([9] * 20)
@@ -75,7 +76,7 @@ def test_a_recording_comes_out_the_same_again(recorded: Path) -> None:
 
     report = replay(read_recording(recorded))
     assert report.num_differences == 0, report.first
-    assert (report.num_requests, report.num_unended, report.is_cut_short) == (7, 0, False)
+    assert (report.num_requests, report.num_unended, report.is_cut_short) == (9, 0, False)
     assert report.num_tokens > 3 * 24
 
 

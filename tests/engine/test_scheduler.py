@@ -1,5 +1,6 @@
 """The scheduler alone, against a device that is a dictionary: no JAX."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,9 @@ def make_scheduler(
     is_caching: bool = True,
     decode_steps: int = 1,
 ) -> Scheduler:
-    pool = PagePool(num_pages)
-    return Scheduler(pool, page_size, max_num_seqs, max_num_batched_tokens, is_caching, decode_steps)
+    """No pages are spared, so that few make it preempt."""
+    limits = (page_size, max_num_seqs, max_num_batched_tokens, is_caching, decode_steps)
+    return Scheduler(PagePool(num_pages), *limits, num_spare_pages=0)
 
 
 def test_decodes_go_first_and_a_long_prompt_is_cut_to_the_budget() -> None:
@@ -400,6 +402,39 @@ def test_a_step_with_logprobs_of_a_prompt_has_fewer_tokens_and_nobody_starves() 
     assert max(sizes) == 16 and sum(sizes) >= 3 * 40
     for request in requests:
         assert request.output_token_ids == expected(request)
+
+
+def test_a_page_to_grow_into_for_each_row_spares_most_preemptions() -> None:
+    num_preemptions = []
+    for num_spare_pages in (0, 1):
+        scheduler = make_scheduler(
+            num_pages=160, max_num_seqs=64, max_num_batched_tokens=128, is_caching=False
+        )
+        scheduler.num_spare_pages = num_spare_pages
+        device, rng = StubDevice(scheduler), random.Random(0)
+        requests = [make_request(str(i), rng.randint(4, 24), rng.randint(4, 40)) for i in range(200)]
+        for request in requests:
+            scheduler.add(request)
+        while scheduler.has_requests:
+            device.step()
+        assert all(request.output_token_ids == expected(request) for request in requests)
+        num_preemptions.append(scheduler.num_preemptions)
+    assert num_preemptions[0] > 50 > 10 * num_preemptions[1], num_preemptions
+
+
+def test_what_goes_before_a_row_takes_the_pages_that_are_spared_for_it() -> None:
+    scheduler = make_scheduler(num_pages=11)
+    scheduler.num_spare_pages = 4
+    device = StubDevice(scheduler)
+    scheduler.add(make_request("row", 8, 20, priority=1))
+    device.step()
+    late, urgent = make_request("late", 24, 4, priority=1), make_request("urgent", 24, 4)
+    scheduler.add(late)
+    device.step()
+    assert late.status is RequestStatus.WAITING
+    scheduler.add(urgent)
+    device.step()
+    assert urgent.status is RequestStatus.RUNNING and late.status is RequestStatus.WAITING
 
 
 def test_a_prompt_takes_pages_from_a_decode_of_lower_priority() -> None:

@@ -96,6 +96,7 @@ def soak() -> None:
         scheduler.finish(load.victims())
         scheduler.decode_steps = 1 + load.num_made // 1000 % 3
         scheduler.prefill_first = load.num_made // 3000 % 2 == 1
+        scheduler.num_spare_pages = int(load.num_made // 5000 % 5 == 0)
         schedule = device.step()
         most_running = max(most_running, len(scheduler.running))
         deepest = max(deepest, *schedule.decodes.lengths.tolist(), 0)
