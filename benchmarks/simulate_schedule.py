@@ -25,10 +25,8 @@ from pjengine.scheduler import Scheduler
 # Milliseconds without attention, by a step's padded size. Decodes above 256 are by proportion.
 DECODE_MS = {1: 3.85, 8: 4.0, 16: 4.0, 32: 4.27, 64: 4.55, 128: 4.85, 256: 6.65, 512: 10.9, 1024: 21.3}
 MIXED_MS = {128: 5.1, 256: 6.25, 512: 10.3, 1024: 19.9, 2048: 41.1, 4096: 82.0, 8192: 171.0, 16384: 339.0}
-DECODE_RATE, MIXED_RATE = (
-    3.95e9,
-    2.4e9,
-)  # bytes of K and V a ms, for decodes alone and beside prompts (estimated)
+DECODE_RATE = 3.95e9  # bytes of K and V a ms
+MIXED_RATE = 2.4e9  # the same of decodes beside prompts: estimated
 PROMPT_RATE = 350e9  # FLOP a ms of attention within prompts
 LAUNCH_MS = {True: 0.1, False: 2.0}  # of decodes, of mixed steps, with what the device waits for the host
 FEW_LOGITS_MS, ALL_LOGITS_MS = 0.26, 1.9  # of mixed steps that sample up to 64 tokens, and more
@@ -104,37 +102,52 @@ def simulate(
     }
 
 
-options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-options.add_argument("--workload", choices=WORKLOADS, default="sharegpt-like")
-options.add_argument("--num-pages", type=int, default=52_000, help="of 16 tokens")
-options.add_argument("--max-num-seqs", type=int, default=1024)
-options.add_argument("--max-num-batched-tokens", type=int, default=16_384)
-options.add_argument("--num-spare-pages", type=int, default=Scheduler.num_spare_pages)
-options.add_argument("--prefill-first", action=argparse.BooleanOptionalAction, default=False)
-options.add_argument("--scale", type=float, default=1.0, help="of times without attention; llama2-13b: 1.7")
-options.add_argument("--kv-bytes", type=int, default=131_072, help="K and V of a token; llama2-13b: 819200")
-args = options.parse_args()
-sizes = RunnerConfig(
-    num_pages=args.num_pages,
-    page_size=16,
-    max_model_len=2048,
-    max_num_seqs=args.max_num_seqs,
-    max_num_batched_tokens=args.max_num_batched_tokens,
-)
-scheduler = Scheduler(
-    PagePool(sizes.num_pages),
-    sizes.page_size,
-    sizes.max_num_seqs,
-    sizes.max_num_batched_tokens,
-    is_caching=False,
-    mixed_sizes=sizes.mixed_buckets,
-    prefill_first=args.prefill_first,
-    num_spare_pages=args.num_spare_pages,
-)
-workload = WORKLOADS[args.workload](1000, DEFAULT_NUM_REQUESTS[args.workload])
-row = simulate(workload, scheduler, sizes, args.scale, args.kv_bytes)
-print(
-    json.dumps(
-        {"bench": "simulate_schedule", **vars(args), **{name: round(value, 3) for name, value in row.items()}}
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-)
+    options.add_argument("--workload", choices=WORKLOADS, default="sharegpt-like")
+    options.add_argument("--num-pages", type=int, default=52_000, help="of 16 tokens")
+    options.add_argument("--max-num-seqs", type=int, default=1024)
+    options.add_argument("--max-num-batched-tokens", type=int, default=16_384)
+    options.add_argument("--num-spare-pages", type=int, default=Scheduler.num_spare_pages)
+    options.add_argument("--prefill-first", action=argparse.BooleanOptionalAction, default=False)
+    options.add_argument(
+        "--scale", type=float, default=1.0, help="of times without attention; llama2-13b: 1.7"
+    )
+    options.add_argument(
+        "--kv-bytes", type=int, default=131_072, help="K and V of a token; llama2-13b: 819200"
+    )
+    args = options.parse_args()
+    sizes = RunnerConfig(
+        num_pages=args.num_pages,
+        page_size=16,
+        max_model_len=2048,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+    )
+    scheduler = Scheduler(
+        PagePool(sizes.num_pages),
+        sizes.page_size,
+        sizes.max_num_seqs,
+        sizes.max_num_batched_tokens,
+        is_caching=False,
+        mixed_sizes=sizes.mixed_buckets,
+        prefill_first=args.prefill_first,
+        num_spare_pages=args.num_spare_pages,
+    )
+    workload = WORKLOADS[args.workload](1000, DEFAULT_NUM_REQUESTS[args.workload])
+    row = simulate(workload, scheduler, sizes, args.scale, args.kv_bytes)
+    print(
+        json.dumps(
+            {
+                "bench": "simulate_schedule",
+                **vars(args),
+                **{name: round(value, 3) for name, value in row.items()},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -118,6 +118,15 @@ class PageGroups:
         needed = [np.maximum(pages - own, 0).sum() for pages, own in zip(most, held, strict=False)]
         return np.array([pool.num_free for pool in self.pools]) - needed
 
+    def num_growing(self) -> np.ndarray:
+        """How many running requests will hold more pages of each pool than they do now."""
+        table = self._rows
+        rows = np.flatnonzero(table.admissions)
+        most = self._most_held(table.limit[rows], 1)
+        room = table.room[rows] // self._page_size
+        held = [room, room - table.window_start[rows] // self._page_size]
+        return np.array([np.count_nonzero(pages > own) for pages, own in zip(most, held, strict=False)])
+
     def cost(self, request: Request, found: Found) -> np.ndarray:
         """Free pages of each pool that a waiting request needs for the tokens that it has now."""
         num_new = min(request.num_known - len(found.pages) * self._page_size, self._max_new_tokens)

@@ -3,8 +3,8 @@
 A step is either all decodes or mixed: one token of every row that decodes, then chunks of prompts up to
 `max_num_batched_tokens`, or up to a smaller step that they fill. So a row that decodes gets on with every
 step, however many prompts wait, and waits at most as long as a step of that many tokens takes. With
-`prefill_first`, which is for work that ends sooner so and that nobody watches, rows that decode wait while
-prompts fill whole steps.
+`prefill_first`, for work whose answers are waited for whole, rows that decode wait while prompts fill whole
+steps, as long as each of these has a row.
 """
 
 import heapq
@@ -57,9 +57,9 @@ class Scheduler:
     # decodes, also once more after a preemption; pages with outputs are not shared.
     is_deterministic: bool = False
     prefill_first: bool = False  # steps that prompts fill have no decodes
-    # Free pages for each row that runs to grow into, when another request is admitted. Without, a full pool
-    # admits requests that are pushed out some tokens later, and computed again: 151 of 1,000 like ShareGPT's
-    # in room for 120,000 tokens. With one page 5 by simulation, and 5 % less time; with two no less time.
+    # Free pages for each row that still grows, when another request is admitted. Without, a full pool admits
+    # requests that are pushed out some tokens later, and computed again: 151 of sharegpt-like's 1,000 in the
+    # 7,500 pages that an H200 has for llama2-13b, 152 by simulation; with one page 5, in 4 % less time.
     num_spare_pages: int = 1
     num_cache_queries: int = 0  # tokens of requests that were looked up in the prefix cache
     num_cache_hits: int = 0  # tokens found there
@@ -155,7 +155,7 @@ class Scheduler:
         updates = PageUpdates([], [])
         refused: list[tuple[Request, str]] = []
         self._pages.give_back_unseen()
-        is_mixed = self.turns is None and not (self.prefill_first and self._is_filled_by_prompts())
+        is_mixed = self.turns is None and not self._are_prompts_first()
         num_preempted = self._make_room(is_mixed)
         rows, turns = self.rows.decoding(), self.turns
         if is_mixed:
@@ -169,7 +169,9 @@ class Scheduler:
         if turns is not None:
             turns.see(sum(chunk.length for chunk in chunks))
         if not is_mixed:
-            rows = rows[:0] if chunks else rows
+            # Prompts that are cached, or have no pages, may leave room: all decodes go along that have it.
+            is_joined = turns is None and budget.num_left >= len(rows)
+            rows = rows[:0] if chunks and not is_joined else rows
             self._grow(rows, updates)
         needs = self._needs(rows, chunks)
         # Several tokens where the host has no part in them.
@@ -230,27 +232,25 @@ class Scheduler:
         limit = self.max_prompt_logprob_tokens or most
         return TokenBudget(num_decodes, most, limit, self.max_states, self.mixed_sizes)
 
-    def _num_wanted(self, num_decodes: int, left: np.ndarray | None = None) -> int:
+    def _num_wanted(self, num_decodes: int) -> int:
         """How many tokens the next step would take without a limit; at least, where it has more than that.
 
-        An estimate: prompts that wait count whole, whatever the cache holds of them, and as if all had room;
-        or those that have it in the free pages that are `left`, of each pool.
+        An estimate: prompts that wait count whole, whatever the cache holds of them, and as if all had room.
         """
         table = self.rows
         rows = table.prefilling()
         num_wanted = num_decodes + int((table.prefill_end[rows] - table.computed[rows]).sum())
         for _, request in self._waiting[: table.num_free]:
-            if left is not None:
-                left = left - self._pages.cost(request, Found([], [])) - self.beams.num_tails(request)
-            if num_wanted >= self.max_num_batched_tokens or (left is not None and (left < 0).any()):
+            if num_wanted >= self.max_num_batched_tokens:
                 break
             num_wanted += self._prefill_end(request)
         return num_wanted
 
-    def _is_filled_by_prompts(self) -> bool:
-        """Whether prompts alone fill the next step, with what there is of rows and pages."""
-        most = self.max_num_batched_tokens
-        return self._num_wanted(0) >= most and self._num_wanted(0, self._pages.unpromised()) >= most
+    def _are_prompts_first(self) -> bool:
+        """Whether prompts may fill the next step; not while some wait for the rows of those that decode."""
+        if not self.prefill_first or len(self._waiting) > self.rows.num_free:
+            return False
+        return self._num_wanted(0) >= self.max_num_batched_tokens
 
     def _prefill_end(self, request: Request) -> int:
         """How many tokens of a waiting request are computed in chunks; its other outputs one by one."""
@@ -314,7 +314,8 @@ class Scheduler:
         """Starts waiting requests while there are rows, tokens, and pages for all they have to compute."""
         if not self._waiting:
             return
-        left = self._pages.unpromised()
+        left, spare = self._pages.unpromised(), self.num_spare_pages * self._pages.num_growing()
+        last: tuple[int, int] | None = None  # of what runs, the rank that is preempted first
         held_back: list[tuple[tuple[int, int], Request]] = []
         while self._waiting and budget.num_left and self.rows.num_free:
             _, request = self._waiting[0]
@@ -331,8 +332,12 @@ class Scheduler:
                 continue
             found = self._pages.find(request)
             cost = self._pages.cost(request, found) + self.beams.num_tails(request)
-            if not self._has_room(request, cost, left):
+            if (cost > left).any():
                 break
+            if (cost > left - spare).any():  # what it goes before has no claim to the spare ones
+                last = last or max(own.rank for own in self.rows.requests if own is not None)
+                if request.rank > last:
+                    break
             num_cached = len(found.pages) * self.page_size
             if not (length := budget.take(request, num_cached, self._prefill_end(request))):
                 break  # a step of its own kind is full
@@ -340,17 +345,10 @@ class Scheduler:
             self._start(request, found, updates)
             chunks.append(self._take(request, length, updates, is_admitted=True))
             left -= cost
+            if self._pages_for(request.max_total_tokens - 1) > self._pages_for(request.num_known):
+                spare += self.num_spare_pages * len(request.row_requests)
         for entry in held_back:
             heapq.heappush(self._waiting, entry)
-
-    def _has_room(self, request: Request, cost: np.ndarray, left: np.ndarray) -> bool:
-        """Whether a request has pages, and what runs some to grow into, unless that goes after it."""
-        if (cost > left).any():
-            return False
-        num_running = self.rows.num_rows - self.rows.num_free
-        if cost[0] + self.num_spare_pages * num_running <= left[0]:  # of a window, rows hold all they need
-            return True
-        return any(own is not None and request.rank < own.rank for own in self.rows.requests)
 
     def _can_run(self, request: Request) -> bool:
         """Whether there are programs for the request among those that run."""

@@ -130,7 +130,7 @@ ENGINE_OPTIONS = (
         "prefill_first",
         argparse.BooleanOptionalAction,
         "",
-        "decodes wait while prompts fill whole steps (default: yes, unless it serves)",
+        "decodes wait while prompts fill whole steps (default: of generate and bench)",
     ),
     Option("enable_prefix_caching", argparse.BooleanOptionalAction, "", "share pages of equal beginnings"),
     Option("max_logprobs", int, "N", "most that a request may ask for at a position; -1: the vocabulary"),

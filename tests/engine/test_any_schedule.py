@@ -131,6 +131,8 @@ def check_any_schedule(
         booked = {request.request_id for request in schedule.decodes.requests}
         is_waiting = scheduler.prefill_first and bool(schedule.chunks) and not booked
         seen["decodes wait"] += is_waiting and bool(owners)
+        if is_waiting and scheduler.max_states is None:
+            assert schedule.num_tokens + len(owners) > max_num_batched_tokens
         assert is_waiting or all(owner.row < 0 or owner.request_id in booked for owner in owners)
         seen["wrong drafts"] += device.num_wrong_drafts
         device.num_wrong_drafts = 0

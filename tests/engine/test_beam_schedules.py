@@ -79,6 +79,7 @@ def check_any_schedule(
         most = 4 * int(window_pages(window, 40, 4, num_new=max_num_batched_tokens))
         window_pool = PagePool(1 + most + num_spare)
         scheduler = replace(scheduler, pool=PagePool(num_pages), window_pool=window_pool, window=window)
+    scheduler.prefill_first, scheduler.num_spare_pages = seed % 2 == 1, seed % 3
     run(scheduler, requests, rng)
 
 

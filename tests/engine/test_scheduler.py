@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,18 @@ def test_decodes_wait_while_prompts_fill_steps_where_these_go_first() -> None:
     # What is left of the prompts does not fill a step: all go on together.
     assert [len(schedule.decodes.requests) for schedule in steps[2:]] == [3, 4]
     assert [chunk.length for chunk in steps[2].chunks] == [10]
+
+
+def test_decodes_join_prompts_whose_cached_beginning_leaves_them_room() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    scheduler.prefill_first = True
+    device = StubDevice(scheduler)
+    scheduler.add(make_request("first", 14, 20))
+    device.step()
+    scheduler.add(make_request("again", 18, 4))  # the same tokens, of which 12 are cached: 6 are left
+    schedule = device.step()
+    assert [chunk.length for chunk in schedule.chunks] == [6]
+    assert [request.request_id for request in schedule.decodes.requests] == ["first"]
 
 
 @pytest.mark.parametrize("limits", [{"num_pages": 11}, {"max_num_seqs": 1}], ids=["no pages", "no rows"])
@@ -404,12 +417,16 @@ def test_a_step_with_logprobs_of_a_prompt_has_fewer_tokens_and_nobody_starves() 
         assert request.output_token_ids == expected(request)
 
 
-def test_a_page_to_grow_into_for_each_row_spares_most_preemptions() -> None:
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_page_to_grow_into_for_each_row_spares_most_preemptions(window: int | None) -> None:
     num_preemptions = []
     for num_spare_pages in (0, 1):
         scheduler = make_scheduler(
             num_pages=160, max_num_seqs=64, max_num_batched_tokens=128, is_caching=False
         )
+        if window is not None:
+            few, many = scheduler.pool, PagePool(4 * 160)
+            scheduler = replace(scheduler, pool=many, window_pool=few, window=window)
         scheduler.num_spare_pages = num_spare_pages
         device, rng = StubDevice(scheduler), random.Random(0)
         requests = [make_request(str(i), rng.randint(4, 24), rng.randint(4, 40)) for i in range(200)]
@@ -420,6 +437,14 @@ def test_a_page_to_grow_into_for_each_row_spares_most_preemptions() -> None:
         assert all(request.output_token_ids == expected(request) for request in requests)
         num_preemptions.append(scheduler.num_preemptions)
     assert num_preemptions[0] > 50 > 10 * num_preemptions[1], num_preemptions
+
+
+def test_no_page_is_spared_for_rows_that_do_not_grow() -> None:
+    scheduler = make_scheduler(num_pages=9, max_num_batched_tokens=64)
+    scheduler.num_spare_pages = 1
+    for index in range(8):
+        scheduler.add(make_request(str(index), 3, 1))
+    assert len(scheduler.schedule().chunks) == 8  # in as many pages as there are
 
 
 def test_what_goes_before_a_row_takes_the_pages_that_are_spared_for_it() -> None:
