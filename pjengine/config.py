@@ -79,8 +79,8 @@ class EngineConfig:
     distributed_executor_backend: str | None = None  # "ray": all nodes of its cluster, for these three
     enable_prefix_caching: bool = True  # requests share the pages of what they have in common
     scheduling_policy: str = "fcfs"  # or "priority": lower priorities first
-    # While prompts fill whole steps, and each has room to run, decodes wait: most loads end sooner, but tokens
-    # come less evenly. None: an LLM does so, whose callers wait for whole answers; AsyncLLM and LLMEngine do not.
+    # While prompts fill whole steps, and each has a row, decodes wait: most loads end sooner, but tokens come
+    # less evenly. None: an LLM does so, whose callers wait for whole answers; AsyncLLM and LLMEngine do not.
     prefill_first: bool | None = None
     max_logprobs: int = 20  # that a request may ask for at each position; -1: the whole vocabulary
     generation_config: str = "auto"  # the model's own defaults of sampling; "vllm": neutral ones
