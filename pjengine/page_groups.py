@@ -113,19 +113,23 @@ class PageGroups:
         rows = np.flatnonzero(table.admissions)
         tokens = np.maximum(table.prefill_end[rows], table.computed[rows] + 1)
         most = self._most_held(tokens, np.minimum(tokens - table.computed[rows], self._max_new_tokens))
-        room = table.room[rows] // self._page_size
-        held = [room, room - table.window_start[rows] // self._page_size]
-        needed = [np.maximum(pages - own, 0).sum() for pages, own in zip(most, held, strict=False)]
+        needed = [
+            np.maximum(pages - own, 0).sum() for pages, own in zip(most, self._held(rows), strict=False)
+        ]
         return np.array([pool.num_free for pool in self.pools]) - needed
 
     def num_growing(self) -> np.ndarray:
         """How many running requests will hold more pages of each pool than they do now."""
-        table = self._rows
-        rows = np.flatnonzero(table.admissions)
-        most = self._most_held(table.limit[rows], 1)
-        room = table.room[rows] // self._page_size
-        held = [room, room - table.window_start[rows] // self._page_size]
-        return np.array([np.count_nonzero(pages > own) for pages, own in zip(most, held, strict=False)])
+        rows = np.flatnonzero(self._rows.admissions)
+        most = self._most_held(self._rows.limit[rows], 1)
+        return np.array(
+            [np.count_nonzero(pages > own) for pages, own in zip(most, self._held(rows), strict=False)]
+        )
+
+    def _held(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Pages that rows hold of the first pool, and of a window's."""
+        room = self._rows.room[rows] // self._page_size
+        return [room, room - self._rows.window_start[rows] // self._page_size]
 
     def cost(self, request: Request, found: Found) -> np.ndarray:
         """Free pages of each pool that a waiting request needs for the tokens that it has now."""
