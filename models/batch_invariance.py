@@ -19,7 +19,7 @@ def is_batch_invariant(
     """Whether kernels whose sums do not depend on the number of rows make all products of these steps.
 
     And whether decode attention cuts a sequence alike in all of them. Norms, and what is computed element by
-    element, is left to XLA: see `step_compiler.INVARIANT_OPTIONS`, and `determinism.verify_determinism`.
+    element, is left to XLA: see `step_compiler.FIXED_OPTIONS`, and `determinism.verify_determinism`.
 
     Args:
       max_slots: of a sequence's pages.

@@ -25,7 +25,8 @@ def logprobs_of(
     logits: Float[Array, "n v"], tokens: Int[Array, " n"], num_top: int, asked_ids: Int[Array, "n a"]
 ) -> Logprobs:
     """Log-softmax of float32 logits at `tokens`, at the `num_top` likeliest, and at `asked_ids`."""
-    total = jax.nn.logsumexp(logits, axis=-1)
+    # By kernels of its own: one that does more beside, as XLA likes to make it, adds up in another order.
+    total = lax.optimization_barrier(jax.nn.logsumexp(lax.optimization_barrier(logits), axis=-1))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     top, top_ids = lax.top_k(logits, num_top)
     asked = jnp.take_along_axis(logits, asked_ids, axis=-1)

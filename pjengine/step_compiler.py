@@ -56,15 +56,14 @@ STRAIGHT_OPTIONS = {
         "DYNAMIC_SLICE_FUSION,FUSION"
     }
 }
-# And of deterministic engines: the first of the products that cuBLAS proposes for a shape, not the one that
-# was fastest today, so that programs that are made anew compute the same bits.
-FIXED_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}
-# And of those whose programs of different sizes compute the same bits: no reductions in XLA's Triton kernels,
-# whose warps for a row depend on the number of rows.
-INVARIANT_OPTIONS = {
+# And of deterministic engines, whose programs of other sizes, or that do more beside, compute the same bits:
+# the first of the products that cuBLAS proposes for a shape, not the one that was fastest today, and no
+# reductions in XLA's Triton kernels, whose warps for a row depend on the number of rows.
+FIXED_OPTIONS = {
     "gpu": {
+        "xla_gpu_autotune_level": 0,
         "xla_disable_hlo_passes": COMPILER_OPTIONS["gpu"]["xla_disable_hlo_passes"]
-        + ",triton-softmax-rewriter,fusion-block-level-rewriter"
+        + ",triton-softmax-rewriter,fusion-block-level-rewriter",
     }
 }
 
@@ -197,8 +196,6 @@ class StepCompiler:
         platform, options = self.devices[0].platform, dict(self.options)
         if self.config.is_deterministic:
             options |= FIXED_OPTIONS.get(platform, {})
-        if self.config.is_batch_invariant:
-            options |= INVARIANT_OPTIONS.get(platform, {})
         if len(self.devices) > 1:
             options |= DIVIDED_OPTIONS.get(platform, {})
             if (

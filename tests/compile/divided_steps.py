@@ -1,12 +1,15 @@
 """Programs of models that devices divide, as XLA makes them for two H200s."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from jax.stages import Compiled
 
 from pjengine.batching import Layout
+from pjengine.draw import DrawLayout
+from pjengine.edit_sizes import EditSizes
 from pjengine.models.config import ModelConfig
 from pjengine.models.decoder import Decoder
 from pjengine.models.registry import build_model
@@ -39,4 +42,16 @@ STEPS: Mapping[str, DividedStep] = {
         "llama-8b", 128, True, has_filters=False, has_inboxes=False
     ),
 }
-PROGRAMS: Mapping[str, Callable[[], Compiled]] = {name: each.compile for name, each in STEPS.items()}
+DETERMINISTIC = DividedStep("llama-8b", 256, True, ends_in_logits=True, is_deterministic=True)
+DRAWS: Mapping[str, EditSizes] = {
+    "llama-8b draw with logprobs, divided": EditSizes(num_top=2),
+    "llama-8b draw with penalties too, divided": EditSizes(num_top=2, num_asked=1, has_penalties=True),
+    "llama-8b draw with biases too, divided": EditSizes(num_top=2, num_bias=2),
+}
+PROGRAMS: Mapping[str, Callable[[], Compiled]] = {
+    **{name: each.compile for name, each in STEPS.items()},
+    **{
+        name: functools.partial(DETERMINISTIC.compile, draw=DrawLayout(256, edits))
+        for name, edits in DRAWS.items()
+    },
+}

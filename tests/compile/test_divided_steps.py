@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from pjengine.pallas_kernels.skinny_linear import MAX_ROWS
-from tests.compile.divided_steps import NUM_DEVICES, STEPS
-from tests.compile.hlo import collectives
+from tests.compile.divided_steps import DRAWS, NUM_DEVICES, STEPS
+from tests.compile.hlo import collectives, float_sums
 from tests.compile.test_steps import (
     CUBLAS_BYTES,
     assert_copies_nothing,
@@ -71,3 +71,13 @@ def test_only_a_divided_step_that_filters_looks_for_thresholds(
 ) -> None:
     scopes = re.findall(r"/(\w+)/(?:pallas_call|mpmd_map|run_scoped)\b", compiled[program].hlo)
     assert ("keep_threshold" in scopes) == STEPS[program].has_filters
+
+
+@pytest.mark.parametrize("program", DRAWS)
+def test_logprobs_add_up_in_one_order_whatever_else_a_draw_does(
+    compiled: Mapping[str, Report], program: str
+) -> None:
+    """On two H200s they did not: XLA had one kernel add up and look for the token that is drawn, where it could."""
+    sums = float_sums(compiled[program].hlo)
+    assert len(sums) == 2, "of parts of a row, and of these"
+    assert sums == float_sums(compiled[next(iter(DRAWS))].hlo)
