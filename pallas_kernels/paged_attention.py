@@ -27,6 +27,7 @@ from pjengine.pallas_kernels.triton_extra import run_jax_triton
 # Up to so many query heads per KV head, the last program of a sequence merges its splits. For more, it takes
 # longer than a kernel that follows, with a program for each head.
 MERGED_GROUP = 8
+AT_ONCE = 3 * 132  # programs on the processors of an H200
 
 
 def paged_attention(
@@ -184,6 +185,7 @@ class DecodeTiles:
     # Triton counts levels of indirection: the page-table load takes two, so K and V are double-buffered
     # from 5 on, and not at 3.
     num_stages: int = 5
+    num_at_once: int = AT_ONCE  # programs; of more, the longest sequences' go first
 
     @classmethod
     def choose(
@@ -198,7 +200,7 @@ class DecodeTiles:
         block_kv, num_warps = max(16, min(64, 16384 // (pl.next_power_of_2(head_dim) * itemsize))), 4
         if itemsize == 4 and (group > 16 or head_dim > 128):  # no tensor cores: 4 warps would spill registers
             block_kv, num_warps = 16, 8
-        at_once = (3 if group <= 32 else 2) * 132
+        at_once = AT_ONCE if group <= 32 else 2 * 132
         wanted = at_once // (batch * num_kv_heads)  # more than run at once would wait for the first ones
         most = 16 if group <= MERGED_GROUP else 32
         num_splits = max(1, min(wanted, most, pl.cdiv(max_slots, block_kv)))
@@ -284,10 +286,15 @@ def decode_triton(
         **variant.static,
         interpret=interpret,
     )
+    order = None
+    # Of more programs than run at once, the longest sequences' begin first: one that begins last ends alone.
+    if batch * num_kv_heads * tiles.num_splits > tiles.num_at_once:
+        order = jnp.argsort(kv_lens, descending=True).astype(jnp.int32)
+        kv_lens, page_table = kv_lens[order], page_table[order]
     is_followed = tiles.num_splits > 1 and group > MERGED_GROUP
     is_counted = tiles.num_splits > 1 and not is_followed
     sums = [jax.ShapeDtypeStruct((tiles.num_splits, *of), jnp.float32) for of in (q.shape, q.shape[:-1])]
-    extras = (counters if is_counted else None, variant.alibi_slopes, variant.sinks)
+    extras = (counters if is_counted else None, variant.alibi_slopes, variant.sinks, order)
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     outs = pl.pallas_call(
         functools.partial(_give_splits, kernel) if is_followed else kernel,
@@ -340,6 +347,7 @@ def _decode_kernel(
     _: Any,  # the counters as they come in; None of one split
     slopes_ref: Any,  # [h] or None
     sinks_ref: Any,  # [h] or None
+    order_ref: Any,  # [b]: which sequence of q is the i-th of kv_lens and page_table; None: the i-th
     out_ref: Any,  # [b, h, d], or None if a kernel that follows merges
     # Of several splits: what merging reads, and the counters [b * hk or more] of those who merge here.
     partial_ref: Any = None,
@@ -355,11 +363,12 @@ def _decode_kernel(
     window: int | None,
     interpret: bool,
 ) -> None:
-    kv_head, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    kv_head, split, place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    b = place if order_ref is None else order_ref[place]
     block_kv, num_splits = tiles.block_kv, tiles.num_splits
     page_size, head_dim = k_ref.shape[2:]
     page_offset = page_offset_ref[0]
-    kv_len = kv_lens_ref[b]
+    kv_len = kv_lens_ref[place]
     first_slot = window_start(kv_len - 1, window)
     begin = 0 if window is None else lax.div(first_slot, block_kv)
     end = lax.div(kv_len + (block_kv - 1), block_kv)
@@ -388,7 +397,9 @@ def _decode_kernel(
         is_slot = slot < kv_len
         if window is not None:
             is_slot &= slot >= first_slot
-        page = plt.load(page_table_ref.at[b, lax.div(slot, page_size)], mask=is_slot, other=0) + page_offset
+        page = (
+            plt.load(page_table_ref.at[place, lax.div(slot, page_size)], mask=is_slot, other=0) + page_offset
+        )
         # Every index an array: the interpreter cannot mix index arrays with slices in a masked load.
         at = (page[:, None], kv_head, lax.rem(slot, page_size)[:, None], d)
         mask = is_slot[:, None] & is_d

@@ -77,7 +77,7 @@ def test_only_a_divided_step_that_filters_looks_for_thresholds(
 def test_logprobs_add_up_in_one_order_whatever_else_a_draw_does(
     compiled: Mapping[str, Report], program: str
 ) -> None:
-    """On two H200s they did not: XLA had one kernel add up and look for the token that is drawn, where it could."""
+    """On two H200s they did not: XLA had one kernel add up and look for the token that is drawn."""
     sums = float_sums(compiled[program].hlo)
     assert len(sums) == 2, "of parts of a row, and of these"
     assert sums == float_sums(compiled[next(iter(DRAWS))].hlo)

@@ -65,6 +65,19 @@ def test_lengths_around_pages_tiles_and_splits(
     assert_close(reference(*args, scale=case.scale), expected(case), length=300)
 
 
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_the_longest_go_first_and_each_gets_its_own(num_splits: int, interpret: bool) -> None:
+    case = make_case(SMALL, kv_lens=[5, 70, 0, 300, 16, 129, 70])
+    args = (*case.decode_args(), jnp.int32(case.page_offset))
+    tiles = DecodeTiles(block_kv=32, num_splits=num_splits)
+    in_order, _ = decode_triton(*args, scale=case.scale, tiles=tiles, interpret=interpret)
+    tiles = replace(tiles, num_at_once=1)
+    out, counters = decode_triton(*args, scale=case.scale, tiles=tiles, interpret=interpret)
+    assert (out == in_order).all() and not counters.any()
+    assert_close(out, expected(case), length=300)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("features", FEATURES, ids="+".join)
 def test_features_equal_a_dense_softmax(features: tuple[str, ...], backend: str) -> None:
