@@ -185,7 +185,7 @@ class DecodeTiles:
     # Triton counts levels of indirection: the page-table load takes two, so K and V are double-buffered
     # from 5 on, and not at 3.
     num_stages: int = 5
-    num_at_once: int = AT_ONCE  # programs; of more, the longest sequences' go first
+    num_at_once: int = AT_ONCE  # programs; of more, the longest sequences' begin first
 
     @classmethod
     def choose(
@@ -286,11 +286,7 @@ def decode_triton(
         **variant.static,
         interpret=interpret,
     )
-    order = None
-    # Of more programs than run at once, the longest sequences' begin first: one that begins last ends alone.
-    if batch * num_kv_heads * tiles.num_splits > tiles.num_at_once:
-        order = jnp.argsort(kv_lens, descending=True).astype(jnp.int32)
-        kv_lens, page_table = kv_lens[order], page_table[order]
+    kv_lens, page_table, order = _ordered(kv_lens, page_table, num_kv_heads, tiles)
     is_followed = tiles.num_splits > 1 and group > MERGED_GROUP
     is_counted = tiles.num_splits > 1 and not is_followed
     sums = [jax.ShapeDtypeStruct((tiles.num_splits, *of), jnp.float32) for of in (q.shape, q.shape[:-1])]
@@ -309,6 +305,19 @@ def decode_triton(
     if is_followed:
         return _merge_after(*outs, dtype=q.dtype, interpret=interpret), counters
     return outs[0], outs[3] if is_counted else counters
+
+
+def _ordered(
+    kv_lens: Int[Array, " b"], page_table: Int[Array, "b w"], num_kv_heads: int, tiles: DecodeTiles
+) -> tuple[Int[Array, " b"], Int[Array, "b w"], Int[Array, " b"] | None]:
+    """Sequences as programs begin with them, and which these are; None: as they came, all at once.
+
+    Of more programs than run at once, the longest sequences' begin first: begun last, they would end alone.
+    """
+    if len(kv_lens) * num_kv_heads * tiles.num_splits <= tiles.num_at_once:
+        return kv_lens, page_table, None
+    order = jnp.argsort(kv_lens, descending=True).astype(jnp.int32)
+    return kv_lens[order], page_table[order], order
 
 
 def _give_splits(kernel: Any, *refs: Any) -> None:
