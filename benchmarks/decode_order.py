@@ -3,7 +3,8 @@
     python -m benchmarks.decode_order
 
 One JSON object for each case: microseconds of one call among 24 of a program, shapes of Llama 3.1 8B. What
-sorting takes is in it; the calls of a program share it, as the layers of a step do.
+sorting takes is in it; the calls of a program share it, as the layers of a step do. Page tables are as wide
+as the longest context needs, an engine's as `max_model_len` does.
 """
 
 import dataclasses

@@ -27,7 +27,7 @@ from pjengine.pallas_kernels.triton_extra import run_jax_triton
 # Up to so many query heads per KV head, the last program of a sequence merges its splits. For more, it takes
 # longer than a kernel that follows, with a program for each head.
 MERGED_GROUP = 8
-AT_ONCE = 3 * 132  # programs on the processors of an H200
+AT_ONCE = 3 * 132  # programs on the processors of an H200, or an H100
 
 
 def paged_attention(
@@ -204,7 +204,7 @@ class DecodeTiles:
         wanted = at_once // (batch * num_kv_heads)  # more than run at once would wait for the first ones
         most = 16 if group <= MERGED_GROUP else 32
         num_splits = max(1, min(wanted, most, pl.cdiv(max_slots, block_kv)))
-        return cls(block_kv=block_kv, num_splits=num_splits, num_warps=num_warps)
+        return cls(block_kv=block_kv, num_splits=num_splits, num_warps=num_warps, num_at_once=at_once)
 
     @classmethod
     def choose_for(
