@@ -32,7 +32,7 @@ LENGTHS: Mapping[str, Callable[[random.Random, int], list[int]]] = {
     ],
     "one of 16384 among 576": lambda rng, batch: [576] * (batch - 1) + [16384],
 }
-AT_ONCE = {"in order": 10**9, "longest first": 0}
+ORDERS = {"in order": 10**9, "longest first": 0}
 
 
 def page_table_of(lengths: list[int]) -> np.ndarray:
@@ -46,6 +46,7 @@ def page_table_of(lengths: list[int]) -> np.ndarray:
 
 
 def call_us(lengths: list[int], num_at_once: int) -> float:
+    """A call of sequences of these lengths; of more programs than `num_at_once` the longest begin first."""
     table = page_table_of(lengths)
     num_pages = int(table.max()) + 1
     shape = (NUM_LAYERS * num_pages, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM)
@@ -79,7 +80,7 @@ def main() -> None:
         for batch in (32, 64, 128, 256, 512, 1024):
             lengths = lengths_of(rng, batch)
             num_bytes = sum(lengths) * 2 * NUM_KV_HEADS * HEAD_DIM * 2
-            for order, num_at_once in AT_ONCE.items():
+            for order, num_at_once in ORDERS.items():
                 us = call_us(lengths, num_at_once)
                 case = {"bench": "decode-order", "lengths": kind, "batch_size": batch, "order": order}
                 row = case | {"us": us, "tb_per_s": round(num_bytes / us / 1e6, 2)}

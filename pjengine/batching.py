@@ -20,7 +20,8 @@ from pjengine.schedule import Chunk, Schedule
 
 # What a row is told about its request when it is admitted.
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-FLOAT_FIELDS = ("temperature", "top_p", "min_p", *PENALTIES, "beam_score")
+FLOAT_FIELDS = ("temperature", "top_p", "min_p", *PENALTIES)
+# `top_k` is the vocabulary's size where all are kept.
 ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", *FLOAT_FIELDS)
 SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
 NO_LAYER = 2**30  # in place of a layer's number
@@ -33,26 +34,24 @@ class Rows(NamedTuple):
 
     last_token: Int[Array, " rows"]  # the token to compute next, while decoding
     position: Int[Array, " rows"]  # its position
-    prompt_len: Int[Array, " rows"]
-    seed_high: Int[Array, " rows"]
-    seed_low: Int[Array, " rows"]
-    top_k: Int[Array, " rows"]  # vocabulary size: keep all
-    temperature: Float[Array, " rows"]  # 0: greedy
-    top_p: Float[Array, " rows"]
-    min_p: Float[Array, " rows"]
-    repetition_penalty: Float[Array, " rows"]
-    frequency_penalty: Float[Array, " rows"]
-    presence_penalty: Float[Array, " rows"]
     beam_score: Float[Array, " rows"]  # in a beam search: the sum of the logprobs of its output
+    told: Int[Array, "rows fields"]  # ROW_FIELDS: one array, since each costs the host time in every step
     page_table: Int[Array, "rows columns"]  # where layers have windows, their columns follow the others
 
     @classmethod
     def empty(cls, num_rows: int, num_columns: int) -> "Rows":
-        arrays = {
-            name: jnp.zeros(num_rows, jnp.float32 if name in FLOAT_FIELDS else jnp.int32)
-            for name in cls._fields
-        }
-        return cls(**{**arrays, "page_table": jnp.zeros((num_rows, num_columns), jnp.int32)})
+        return cls(
+            last_token=jnp.zeros(num_rows, jnp.int32),
+            position=jnp.zeros(num_rows, jnp.int32),
+            beam_score=jnp.zeros(num_rows, jnp.float32),
+            told=jnp.zeros((num_rows, len(ROW_FIELDS)), jnp.int32),
+            page_table=jnp.zeros((num_rows, num_columns), jnp.int32),
+        )
+
+    def field(self, name: str) -> Int[Array, " rows"] | Float[Array, " rows"]:
+        """One of ROW_FIELDS; floats are kept as their bits."""
+        bits = self.told[:, ROW_FIELDS.index(name)]
+        return jax.lax.bitcast_convert_type(bits, jnp.float32) if name in FLOAT_FIELDS else bits
 
 
 class Vector(ABC):
@@ -250,7 +249,7 @@ def _row_record(chunk: Chunk, vocab_size: int) -> Int[np.ndarray, " fields"]:
     top_k = vocab_size if params.top_k <= 0 else min(params.top_k, vocab_size)
     seed_low, seed_high = np.array([request.seed], np.uint64).view(np.int32)  # little-endian
     penalties = [getattr(request.edits, name) for name in PENALTIES]
-    floats = np.array([params.temperature, params.top_p, params.min_p, *penalties, 0], np.float32)
+    floats = np.array([params.temperature, params.top_p, params.min_p, *penalties], np.float32)
     return np.array(
         [chunk.row, len(request.prompt_token_ids), seed_high, seed_low, top_k, *floats.view(np.int32)],
         np.int32,
@@ -262,12 +261,11 @@ def update_rows(rows: Rows, parts: dict[str, Array], layout: Layout) -> Rows:
     rows = update_page_table(rows, parts["page_updates"])
     if layout.is_decode:
         return rows
-    row, *values = parts["admitted"]
-    changed = {}
-    for name, value in zip(ROW_FIELDS, values, strict=True):
-        old = getattr(rows, name)
-        changed[name] = old.at[row].set(jax.lax.bitcast_convert_type(value, old.dtype), mode="drop")
-    return rows._replace(**changed)
+    row, told = parts["admitted"][0], parts["admitted"][1:]
+    return rows._replace(
+        told=rows.told.at[row].set(told.T, mode="drop"),
+        beam_score=rows.beam_score.at[row].set(0, mode="drop"),
+    )
 
 
 def update_page_table(rows: Rows, updates: Int[Array, "3 updates"]) -> Rows:
@@ -320,7 +318,7 @@ def unpack(
         return jnp.where(is_token, page * layout.page_size + positions % layout.page_size, -1)
 
     slots = [slots_in(page_table) for page_table in page_tables]
-    prompt_len = rows.prompt_len.at[row].get(mode="fill", fill_value=0)
+    prompt_len = rows.field("prompt_len").at[row].get(mode="fill", fill_value=0)
     return Batch(
         tokens=tokens,
         positions=positions,
@@ -338,5 +336,5 @@ def sampled_by(
     rows: Rows, row: Int[Array, " seqs"], positions: Int[Array, " seqs"]
 ) -> dict[str, Int[Array, " seqs"] | Float[Array, " seqs"]]:
     """What `sample` goes by: the parameters of these rows, and the positions of the tokens to draw."""
-    own = {name: getattr(rows, name).at[row].get(mode="clip") for name in SAMPLED_BY}
+    own = {name: rows.field(name).at[row].get(mode="clip") for name in SAMPLED_BY}
     return {**own, "positions": positions}

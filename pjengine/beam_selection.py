@@ -12,13 +12,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pjengine.batching import PENALTIES, Rows
+from pjengine.batching import PENALTIES, ROW_FIELDS, Rows
 from pjengine.draw import DrawLayout, Undrawn, edit_and_draw, take_tokens
 from pjengine.logprobs import Logprobs
 from pjengine.models.state import KVCache
 from pjengine.models.window_group import WindowGroup
 
-TOLD = ("prompt_len", "temperature", *PENALTIES)  # to the first row of a search, of what its beams go by
+# What the first row of a search is told, of what its beams go by.
+TOLD = np.array([ROW_FIELDS.index(name) for name in ("prompt_len", "temperature", *PENALTIES)])
 
 
 class BeamOutput(NamedTuple):
@@ -118,14 +119,15 @@ def _go_on(
         for table in (theirs, own)
     )
     cache = _copy_pages(cache, sources, targets, is_copied.reshape(-1), first_pages)
-    first = beam_rows[:, :1]
-    changed = {name: getattr(rows, name).at[first].get(mode="clip") for name in TOLD}
-    changed |= {"last_token": chosen.tokens[:, 0], "beam_score": chosen.scores[:, 0], "position": kv_lens}
+    told = rows.told.at[beam_rows[:, :1]].get(mode="clip")[..., TOLD]
+    changed = {"last_token": chosen.tokens[:, 0], "beam_score": chosen.scores[:, 0], "position": kv_lens}
     changed = {name: jnp.broadcast_to(value, beam_rows.shape) for name, value in changed.items()}
     changed["page_table"] = page_table
-    return cache, rows._replace(
-        **{name: getattr(rows, name).at[beam_rows].set(value, mode="drop") for name, value in changed.items()}
-    )
+    told = rows.told.at[beam_rows[..., None], TOLD].set(told, mode="drop")
+    others = {
+        name: getattr(rows, name).at[beam_rows].set(value, mode="drop") for name, value in changed.items()
+    }
+    return cache, rows._replace(told=told, **others)
 
 
 def _copy_pages(

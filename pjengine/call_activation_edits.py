@@ -137,7 +137,7 @@ def state_edit(
         seq = jnp.minimum(seq.astype(jnp.int32), len(row) - 1)
     chain_of = jnp.where(batch.slots < 0, -1, edited[0, seq])  # padding has none
     slot_of = jnp.maximum(edited[1, seq], 0)
-    prompt_lens = rows.prompt_len.at[row].get(mode="clip")[seq]
+    prompt_lens = rows.field("prompt_len").at[row].get(mode="clip")[seq]
     tokens = EditedToken(batch.tokens, batch.positions, prompt_lens)
 
     def edit(number: int, x: Float[Array, "t e"]) -> Float[Array, "t e"]:

@@ -124,8 +124,8 @@ def edit_and_draw(
     """A token for each sequence, its logprobs where they are asked for, and the edited logits."""
     row, raw = undrawn.row, undrawn.logits
     page_table = rows.page_table.at[row].get(mode="fill", fill_value=0)
-    prompt_lens = rows.prompt_len.at[row].get(mode="clip")
-    penalties = [getattr(rows, name).at[row].get(mode="clip") for name in PENALTIES]
+    prompt_lens = rows.field("prompt_len").at[row].get(mode="clip")
+    penalties = [rows.field(name).at[row].get(mode="clip") for name in PENALTIES]
     logprobs = None
     with jax.named_scope("sample"):
         full = jnp.split(page_table, layout.num_groups, axis=1)[0]

@@ -1,4 +1,4 @@
-"""Programs of models that devices divide, as XLA makes them for two H200s."""
+"""Programs of models that devices divide, as XLA makes them for two H200s, and what must be alike on one."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ from pjengine.edit_sizes import EditSizes
 from pjengine.models.config import ModelConfig
 from pjengine.models.decoder import Decoder
 from pjengine.models.registry import build_model
+from tests.compile.steps import DETERMINISTIC as ON_ONE
 from tests.compile.steps import Step
 
 NUM_DEVICES = 2
@@ -42,16 +43,21 @@ STEPS: Mapping[str, DividedStep] = {
         "llama-8b", 128, True, has_filters=False, has_inboxes=False
     ),
 }
-DETERMINISTIC = DividedStep("llama-8b", 256, True, ends_in_logits=True, is_deterministic=True)
-DRAWS: Mapping[str, EditSizes] = {
-    "llama-8b draw with logprobs, divided": EditSizes(num_top=2),
-    "llama-8b draw with penalties too, divided": EditSizes(num_top=2, num_asked=1, has_penalties=True),
-    "llama-8b draw with biases too, divided": EditSizes(num_top=2, num_bias=2),
+DETERMINISTIC: Mapping[str, Step] = {
+    "one H200": ON_ONE,
+    "two": DividedStep("llama-8b", 256, True, ends_in_logits=True, is_deterministic=True),
+}
+EDITS: Mapping[str, EditSizes] = {
+    "logprobs": EditSizes(num_top=2),
+    "penalties too": EditSizes(num_top=2, num_asked=1, has_penalties=True),
+    "biases too": EditSizes(num_top=2, num_bias=2),
+}
+DRAWS: Mapping[str, Callable[[], Compiled]] = {
+    f"llama-8b draw with {what} on {where}": functools.partial(step.compile, draw=DrawLayout(256, edits))
+    for where, step in DETERMINISTIC.items()
+    for what, edits in EDITS.items()
 }
 PROGRAMS: Mapping[str, Callable[[], Compiled]] = {
     **{name: each.compile for name, each in STEPS.items()},
-    **{
-        name: functools.partial(DETERMINISTIC.compile, draw=DrawLayout(256, edits))
-        for name, edits in DRAWS.items()
-    },
+    **DRAWS,
 }

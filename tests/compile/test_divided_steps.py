@@ -66,6 +66,12 @@ def test_devices_sum_through_their_memory_after_the_embedding_and_twice_a_layer(
 
 
 @every_program
+def test_a_step_has_few_arrays_each_of_which_the_host_hands_to_every_device(program: str) -> None:
+    num_arrays = len(jax.tree.leaves(STEPS[program].state())) + 1  # the vector of the schedule
+    assert num_arrays <= 24
+
+
+@every_program
 def test_only_a_divided_step_that_filters_looks_for_thresholds(
     compiled: Mapping[str, Report], program: str
 ) -> None:

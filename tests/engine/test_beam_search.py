@@ -155,7 +155,9 @@ def test_what_beam_search_gives_begins_with_the_prompt(
         ({"early_stopping": "soon"}, "early_stopping must be"),
     ],
 )
-def test_a_search_that_is_not_possible_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_a_search_that_is_not_possible_is_refused(
+    fields: dict[str, Any], message: str, unchecked_types: None
+) -> None:
     from pjengine import BeamSearchParams
 
     with pytest.raises(ValueError, match=message):

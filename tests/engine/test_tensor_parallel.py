@@ -1,6 +1,9 @@
 """An engine whose devices compute each token together gives what one device gives."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +212,30 @@ def test_no_program_takes_an_input_without_elements(folder: Path) -> None:
     with LLM(str(folder), tensor_parallel_size=2, **SIZES) as llm:
         text = llm.engine.runner.compiler.lower(DrawLayout(4, EditSizes(num_top=2))).as_text()
     assert re.findall(r"%arg\d+: tensor<4x", text) and not re.findall(r"%arg\d+: tensor<0x", text)
+
+
+EIGHT = """
+from pjengine import LLM, SamplingParams
+
+sizes = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 64, "warm_up": False}
+prompts, params = ["import os", "class Stack:"], SamplingParams(temperature=0, max_tokens=12)
+for devices in ({}, {"tensor_parallel_size": 8}, {"tensor_parallel_size": 4, "data_parallel_size": 2}):
+    with LLM("demo", **devices, **sizes) as llm:
+        print([output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)])
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_together_or_in_two_engines_give_the_tokens_of_one() -> None:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    alone, *others = done.stdout.splitlines()
+    assert len(alone) > 60 and others == [alone, alone]
