@@ -21,7 +21,7 @@ from pjengine.schedule import Chunk, Schedule
 # What a row is told about its request when it is admitted.
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", *PENALTIES)
-# `top_k` is the vocabulary's size where all are kept.
+# `top_k`: the vocabulary's size keeps all. `temperature`: 0 is greedy.
 ROW_FIELDS = ("prompt_len", "seed_high", "seed_low", "top_k", *FLOAT_FIELDS)
 SAMPLED_BY = ("seed_high", "seed_low", "temperature", "top_k", "top_p", "min_p")
 NO_LAYER = 2**30  # in place of a layer's number
@@ -257,7 +257,7 @@ def _row_record(chunk: Chunk, vocab_size: int) -> Int[np.ndarray, " fields"]:
 
 
 def update_rows(rows: Rows, parts: dict[str, Array], layout: Layout) -> Rows:
-    """Sets the parameters of admitted rows and the new entries of the page table. On the device."""
+    """Sets what admitted rows are told, beam scores to 0, and new entries of page tables. On the device."""
     rows = update_page_table(rows, parts["page_updates"])
     if layout.is_decode:
         return rows

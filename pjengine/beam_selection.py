@@ -18,8 +18,8 @@ from pjengine.logprobs import Logprobs
 from pjengine.models.state import KVCache
 from pjengine.models.window_group import WindowGroup
 
-# What the first row of a search is told, of what its beams go by.
-TOLD = np.array([ROW_FIELDS.index(name) for name in ("prompt_len", "temperature", *PENALTIES)])
+# The columns of `Rows.told` that all beams of a search take from its first row.
+SHARED = np.array([ROW_FIELDS.index(name) for name in ("prompt_len", "temperature", *PENALTIES)])
 
 
 class BeamOutput(NamedTuple):
@@ -119,11 +119,11 @@ def _go_on(
         for table in (theirs, own)
     )
     cache = _copy_pages(cache, sources, targets, is_copied.reshape(-1), first_pages)
-    told = rows.told.at[beam_rows[:, :1]].get(mode="clip")[..., TOLD]
+    shared = rows.told.at[beam_rows[:, :1]].get(mode="clip")[..., SHARED]
     changed = {"last_token": chosen.tokens[:, 0], "beam_score": chosen.scores[:, 0], "position": kv_lens}
     changed = {name: jnp.broadcast_to(value, beam_rows.shape) for name, value in changed.items()}
     changed["page_table"] = page_table
-    told = rows.told.at[beam_rows[..., None], TOLD].set(told, mode="drop")
+    told = rows.told.at[beam_rows[..., None], SHARED].set(shared, mode="drop")
     others = {
         name: getattr(rows, name).at[beam_rows].set(value, mode="drop") for name, value in changed.items()
     }

@@ -1,4 +1,4 @@
-"""Programs of models that devices divide, as XLA makes them for two H200s, and what must be alike on one."""
+"""Programs of models that devices divide, as XLA makes them for two H200s, and draws, as for one too."""
 
 import dataclasses
 import functools
@@ -13,8 +13,7 @@ from pjengine.edit_sizes import EditSizes
 from pjengine.models.config import ModelConfig
 from pjengine.models.decoder import Decoder
 from pjengine.models.registry import build_model
-from tests.compile.steps import DETERMINISTIC as ON_ONE
-from tests.compile.steps import Step
+from tests.compile.steps import DETERMINISTIC, Step
 
 NUM_DEVICES = 2
 
@@ -43,19 +42,19 @@ STEPS: Mapping[str, DividedStep] = {
         "llama-8b", 128, True, has_filters=False, has_inboxes=False
     ),
 }
-DETERMINISTIC: Mapping[str, Step] = {
-    "one H200": ON_ONE,
+DRAWN_AFTER: Mapping[str, Step] = {
+    "one H200": DETERMINISTIC,
     "two": DividedStep("llama-8b", 256, True, ends_in_logits=True, is_deterministic=True),
 }
-EDITS: Mapping[str, EditSizes] = {
+DRAW_EDITS: Mapping[str, EditSizes] = {
     "logprobs": EditSizes(num_top=2),
     "penalties too": EditSizes(num_top=2, num_asked=1, has_penalties=True),
     "biases too": EditSizes(num_top=2, num_bias=2),
 }
 DRAWS: Mapping[str, Callable[[], Compiled]] = {
     f"llama-8b draw with {what} on {where}": functools.partial(step.compile, draw=DrawLayout(256, edits))
-    for where, step in DETERMINISTIC.items()
-    for what, edits in EDITS.items()
+    for where, step in DRAWN_AFTER.items()
+    for what, edits in DRAW_EDITS.items()
 }
 PROGRAMS: Mapping[str, Callable[[], Compiled]] = {
     **{name: each.compile for name, each in STEPS.items()},

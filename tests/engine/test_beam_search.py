@@ -280,6 +280,21 @@ def test_nan_ends_a_search_and_nothing_else(llm: Any) -> None:
     settle(llm.engine)
 
 
+def test_every_beam_has_the_penalties_of_its_search_and_not_of_those_before_it(llm: Any) -> None:
+    from pjengine import SamplingParams
+
+    before = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, repetition_penalty=0.01)
+    llm.generate([[5, 6]] * MAX_NUM_SEQS, before, use_tqdm=False)  # every row has had it
+    plain, penalized = llm.generate(
+        [[3, 4]] * 2,
+        [beams(4, max_tokens=12, ignore_eos=True, repetition_penalty=penalty) for penalty in (1.0, 1000.0)],
+        use_tqdm=False,
+    )
+    assert all(len(set(one.token_ids)) == 12 and not {3, 4} & {*one.token_ids} for one in penalized.outputs)
+    assert any(len(set(one.token_ids)) < 12 for one in plain.outputs)
+    settle(llm.engine)
+
+
 def test_layers_with_windows_fork_their_pages_too(unchecked_types: None, tmp_path: Path) -> None:
     """What a beam's logprobs add up to is what the model says of its tokens, read in one go."""
     from pjengine import LLM, SamplingParams
