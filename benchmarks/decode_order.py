@@ -8,10 +8,9 @@ as the longest context needs, an engine's as `max_model_len` does.
 """
 
 import dataclasses
+import functools
 import json
 import random
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,9 +21,10 @@ from jax import lax
 
 from pjengine.bench import environment
 from pjengine.pallas_kernels.paged_attention import DecodeTiles, decode_triton
+from pjengine.pallas_kernels.timing import seconds
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, NUM_LAYERS = 32, 8, 128, 16, 2
-NUM_CALLS, NUM_PASSES, NUM_RUNS = 24, 4, 8
+NUM_CALLS = 24
 LENGTHS: Mapping[str, Callable[[random.Random, int], list[int]]] = {
     "all of 576": lambda rng, batch: [576] * batch,
     "log-normal, median 330, at most 2048": lambda rng, batch: [
@@ -63,15 +63,8 @@ def call_us(lengths: list[int], num_at_once: int) -> float:
         return out
 
     args = (q, k_pages, v_pages, jnp.asarray(table), jnp.asarray(lengths, jnp.int32))
-    program, times = jax.jit(run).lower(*args).compile(), []
-    program(*args).block_until_ready()
-    for _ in range(NUM_RUNS):
-        begun = time.perf_counter()
-        for _ in range(NUM_PASSES):
-            out = program(*args)
-        out.block_until_ready()
-        times.append(time.perf_counter() - begun)
-    return round(1e6 * statistics.median(times) / NUM_PASSES / NUM_CALLS, 1)
+    program = jax.jit(run).lower(*args).compile()
+    return round(1e6 * seconds(functools.partial(program, *args)) / NUM_CALLS, 1)
 
 
 def main() -> None:

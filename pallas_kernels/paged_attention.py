@@ -406,9 +406,8 @@ def _decode_kernel(
         is_slot = slot < kv_len
         if window is not None:
             is_slot &= slot >= first_slot
-        page = (
-            plt.load(page_table_ref.at[place, lax.div(slot, page_size)], mask=is_slot, other=0) + page_offset
-        )
+        number_at = page_table_ref.at[place, lax.div(slot, page_size)]
+        page = plt.load(number_at, mask=is_slot, other=0) + page_offset
         # Every index an array: the interpreter cannot mix index arrays with slices in a masked load.
         at = (page[:, None], kv_head, lax.rem(slot, page_size)[:, None], d)
         mask = is_slot[:, None] & is_d

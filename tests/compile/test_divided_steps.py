@@ -67,10 +67,8 @@ def test_devices_sum_through_their_memory_after_the_embedding_and_twice_a_layer(
 
 def test_a_step_has_few_arrays_each_of_which_the_host_hands_to_every_device() -> None:
     """At most 24 were wanted; there were 28."""
-    num_arrays = (
-        len(jax.tree.leaves(STEPS["llama-8b decode 8, divided"].state())) + 1
-    )  # the schedule's vector
-    assert num_arrays <= 19
+    state = STEPS["llama-8b decode 8, divided"].state()
+    assert len(jax.tree.leaves(state)) + 1 <= 19  # with the schedule's vector
 
 
 @every_program
